@@ -1,0 +1,31 @@
+//! Compiles `protos/` with a pure Rust compiler, so that no system `protoc` is needed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let root = "protos";
+    println!("cargo:rerun-if-changed={root}");
+    let entries = [
+        "buildkit/api/services/control/control.proto",
+        "buildkit/frontend/gateway/pb/gateway.proto",
+        "buildkit/solver/errdefs/errdefs.proto",
+        "buildkit/util/stack/stack.proto",
+        "buildkit/sourcepolicy/policysession/policysession.proto",
+        "buildkit/session/auth/auth.proto",
+        "buildkit/session/filesync/filesync.proto",
+        "buildkit/session/upload/upload.proto",
+        "buildkit/session/secrets/secrets.proto",
+        "buildkit/session/sshforward/ssh.proto",
+        "buildkit/session/exporter/exporter.proto",
+        "containerd/api/services/content/v1/content.proto",
+        "grpc/health/v1/health.proto",
+        "opentelemetry/proto/collector/trace/v1/trace_service.proto",
+    ];
+    let descriptors = protox::compile(entries, [root])?;
+    tonic_prost_build::configure()
+        .bytes(".fsutil.types.Packet")
+        .bytes(".moby.filesync.v1.BytesMessage")
+        .bytes(".moby.buildkit.v1.BytesMessage")
+        .bytes(".moby.upload.v1.BytesMessage")
+        .bytes(".moby.sshforward.v1.BytesMessage")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
