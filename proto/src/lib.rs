@@ -133,3 +133,9 @@ pub use generated::moby::upload::v1 as upload;
 pub use generated::opentelemetry::proto as otlp;
 pub use generated::pb;
 pub use generated::stack;
+
+pub mod gomode;
+pub mod llb;
+pub mod pattern;
+pub mod platform;
+pub mod reference;

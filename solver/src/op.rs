@@ -1,0 +1,153 @@
+//! The traits through which the solver sees operations and results. It never learns what a result
+//! is: a worker implements [`Op`] and [`ResultStore`], tests implement them with counters.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use kiln_proto::pb;
+
+use crate::progress::VertexProgress;
+
+/// An edge's or an operation's key: blake3 over what may change the result.
+pub type Key = blake3::Hash;
+
+/// Which part of an input an operation reads, when that part's content may stand for the input.
+///
+/// Fields follow the copy action and mount selectors of LLB: paths are absolute beneath the input's root.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ContentQuery {
+    /// One entry for each path that is read; the digest covers them in this order.
+    pub paths: Vec<ContentPath>,
+}
+
+/// One path (or pattern) of a [`ContentQuery`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ContentPath {
+    /// Absolute path beneath the root; `/` is everything.
+    pub path: String,
+    /// `path` may hold `*`, `?` and `[…]`.
+    pub wildcard: bool,
+    /// A symlink as the last component is followed.
+    pub follow_symlink: bool,
+    /// Only entries below `path` that match one of these count (empty: all).
+    pub include: Vec<String>,
+    /// Entries below `path` that match one of these do not count.
+    pub exclude: Vec<String>,
+    /// With `include`: each must match something.
+    pub required: Vec<String>,
+    /// A path that is not there is an error; otherwise it counts as absent.
+    pub must_exist: bool,
+}
+
+/// How one input enters an operation's key.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InputMap {
+    /// Distinguishes uses of the same input that read different parts (for the definition key).
+    pub selector: Option<String>,
+    /// If set, the content key counts this input by the content that the query selects.
+    pub content: Option<ContentQuery>,
+}
+
+/// What an operation's result depends on, beside its inputs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheMap {
+    /// blake3 over everything in the operation that may change the result.
+    pub digest: Key,
+    /// One for each input of the operation, in its order.
+    pub inputs: Vec<InputMap>,
+    /// False for a source that has no identity beyond this build (a client's directory): its
+    /// definition key is never looked up or recorded, and its consumers are recognised by content.
+    pub persistent: bool,
+    /// What the digest was made of, for explanations: (name, value), e.g. `("env PATH", "/bin")`.
+    pub parts: Vec<(String, String)>,
+}
+
+/// What an operation has at hand while it resolves or runs.
+#[derive(Clone)]
+pub struct OpContext {
+    /// Logs and statuses of this vertex; reaches every build that waits for it.
+    pub progress: VertexProgress,
+    /// The operation must not use a cached form of what is outside the solver (e.g. it asks the registry again).
+    pub ignore_cache: bool,
+}
+
+/// Why an operation failed. Carries what clients need: the chain of texts and typed details.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct OpError {
+    /// The text that the user sees, without the vertex's name.
+    pub message: String,
+    /// Exit code of the process, where one ran.
+    pub exit_code: Option<i32>,
+    /// Index of the failing action of a file operation.
+    pub file_action: Option<usize>,
+    /// Typed details (`Any`, wire: control-and-session "Error encoding") to hand on unchanged.
+    pub details: Vec<prost_types::Any>,
+    /// gRPC code, when not Unknown (2).
+    pub code: Option<i32>,
+}
+
+impl OpError {
+    /// An error that is only a text.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), exit_code: None, file_action: None, details: Vec::new(), code: None }
+    }
+}
+
+/// One operation of the graph, ready to be asked for its key and to run. Dropping a future that
+/// one of these methods returned cancels the work; it must then leave no process, mount or
+/// half record behind.
+pub trait Op<R>: Send + Sync + 'static {
+    /// Resolves what the operation's bytes leave open (tag to digest, branch to commit) and says
+    /// what the result depends on. Called at most once per operation and build.
+    fn cache_map<'a>(&'a self, ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>>;
+
+    /// Runs the operation. `inputs` has one result per input edge; the answer has one for each output.
+    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<R>) -> BoxFuture<'a, Result<Vec<R>, OpError>>;
+
+    /// Upper bound class: how many of these may run at once is limited per class by the solver.
+    fn class(&self) -> OpClass {
+        OpClass::Run
+    }
+}
+
+/// Which of the daemon's concurrency limits an operation counts against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OpClass {
+    /// A sandboxed process (`max-parallelism`).
+    Run,
+    /// Network or disk transfer, file operations: not limited by `max-parallelism`.
+    Io,
+}
+
+/// Where results live. A result handle keeps what it names alive until dropped.
+pub trait ResultStore<R>: Send + Sync + 'static {
+    /// The persistent name of a result, kept in the key store.
+    fn id(&self, result: &R) -> String;
+    /// A handle to a result of an earlier build; `None` when it is gone (the record is then dropped).
+    fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<R>, OpError>>;
+    /// Digest of the part of a result that `query` selects (see wire/llb: content hash; blake3 form).
+    fn content_digest<'a>(&'a self, result: &'a R, query: &'a ContentQuery) -> BoxFuture<'a, Result<Key, OpError>>;
+    /// Digest of what an operation produced (names, types, modes, owners, contents, xattrs; no
+    /// mtimes) chained on what it was produced on; the basis of early cut-off.
+    fn output_digest<'a>(&'a self, result: &'a R) -> BoxFuture<'a, Result<Key, OpError>>;
+}
+
+/// Makes operations of vertices. One for each build: it knows the build's session and entitlements.
+pub trait OpFactory<R>: Send + Sync + 'static {
+    /// The operation of a vertex; an error names what is unsupported or not allowed.
+    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<R>>, OpError>;
+}
+
+/// A vertex as the factory sees it.
+#[derive(Debug, Clone)]
+pub struct OpVertex {
+    /// `sha256:…` over the operation's bytes as received.
+    pub digest: String,
+    /// The decoded operation.
+    pub op: pb::Op,
+    /// Its metadata (empty if none was sent).
+    pub metadata: pb::OpMetadata,
+    /// What the progress stream calls it.
+    pub name: String,
+}
