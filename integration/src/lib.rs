@@ -1,1 +1,11 @@
-//! placeholder
+//! What the end-to-end tests share: a loopback registry, a Kiln of one's own, and independent tools
+//! that read what it made. Nothing here knows Kiln's inside: it runs the `kiln` binary.
+
+pub mod fake_registry;
+pub mod kiln;
+pub mod lab;
+pub mod tools;
+
+pub use fake_registry::FakeRegistry;
+pub use kiln::{Built, Kiln};
+pub use lab::{Context, Registry, free_port, images, wait_until};

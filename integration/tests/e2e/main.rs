@@ -1,0 +1,9 @@
+//! Kiln from outside: the binary, a real registry, and independent tools as judges. Needs root.
+
+mod build;
+mod cancel;
+mod concurrency;
+mod crash;
+mod errors;
+mod outputs;
+mod solve;
