@@ -1,0 +1,46 @@
+# make demo   builds Kiln and shows the main job end to end
+# make test   everything that can fail
+# make bench  speed, as ratios
+# make lint   formatting and clippy
+# Each installs the Debian packages that it needs and compiles RocksDB once (kept in ~/.cache/kiln).
+
+SHELL := /bin/bash
+CARGO := cargo
+# Sandboxes, overlay mounts and base images with owners need root.
+SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo -E env "PATH=$$PATH")
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: build demo test bench lint deny setup-build setup-lab rocksdb
+
+setup-build:
+	@tools/setup.sh build
+
+setup-lab:
+	@tools/setup.sh build lab
+
+rocksdb: setup-build
+	@tools/rocksdb.sh
+
+build: rocksdb
+	$(CARGO) build --release --locked -p kiln
+
+demo: setup-lab build
+	@$(SUDO) tools/demo.sh
+
+test: setup-lab rocksdb
+	$(CARGO) build --release --locked --workspace
+	@$(SUDO) tools/base-images.sh busybox >/dev/null
+	CARGO_TARGET_$(shell uname -m | tr a-z A-Z)_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)" \
+	  $(CARGO) test --release --locked --workspace
+
+bench: setup-lab rocksdb
+	$(CARGO) build --release --locked -p kiln -p kiln-integration --bins
+	@$(SUDO) tools/base-images.sh busybox >/dev/null
+	@$(SUDO) target/release/kiln-bench $(BENCH)
+
+lint: rocksdb
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+
+deny:
+	$(CARGO) deny check
