@@ -20,7 +20,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "opentelemetry/proto/collector/trace/v1/trace_service.proto",
     ];
     let descriptors = protox::compile(entries, [root])?;
+    // LLB is addressed by the digest of its bytes, so its maps must encode in one order.
     tonic_prost_build::configure()
+        .btree_map(".pb")
         .bytes(".fsutil.types.Packet")
         .bytes(".moby.filesync.v1.BytesMessage")
         .bytes(".moby.buildkit.v1.BytesMessage")
