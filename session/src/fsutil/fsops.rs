@@ -1,0 +1,163 @@
+//! File operations beneath an open root directory. Every path is resolved with openat2, refusing links and anything
+//! outside; names within an open directory are single components.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use rustix::fs::{
+    self, AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags,
+};
+use rustix::io::Errno;
+
+use super::path;
+
+/// What kind of entry a directory listing shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EntryType {
+    Dir,
+    Symlink,
+    /// Anything else.
+    File,
+}
+
+/// Opens `rel` (empty is the root itself) beneath `root`, through no link.
+pub(super) fn open(root: BorrowedFd<'_>, rel: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let rel = if rel.is_empty() { "." } else { rel };
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    loop {
+        match fs::openat2(root, rel, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS) {
+            // The kernel asks to try again when a rename ran beside the look-up.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Opens the directory `rel` beneath `root` for reading.
+pub(super) fn open_dir(root: BorrowedFd<'_>, rel: &str) -> Result<OwnedFd, Errno> {
+    open(root, rel, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// The target of the link `rel`; `None` if it is not a link or its target is not UTF-8.
+pub(super) fn read_link(root: BorrowedFd<'_>, rel: &str) -> Option<String> {
+    let (parent, name) = path::split(rel);
+    let dir = open(root, parent, OFlags::PATH | OFlags::DIRECTORY).ok()?;
+    fs::readlinkat(&dir, name, Vec::new()).ok()?.into_string().ok()
+}
+
+/// The names in the directory `rel`, sorted by bytes; those that are not UTF-8 are left out.
+pub(super) fn names(root: BorrowedFd<'_>, rel: &str) -> Result<Vec<(String, EntryType)>, Errno> {
+    let dir = open_dir(root, rel)?;
+    let mut all = Vec::new();
+    for (name, kind) in entries(&dir)? {
+        if let Ok(name) = name.into_string() {
+            let kind = match kind {
+                FileType::Unknown => match fs::statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+                    Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+                    Err(_) => continue,
+                },
+                known => known,
+            };
+            let kind = match kind {
+                FileType::Directory => EntryType::Dir,
+                FileType::Symlink => EntryType::Symlink,
+                _ => EntryType::File,
+            };
+            all.push((name, kind));
+        }
+    }
+    all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+    Ok(all)
+}
+
+/// The names and types in an open directory, in no order, without `.` and `..`.
+pub(super) fn entries(dir: &OwnedFd) -> Result<Vec<(CString, FileType)>, Errno> {
+    let mut all = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name.to_bytes() != b"." && name.to_bytes() != b".." {
+            all.push((name.to_owned(), entry.file_type()));
+        }
+    }
+    Ok(all)
+}
+
+/// What lies at `name` in `dir`, if anything.
+pub(super) fn lstat(dir: &OwnedFd, name: &str) -> Result<Option<Stat>, Errno> {
+    match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Nanoseconds since the epoch of a file's modification time.
+pub(super) fn mtime_ns(stat: &Stat) -> i64 {
+    i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec)).unwrap_or(i64::MAX)
+}
+
+/// Times to set: that modification time, and the access time left alone.
+pub(super) fn times(mtime_ns: i64) -> Timestamps {
+    let omit = Timespec { tv_sec: 0, tv_nsec: fs::UTIME_OMIT };
+    let modified =
+        Timespec { tv_sec: mtime_ns.div_euclid(1_000_000_000), tv_nsec: mtime_ns.rem_euclid(1_000_000_000) };
+    Timestamps { last_access: omit, last_modification: modified }
+}
+
+/// A path that names `name` in `dir`, for the calls that take no directory.
+pub(super) fn proc_path(dir: &OwnedFd, name: &OsStr) -> PathBuf {
+    let mut path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+    path.push(name);
+    path
+}
+
+/// Removes whatever `name` in `dir` is, with all below it.
+pub(super) fn remove_all(dir: &OwnedFd, name: &CStr) -> io::Result<()> {
+    match fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {
+            std::fs::remove_dir_all(proc_path(dir, OsStr::from_bytes(name.to_bytes())))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The extended attributes of `name` in `dir`. A file system without any has none.
+pub(super) fn xattrs(dir: &OwnedFd, name: &str) -> Result<Vec<(String, Vec<u8>)>, Errno> {
+    let path = proc_path(dir, OsStr::new(name));
+    let mut list = vec![0u8; 256];
+    let size = loop {
+        match fs::llistxattr(&path, &mut list) {
+            Ok(size) => break size,
+            Err(Errno::RANGE) => {
+                let needed = fs::llistxattr(&path, &mut [0u8; 0])?;
+                list.resize(needed + 256, 0);
+            }
+            Err(Errno::NOTSUP | Errno::NOENT | Errno::ACCESS | Errno::PERM) => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        }
+    };
+    let mut all = Vec::new();
+    for key in list[..size].split(|b| *b == 0).filter(|k| !k.is_empty()) {
+        let Ok(key) = std::str::from_utf8(key) else { continue };
+        let needed = match fs::lgetxattr(&path, key, &mut [0u8; 0]) {
+            Ok(needed) => needed,
+            Err(Errno::NODATA | Errno::NOTSUP) => continue,
+            Err(error) => return Err(error),
+        };
+        let mut value = vec![0u8; needed];
+        let size = if needed == 0 { 0 } else { fs::lgetxattr(&path, key, &mut value)? };
+        value.truncate(size);
+        all.push((key.to_owned(), value));
+    }
+    Ok(all)
+}
+
+/// Sets one extended attribute on `name` in `dir`, not through a link.
+pub(super) fn set_xattr(dir: &OwnedFd, name: &str, key: &str, value: &[u8]) -> Result<(), Errno> {
+    fs::lsetxattr(proc_path(dir, OsStr::new(name)), key, value, XattrFlags::empty())
+}
