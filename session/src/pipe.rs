@@ -27,7 +27,7 @@ pub(crate) struct Pipe {
     incoming: Incoming,
     buffered: Bytes,
     outgoing: PollSender<BytesMessage>,
-    closed: DropGuard,
+    _closed: DropGuard,
     cancelled: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
@@ -42,7 +42,7 @@ where
         buffered: Bytes::new(),
         outgoing: PollSender::new(sender),
         cancelled: Box::pin(closed.clone().cancelled_owned()),
-        closed: closed.drop_guard(),
+        _closed: closed.drop_guard(),
     };
     (pipe, receiver)
 }

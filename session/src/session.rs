@@ -208,7 +208,9 @@ impl Session {
         let (reader, mut writer) = tokio::io::split(stream);
         let chunks = ReaderStream::with_capacity(reader, SSH_CHUNK);
         // A read error ends the direction, as the end of the stream does: the peer cannot tell them apart.
-        let outgoing = chunks.map_while(Result::ok).map(|data| SshMessage { data });
+        let outgoing = chunks
+            .take_while(|chunk| std::future::ready(chunk.is_ok()))
+            .filter_map(|chunk| std::future::ready(chunk.ok().map(|data| SshMessage { data })));
         let mut request = Request::new(outgoing);
         let id = if id.is_empty() { "default" } else { id };
         headers::put(request.metadata_mut(), headers::SSH_ID, id).map_err(failed)?;

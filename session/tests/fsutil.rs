@@ -1,0 +1,378 @@
+//! Transfers between two directories: selection, equality, incremental updates, and peers that break the rules.
+
+mod common;
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use common::{listing, paths, select, transfer, write};
+use futures::StreamExt;
+use kiln_proto::fsutil::packet::PacketType;
+use kiln_proto::fsutil::{Packet, Stat};
+use kiln_proto::gomode;
+use kiln_session::fsutil::{self, Change, ChangeKind, ReceiveMode, ReceiveOptions, Selection, Subtree};
+use proptest::prelude::*;
+use tempfile::tempdir;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
+
+fn sample(root: &Path) {
+    write(root, "a.txt", "alpha");
+    write(root, "a/b/c.txt", "see");
+    write(root, "a-b", "dash");
+    write(root, "empty", "");
+    write(root, "big", &"0123456789".repeat(40_000));
+    write(root, "bin/tool", "#!/bin/sh\n");
+    std::fs::set_permissions(root.join("bin/tool"), PermissionsExt::from_mode(0o4755)).unwrap();
+    std::fs::set_permissions(root.join("a/b"), PermissionsExt::from_mode(0o1777)).unwrap();
+    symlink("../a.txt", root.join("a/up")).unwrap();
+    symlink("/nowhere", root.join("dangling")).unwrap();
+    std::fs::hard_link(root.join("a.txt"), root.join("z-link")).unwrap();
+}
+
+#[tokio::test]
+async fn a_directory_arrives_as_it_is() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    sample(from.path());
+    let (sent, received) = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
+    let (sent, received) = (sent.unwrap(), received.unwrap());
+    assert_eq!(listing(from.path()), listing(to.path()));
+    assert_eq!(sent.entries, received.entries);
+    assert_eq!(received.bytes, 5 + 3 + 4 + 400_000 + 10);
+    let inode = |name: &str| to.path().join(name).metadata().unwrap().ino();
+    assert_eq!(inode("a.txt"), inode("z-link"));
+}
+
+#[tokio::test]
+async fn a_second_transfer_moves_only_what_differs_and_never_writes_in_place() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    sample(from.path());
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    let again = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    assert!(!again.changed(), "{again:?}");
+    assert_eq!(again.bytes, 0);
+
+    let kept = to.path().with_extension("kept");
+    std::fs::hard_link(to.path().join("a-b"), &kept).unwrap();
+    write(from.path(), "a-b", "DASH");
+    std::fs::remove_dir_all(from.path().join("a/b")).unwrap();
+    write(from.path(), "a/b", "now a file");
+    std::fs::remove_file(from.path().join("empty")).unwrap();
+    write(from.path(), "empty/now-a-dir", "x");
+    std::fs::remove_dir_all(from.path().join("bin")).unwrap();
+    std::fs::remove_file(from.path().join("dangling")).unwrap();
+    symlink("/elsewhere", from.path().join("dangling")).unwrap();
+
+    let changes = Arc::new(Mutex::new(Vec::new()));
+    let seen = changes.clone();
+    let options = ReceiveOptions {
+        on_change: Some(Box::new(move |change| seen.lock().unwrap().push(change))),
+        ..Default::default()
+    };
+    let received = transfer(from.path(), Selection::default(), to.path(), options).await.1.unwrap();
+    assert_eq!(listing(from.path()), listing(to.path()));
+    assert_eq!(received.bytes, 4 + 10 + 1);
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), "dash", "a linked old file must keep its content");
+    std::fs::remove_file(kept).unwrap();
+
+    let mut changes = changes.lock().unwrap().clone();
+    assert_eq!(changes.len() as u64, received.changes);
+    changes.sort_by(|a, b| a.path.cmp(&b.path));
+    let wrote = |path: &str| Change { path: path.into(), kind: ChangeKind::Written };
+    let gone = |path: &str| Change { path: path.into(), kind: ChangeKind::Deleted };
+    assert_eq!(
+        changes,
+        [wrote("a-b"), wrote("a/b"), gone("bin"), wrote("dangling"), wrote("empty"), wrote("empty/now-a-dir")]
+    );
+}
+
+#[tokio::test]
+async fn hard_links_are_broken_and_made_by_later_transfers() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    write(from.path(), "one", "same");
+    std::fs::hard_link(from.path().join("one"), from.path().join("two")).unwrap();
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    write(from.path(), "one", "both changed");
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    assert_eq!(listing(from.path()), listing(to.path()));
+    std::fs::remove_file(from.path().join("two")).unwrap();
+    write(from.path(), "two", "on its own");
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    assert_eq!(listing(from.path()), listing(to.path()));
+    assert_ne!(
+        to.path().join("one").metadata().unwrap().ino(),
+        to.path().join("two").metadata().unwrap().ino()
+    );
+}
+
+#[tokio::test]
+async fn mode_none_requests_everything_and_merge_deletes_nothing() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    write(from.path(), "file", "content");
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    let options = ReceiveOptions { mode: ReceiveMode::MirrorAll, ..Default::default() };
+    let received = transfer(from.path(), Selection::default(), to.path(), options).await.1.unwrap();
+    assert_eq!(received.bytes, 7);
+
+    write(to.path(), "mine", "stays");
+    let options = ReceiveOptions { mode: ReceiveMode::Merge, ..Default::default() };
+    let received = transfer(from.path(), Selection::default(), to.path(), options).await.1.unwrap();
+    assert_eq!(received.bytes, 7);
+    assert_eq!(paths(to.path()), ["file", "mine"]);
+}
+
+#[tokio::test]
+async fn patterns_select_and_parents_come_along() {
+    let from = tempdir().unwrap();
+    for path in ["src/main.rs", "src/lib.rs", "src/deep/x.o", "target/a.o", "target/keep/b", "README", "docs/x"] {
+        write(from.path(), path, path);
+    }
+    let cases: &[(&[&str], &[&str], &[&str])] = &[
+        (&["src/*.rs"], &[], &["src", "src/lib.rs", "src/main.rs"]),
+        (&["src"], &["**/*.o"], &["src", "src/deep", "src/lib.rs", "src/main.rs"]),
+        (&[], &["target", "!target/keep", "docs"], &["README", "src", "src/deep", "src/deep/x.o", "src/lib.rs", "src/main.rs", "target", "target/keep", "target/keep/b"]),
+        (&[], &["**", "!README"], &["README"]),
+        (&["**/x*"], &[], &["docs", "docs/x", "src", "src/deep", "src/deep/x.o"]),
+    ];
+    for (include, exclude, expected) in cases {
+        let to = tempdir().unwrap();
+        transfer(from.path(), select(include, exclude, &[]), to.path(), ReceiveOptions::default()).await.1.unwrap();
+        assert_eq!(paths(to.path()), *expected, "include {include:?} exclude {exclude:?}");
+    }
+}
+
+#[tokio::test]
+async fn followed_paths_bring_the_links_on_their_way() {
+    let from = tempdir().unwrap();
+    let root = from.path();
+    write(root, "real/data/file", "x");
+    write(root, "real/other", "y");
+    write(root, "unrelated", "z");
+    symlink("real", root.join("alias")).unwrap();
+    symlink("/alias/data", root.join("abs")).unwrap();
+    symlink("../../../../etc", root.join("out")).unwrap();
+    symlink("loop2", root.join("loop1")).unwrap();
+    symlink("loop1", root.join("loop2")).unwrap();
+    let cases: &[(&[&str], &[&str])] = &[
+        (&["abs/file"], &["abs", "alias", "real", "real/data", "real/data/file"]),
+        (&["alias/o*"], &["alias", "real", "real/other"]),
+        (&["out/passwd"], &["out"]),
+        (&["missing"], &[]),
+        (&["loop1"], &["loop1", "loop2"]),
+        (&["unrelated", "real/data"], &["real", "real/data", "real/data/file", "unrelated"]),
+    ];
+    for (follow, expected) in cases {
+        let to = tempdir().unwrap();
+        transfer(root, select(&[], &[], follow), to.path(), ReceiveOptions::default()).await.1.unwrap();
+        assert_eq!(paths(to.path()), *expected, "follow {follow:?}");
+    }
+    let to = tempdir().unwrap();
+    transfer(root, select(&[], &[], &["unrelated", "/"]), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    assert_eq!(paths(to.path()), paths(root));
+}
+
+#[tokio::test]
+async fn a_prefix_becomes_the_parent_directory() {
+    let (one, two, to) = (tempdir().unwrap(), tempdir().unwrap(), tempdir().unwrap());
+    write(one.path(), "file", "amd");
+    write(two.path(), "file", "arm");
+    let tree = |prefix: &str, path: &Path| Subtree { prefix: prefix.into(), ..Subtree::open(path).unwrap() };
+    let trees = vec![tree("linux_arm64", two.path()), tree("linux_amd64", one.path())];
+    let (packets, outgoing) = mpsc::channel(4);
+    let (requests, incoming) = mpsc::unbounded_channel();
+    let (sent, received) = tokio::join!(
+        fsutil::send(trees, UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None),
+        fsutil::receive(to.path(), ReceiveOptions::default(), ReceiverStream::new(outgoing).map(Ok).boxed(), requests)
+    );
+    sent.unwrap();
+    received.unwrap();
+    assert_eq!(paths(to.path()), ["linux_amd64", "linux_amd64/file", "linux_arm64", "linux_arm64/file"]);
+    assert_eq!(std::fs::read_to_string(to.path().join("linux_arm64/file")).unwrap(), "arm");
+}
+
+fn stat(path: &str, mode: u32) -> Packet {
+    Packet { stat: Some(Stat { path: path.into(), mode, ..Default::default() }), ..Default::default() }
+}
+
+fn link(path: &str, mode: u32, target: &str) -> Packet {
+    let stat = Stat { path: path.into(), mode, linkname: target.into(), ..Default::default() };
+    Packet { stat: Some(stat), ..Default::default() }
+}
+
+fn data(id: u32, bytes: &'static [u8]) -> Packet {
+    Packet { r#type: PacketType::PacketData.into(), id, data: bytes.into(), ..Default::default() }
+}
+
+/// Feeds packets to a receiver; the error it ends with, and what it left in the directory.
+async fn refused(packets: Vec<Packet>) -> (String, Vec<String>) {
+    let to = tempdir().unwrap();
+    let outside = tempdir().unwrap();
+    symlink(outside.path(), to.path().join("escape")).unwrap();
+    let (requests, mut replies) = mpsc::unbounded_channel();
+    let options = ReceiveOptions { mode: ReceiveMode::Merge, ..Default::default() };
+    let packets = futures::stream::iter(packets.into_iter().map(Ok)).boxed();
+    let error = fsutil::receive(to.path(), options, packets, requests).await.unwrap_err().to_string();
+    assert!(std::fs::read_dir(outside.path()).unwrap().next().is_none(), "wrote outside");
+    let mut last = None;
+    while let Some(packet) = replies.recv().await {
+        last = Some(packet);
+    }
+    assert_eq!(last.unwrap().r#type(), PacketType::PacketErr, "the sender must be told");
+    (error, paths(to.path()))
+}
+
+#[tokio::test]
+async fn listings_that_break_the_rules_are_refused() {
+    let dir = gomode::DIR | 0o755;
+    let cases = [
+        (vec![stat("../up", 0o644)], "invalid path \"../up\""),
+        (vec![stat("/abs", 0o644)], "invalid path \"/abs\""),
+        (vec![stat("a//b", 0o644)], "invalid path"),
+        (vec![stat("b", dir), stat("a", dir)], "\"a\" is out of order"),
+        (vec![stat("a", dir), stat("a", dir)], "\"a\" is out of order"),
+        (vec![stat("a-b", dir), stat("a/b", dir)], "out of order"),
+        (vec![stat("a/b", 0o644)], "\"a/b\" comes without its directory"),
+        (vec![stat("a", 0o644), stat("a/b", 0o644)], "comes without its directory"),
+        (vec![stat("escape/file", 0o644)], "comes without its directory"),
+        (vec![link("hard", 0o644, "later")], "\"later\", which did not come before it"),
+        (vec![link("hard", 0o644, "../x")], "invalid path \"../x\""),
+        (vec![stat("odd", gomode::IRREGULAR)], "unknown mode"),
+        (vec![data(7, b"x")], "file 7, which was not requested"),
+        (vec![stat("f", 0o644), data(0, b"x"), data(0, b""), data(0, b"")], "file 0, which was not requested"),
+        (vec![stat("f", 0o644), data(0, b"half")], "connection closed before the transfer ended"),
+        (vec![Packet::default(), Packet::default()], "unexpected PACKET_STAT"),
+    ];
+    for (packets, expected) in cases {
+        let shown = format!("{packets:?}");
+        let (error, left) = refused(packets).await;
+        assert!(error.contains(expected), "{shown}: {error}");
+        assert!(!left.iter().any(|path| path.contains(".kiln-")), "temporary files left: {left:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_directory_replaces_a_link_of_its_name_instead_of_following_it() {
+    let (to, outside) = (tempdir().unwrap(), tempdir().unwrap());
+    symlink(outside.path(), to.path().join("escape")).unwrap();
+    let from = tempdir().unwrap();
+    write(from.path(), "escape/file", "x");
+    let options = ReceiveOptions { mode: ReceiveMode::Merge, ..Default::default() };
+    transfer(from.path(), Selection::default(), to.path(), options).await.1.unwrap();
+    assert!(std::fs::read_dir(outside.path()).unwrap().next().is_none());
+    assert_eq!(paths(to.path()), ["escape", "escape/file"]);
+}
+
+#[tokio::test]
+async fn requests_that_make_no_sense_fail_the_sender() {
+    let from = tempdir().unwrap();
+    write(from.path(), "dir/file", "x");
+    for (ids, expected) in [(vec![9], "invalid file id 9"), (vec![0], "invalid file id 0"), (vec![1, 1], "invalid file id 1")] {
+        let (packets, mut outgoing) = mpsc::channel(64);
+        let (requests, incoming) = mpsc::unbounded_channel();
+        let tree = Subtree::open(from.path()).unwrap();
+        let sending = tokio::spawn(fsutil::send(vec![tree], UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None));
+        // The whole listing is out before anything is asked for.
+        while outgoing.recv().await.unwrap().stat.is_some() {}
+        for id in ids {
+            requests.send(Packet { r#type: PacketType::PacketReq.into(), id, ..Default::default() }).unwrap();
+        }
+        let error = sending.await.unwrap().unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        let mut last = None;
+        while let Some(packet) = outgoing.recv().await {
+            last = Some(packet);
+        }
+        assert_eq!(last.unwrap().r#type(), PacketType::PacketErr);
+    }
+}
+
+#[tokio::test]
+async fn failures_name_the_path_at_both_ends() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    write(from.path(), "file", "x");
+    let (sent, received) =
+        transfer(from.path(), select(&["["], &[], &[]), to.path(), ReceiveOptions::default()).await;
+    assert!(sent.unwrap_err().to_string().contains("syntax error in pattern"));
+    assert!(received.unwrap_err().to_string().contains("syntax error in pattern"));
+
+    use std::os::unix::ffi::OsStrExt;
+    std::fs::write(from.path().join(std::ffi::OsStr::from_bytes(b"bad\xff")), "x").unwrap();
+    let (sent, received) = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
+    assert!(sent.unwrap_err().to_string().contains("not valid UTF-8"));
+    assert!(received.unwrap_err().to_string().contains("not valid UTF-8"));
+}
+
+#[tokio::test]
+async fn devices_and_pipes_travel() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: devices need root");
+        return;
+    }
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    mknodat(CWD, from.path().join("null"), FileType::CharacterDevice, Mode::from_raw_mode(0o600), makedev(1, 3)).unwrap();
+    mknodat(CWD, from.path().join("pipe"), FileType::Fifo, Mode::from_raw_mode(0o640), 0).unwrap();
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    assert_eq!(listing(from.path()), listing(to.path()));
+    assert!(!transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap().changed());
+}
+
+#[derive(Debug, Clone)]
+enum Node {
+    File(String, u32),
+    Dir,
+    Link(String),
+}
+
+fn trees() -> impl Strategy<Value = Vec<(String, Node)>> {
+    let name = "[a-c.\\-]{0,1}[a-c]";
+    let path = proptest::collection::vec(name, 1..4).prop_map(|parts| parts.join("/"));
+    let node = prop_oneof![
+        ("[a-z]{0,5}", prop_oneof![Just(0o644u32), Just(0o600), Just(0o755)]).prop_map(|(text, mode)| Node::File(text, mode)),
+        Just(Node::Dir),
+        "[a-c]{1,3}".prop_map(Node::Link),
+    ];
+    proptest::collection::vec((path, node), 0..12)
+}
+
+/// Makes what can be made; entries that get in each other's way are dropped.
+fn plant(root: &Path, nodes: &[(String, Node)]) {
+    for (path, node) in nodes {
+        let path = root.join(path);
+        let Some(parent) = path.parent() else { continue };
+        if parent.ancestors().take_while(|above| *above != root).any(|above| above.is_symlink()) {
+            continue;
+        }
+        if std::fs::create_dir_all(parent).is_err() || path.symlink_metadata().is_ok() {
+            continue;
+        }
+        match node {
+            Node::File(text, mode) => {
+                std::fs::write(&path, text).unwrap();
+                std::fs::set_permissions(&path, PermissionsExt::from_mode(*mode)).unwrap();
+            }
+            Node::Dir => std::fs::create_dir(&path).unwrap(),
+            Node::Link(target) => symlink(target, &path).unwrap(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever was there before, a mirror ends up equal to its source.
+    #[test]
+    fn a_mirror_equals_its_source(before in trees(), after in trees()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (one, two, to) = (tempdir().unwrap(), tempdir().unwrap(), tempdir().unwrap());
+            plant(one.path(), &before);
+            plant(two.path(), &after);
+            transfer(one.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+            assert_eq!(listing(one.path()), listing(to.path()));
+            transfer(two.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+            assert_eq!(listing(two.path()), listing(to.path()));
+        });
+    }
+}
