@@ -4,40 +4,13 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+pub use kiln_cache::contenthash::{ContentPath, ContentQuery};
 use kiln_proto::pb;
 
 use crate::progress::VertexProgress;
 
 /// An edge's or an operation's key: blake3 over what may change the result.
 pub type Key = blake3::Hash;
-
-/// Which part of an input an operation reads, when that part's content may stand for the input.
-///
-/// Fields follow the copy action and mount selectors of LLB: paths are absolute beneath the input's root.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ContentQuery {
-    /// One entry for each path that is read; the digest covers them in this order.
-    pub paths: Vec<ContentPath>,
-}
-
-/// One path (or pattern) of a [`ContentQuery`].
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ContentPath {
-    /// Absolute path beneath the root; `/` is everything.
-    pub path: String,
-    /// `path` may hold `*`, `?` and `[…]`.
-    pub wildcard: bool,
-    /// A symlink as the last component is followed.
-    pub follow_symlink: bool,
-    /// Only entries below `path` that match one of these count (empty: all).
-    pub include: Vec<String>,
-    /// Entries below `path` that match one of these do not count.
-    pub exclude: Vec<String>,
-    /// With `include`: each must match something.
-    pub required: Vec<String>,
-    /// A path that is not there is an error; otherwise it counts as absent.
-    pub must_exist: bool,
-}
 
 /// How one input enters an operation's key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -1,0 +1,154 @@
+//! Digests of what is in a snapshot: names, types, modes, owners, contents, extended attributes,
+//! never times. Two snapshots with the same digest of a path can stand for one another where only
+//! that path is read. Digests are blake3; they mean nothing outside Kiln.
+
+mod cache;
+mod entry;
+mod query;
+
+pub(crate) use cache::{ContentCache, snapshot_prefix};
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Result, StoreError};
+use crate::layerview::LayerView;
+use crate::snapshots::SnapshotRef;
+
+/// Which part of an input an operation reads, when that part's content may stand for the input.
+///
+/// Fields follow the copy action and mount selectors of LLB: paths are absolute beneath the input's root.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ContentQuery {
+    /// One entry for each path that is read; the digest covers them in this order.
+    pub paths: Vec<ContentPath>,
+}
+
+/// One path (or pattern) of a [`ContentQuery`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ContentPath {
+    /// Absolute path beneath the root; `/` is everything.
+    pub path: String,
+    /// `path` may hold `*`, `?` and `[…]`.
+    pub wildcard: bool,
+    /// A symlink as the last component is followed.
+    pub follow_symlink: bool,
+    /// Only entries below `path` that match one of these count (empty: all).
+    pub include: Vec<String>,
+    /// Entries below `path` that match one of these do not count.
+    pub exclude: Vec<String>,
+    /// With `include`: each must match something.
+    pub required: Vec<String>,
+    /// A path that is not there is an error; otherwise it counts as absent.
+    pub must_exist: bool,
+}
+
+/// Digest of what `query` selects in a snapshot (`None`: the empty root). Answers are remembered
+/// with the snapshot. All layers must be here.
+pub fn content_digest(snapshot: Option<&SnapshotRef>, query: &ContentQuery) -> Result<blake3::Hash> {
+    let Some(snapshot) = snapshot else {
+        return query::digest(None, query);
+    };
+    let name = query::fingerprint(query);
+    if let Some(known) = cache::answer(snapshot, &name)? {
+        return Ok(known);
+    }
+    let digest = match LayerView::of(snapshot) {
+        // A stack of no layers is the empty root.
+        Err(StoreError::Invalid(_)) if snapshot.layers().is_empty() => query::digest(None, query)?,
+        view => query::digest(Some((&view?, snapshot)), query)?,
+    };
+    cache::remember(snapshot, &name, digest)?;
+    Ok(digest)
+}
+
+/// Digest of what a snapshot is made of, layer by layer: an image's layer counts by its chain id,
+/// without being unpacked; another by its files and marks, chained on those below it.
+pub fn output_digest(snapshot: Option<&SnapshotRef>) -> Result<blake3::Hash> {
+    const NAME: &[u8] = b"output";
+    let Some(snapshot) = snapshot else { return Ok(blake3::hash(b"scratch")) };
+    let mut chain = None;
+    let mut todo = Vec::new();
+    // Downwards to the first layer whose answer is known, and up again.
+    for layer in snapshot.layers().into_iter().rev() {
+        // Within a stack a layer's neighbours are not its parents, so answers about it don't apply.
+        let own_chain = !snapshot.is_stack();
+        if own_chain && let Some(chain_id) = layer.chain_id() {
+            chain = Some(tagged(b"chain", &[chain_id.as_bytes()]));
+            break;
+        }
+        if own_chain && let Some(known) = cache::answer(&layer, NAME)? {
+            chain = Some(known);
+            break;
+        }
+        todo.push(layer);
+    }
+    let mut digest = chain.unwrap_or_else(|| blake3::hash(b"scratch"));
+    for layer in todo.into_iter().rev() {
+        digest = tagged(b"layer", &[digest.as_bytes(), layer_digest(&layer)?.as_bytes()]);
+        if !snapshot.is_stack() && layer.parent().is_none_or(|parent| !parent.is_stack()) {
+            cache::remember(&layer, NAME, digest)?;
+        }
+    }
+    Ok(digest)
+}
+
+/// Digest of one layer alone, with its marks of deletion.
+fn layer_digest(layer: &SnapshotRef) -> Result<blake3::Hash> {
+    const NAME: &[u8] = b"layer";
+    if let Some(known) = cache::answer(layer, NAME)? {
+        return Ok(known);
+    }
+    let digest = match layer.lazy()? {
+        Some(lazy) => tagged(b"diff", &[lazy.blob.diff_id.as_bytes()]),
+        None => entry::layer(layer)?,
+    };
+    cache::remember(layer, NAME, digest)?;
+    Ok(digest)
+}
+
+/// Hands over digests of file contents that were computed while the data passed, so that files
+/// need not be read again: `path` is relative to the layer's root, the digest is plain blake3.
+pub fn record_files(layer: &SnapshotRef, files: impl IntoIterator<Item = (Vec<u8>, [u8; 32])>) -> Result<()> {
+    cache::add_files(layer, files.into_iter().collect())
+}
+
+/// blake3 over a tag and parts, none of which can run into the next.
+fn tagged(tag: &[u8], parts: &[&[u8]]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    update(&mut hasher, tag);
+    for part in parts {
+        update(&mut hasher, part);
+    }
+    hasher.finalize()
+}
+
+/// Feeds a part with its length in front.
+fn update(hasher: &mut blake3::Hasher, part: &[u8]) {
+    hasher.update(&(part.len() as u64).to_le_bytes());
+    hasher.update(part);
+}
+
+/// Runs `work` on each item, on several threads if there is enough of it, and gives the first error.
+fn in_parallel<T: Sync>(items: &[T], worthwhile: bool, work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if worthwhile { cores.min(items.len()) } else { 1 };
+    if threads <= 1 {
+        return items.iter().try_for_each(work);
+    }
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(error) = work(item) {
+                        next.store(items.len(), Ordering::Relaxed);
+                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}

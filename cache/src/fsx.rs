@@ -1,0 +1,199 @@
+//! File system helpers: trees of foreign origin are walked and removed without recursion, and
+//! never through a symlink.
+
+use std::collections::HashSet;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rand::Rng;
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawDir, Stat};
+use rustix::io::Errno;
+
+use crate::error::{Result, StoreError};
+
+const ID_LENGTH: usize = 25;
+
+/// A random name: 25 characters of 0-9 and a-z, about 129 bits.
+pub(crate) fn random_id() -> String {
+    let mut rng = rand::rng();
+    (0..ID_LENGTH)
+        .map(|_| char::from(b"0123456789abcdefghijklmnopqrstuvwxyz"[rng.random_range(0..36)]))
+        .collect()
+}
+
+pub(crate) fn make_dir(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(|e| StoreError::io("create directory", path, e))
+}
+
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(|e| StoreError::io("move to", to, e))
+}
+
+pub(crate) fn open_dir(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(
+        dir,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
+
+/// Names in a directory, without `.` and `..`, in the order the file system gives them.
+pub(crate) fn names(dir: &OwnedFd) -> Result<Vec<(CString, FileType)>, Errno> {
+    let mut buffer = Vec::with_capacity(16 << 10);
+    let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
+    let mut out = Vec::new();
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let name = entry.file_name();
+        if !is_dot(name) {
+            out.push((name.to_owned(), entry.file_type()));
+        }
+    }
+    Ok(out)
+}
+
+fn is_dot(name: &CStr) -> bool {
+    matches!(name.to_bytes(), b"." | b"..")
+}
+
+/// Removes a directory with all that is in it; nothing happens if it isn't there.
+///
+/// Sub-directories are first moved up to the top, so that neither depth nor path length matters.
+/// The caller must own the tree alone.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
+    let top = match open_dir(CWD, path) {
+        Ok(top) => top,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::NOTDIR | Errno::LOOP) => return std::fs::remove_file(path),
+        Err(error) => return Err(error.into()),
+    };
+    let mut pending = Vec::new();
+    for (name, kind) in names(&top)? {
+        match unlink_or_dir(&top, &name, kind)? {
+            true => pending.push(name),
+            false => {}
+        }
+    }
+    let mut counter = 0u64;
+    while let Some(name) = pending.pop() {
+        if rustix::fs::unlinkat(&top, &name, AtFlags::REMOVEDIR).is_ok() {
+            continue;
+        }
+        let dir = writable_dir(&top, &name)?;
+        for (child, kind) in names(&dir)? {
+            if !unlink_or_dir(&dir, &child, kind)? {
+                continue;
+            }
+            let moved = loop {
+                counter += 1;
+                let candidate = CString::new(format!(".{counter}.removed"))?;
+                match rustix::fs::statat(&top, &candidate, AtFlags::SYMLINK_NOFOLLOW) {
+                    Err(Errno::NOENT) => break candidate,
+                    Err(error) => return Err(error.into()),
+                    Ok(_) => {}
+                }
+            };
+            if rustix::fs::renameat(&dir, &child, &top, &moved) == Err(Errno::ACCESS) {
+                // Moving a directory changes its `..`, for which only its owner's bits count.
+                rustix::fs::chmodat(&dir, &child, Mode::RWXU, AtFlags::empty())?;
+                rustix::fs::renameat(&dir, &child, &top, &moved)?;
+            } else if let Err(error) = rustix::fs::statat(&top, &moved, AtFlags::SYMLINK_NOFOLLOW) {
+                return Err(error.into());
+            }
+            pending.push(moved);
+        }
+        rustix::fs::unlinkat(&top, &name, AtFlags::REMOVEDIR)?;
+    }
+    drop(top);
+    std::fs::remove_dir(path)
+}
+
+fn writable_dir(parent: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {
+    match open_dir(parent, name) {
+        Err(Errno::ACCESS) => {
+            rustix::fs::chmodat(parent, name, Mode::RWXU, AtFlags::empty())?;
+            Ok(open_dir(parent, name)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Unlinks what is no directory; true if it is one.
+fn unlink_or_dir(dir: &OwnedFd, name: &CStr, kind: FileType) -> io::Result<bool> {
+    if kind == FileType::Directory {
+        return Ok(true);
+    }
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(false),
+        Err(Errno::ISDIR) => Ok(true),
+        Err(Errno::ACCESS) => {
+            rustix::fs::fchmod(dir, Mode::RWXU)?;
+            rustix::fs::unlinkat(dir, name, AtFlags::empty())?;
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Bytes that a tree occupies on disk; a file with several names in it counts once. Entries that
+/// vanish meanwhile don't count.
+pub(crate) fn disk_usage(path: &Path) -> io::Result<u64> {
+    let root = match open_dir(CWD, path) {
+        Ok(root) => root,
+        Err(Errno::NOENT) => return Ok(0),
+        Err(error) => return Err(error.into()),
+    };
+    let mut total = allocated(&rustix::fs::fstat(&root)?);
+    let mut linked = HashSet::new();
+    let mut pending = vec![path.to_path_buf()];
+    while let Some(current) = pending.pop() {
+        let dir = match open_dir(CWD, &current) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        for (name, _) in names(&dir)? {
+            let Ok(stat) = rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+            if !is_dir && stat.st_nlink > 1 && !linked.insert((stat.st_dev, stat.st_ino)) {
+                continue;
+            }
+            total += allocated(&stat);
+            if is_dir {
+                use std::os::unix::ffi::OsStrExt;
+                pending.push(current.join(std::ffi::OsStr::from_bytes(name.to_bytes())));
+            }
+        }
+    }
+    Ok(total)
+}
+
+fn allocated(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_blocks).unwrap_or(0) * 512
+}
+
+/// Writes back all that the file system with `dir` holds in memory.
+pub(crate) fn sync_filesystem(dir: &Path) -> Result<()> {
+    let fd = open_dir(CWD, dir).map_err(|e| StoreError::io("open", dir, e))?;
+    rustix::fs::syncfs(&fd).map_err(|e| StoreError::io("sync file system of", dir, e))
+}
+
+/// Names of the entries of a directory of our own (always UTF-8); anything else is left out.
+pub(crate) fn list(dir: &Path) -> Result<Vec<String>> {
+    let fail = |e: Errno| StoreError::io("list", dir, e);
+    let fd = open_dir(CWD, dir).map_err(fail)?;
+    let entries = Dir::read_from(&fd).map_err(fail)?;
+    let mut out = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(fail)?;
+        if let Ok(name) = entry.file_name().to_str()
+            && !is_dot(entry.file_name())
+        {
+            out.push(name.to_owned());
+        }
+    }
+    Ok(out)
+}

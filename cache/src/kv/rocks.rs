@@ -1,0 +1,135 @@
+//! The engine of the product: RocksDB, tuned to be small. A daemon holds some ten thousand
+//! records of a few hundred bytes; what matters is a short open, little memory, and no thread
+//! that wakes up while nothing happens.
+
+use std::path::Path;
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, Direction,
+    IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
+};
+
+use super::{Batch, Cf, Change, Kv, Visit};
+use crate::error::{Result, StoreError};
+
+const BLOCK_CACHE: usize = 2 << 20;
+const MEMTABLE: usize = 1 << 20;
+const MEMTABLES_TOTAL: usize = 4 << 20;
+const WAL_TOTAL: u64 = 16 << 20;
+
+/// A RocksDB database.
+pub struct RocksKv {
+    db: DB,
+}
+
+impl RocksKv {
+    /// Opens or creates the database in `dir`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let cache = Cache::new_lru_cache(BLOCK_CACHE);
+        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(&cache)));
+        let db = DB::open_cf_descriptors(&database_options(), dir, families)?;
+        Ok(Self { db })
+    }
+
+    fn family(&self, cf: Cf) -> Result<&ColumnFamily> {
+        self.db
+            .cf_handle(cf.name())
+            .ok_or_else(|| StoreError::Kv(format!("column family {} is missing", cf.name())))
+    }
+
+    fn write_with(&self, batch: Batch, sync: bool) -> Result<()> {
+        let mut native = WriteBatch::default();
+        for change in batch.changes {
+            match change {
+                Change::Put(cf, key, value) => native.put_cf(self.family(cf)?, key, value),
+                Change::Delete(cf, key) => native.delete_cf(self.family(cf)?, key),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        Ok(self.db.write_opt(native, &options)?)
+    }
+}
+
+fn database_options() -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_background_jobs(2);
+    options.set_max_open_files(64);
+    options.set_max_file_opening_threads(1);
+    options.set_db_write_buffer_size(MEMTABLES_TOTAL);
+    options.set_max_total_wal_size(WAL_TOTAL);
+    options.set_skip_stats_update_on_db_open(true);
+    options.set_stats_dump_period_sec(0);
+    options.set_stats_persist_period_sec(0);
+    options.set_keep_log_file_num(1);
+    options.set_max_log_file_size(1 << 20);
+    options.set_log_level(LogLevel::Error);
+    options
+}
+
+fn family_options(cache: &Cache) -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_bloom_filter(10.0, false);
+    table.set_cache_index_and_filter_blocks(true);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&table);
+    options.set_write_buffer_size(MEMTABLE);
+    options.set_arena_block_size(64 << 10);
+    options.set_max_write_buffer_number(2);
+    options.set_target_file_size_base(8 << 20);
+    options.set_compression_type(DBCompressionType::None);
+    options
+}
+
+impl Kv for RocksKv {
+    fn get(&self, cf: Cf, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        Ok(self.db.get_cf(self.family(cf)?, key)?)
+    }
+
+    fn multi_get(&self, cf: Cf, keys: &[&[u8]]) -> Result<Vec<Option<Vec<u8>>>> {
+        let family = self.family(cf)?;
+        let found = self.db.multi_get_cf(keys.iter().map(|key| (family, key)));
+        found.into_iter().map(|value| value.map_err(StoreError::from)).collect()
+    }
+
+    fn write(&self, batch: Batch) -> Result<()> {
+        self.write_with(batch, false)
+    }
+
+    fn write_durable(&self, batch: Batch) -> Result<()> {
+        self.write_with(batch, true)
+    }
+
+    fn scan(&self, cf: Cf, prefix: &[u8], visit: &mut Visit<'_>) -> Result<()> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        if let Some(end) = upper_bound(prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        let mode = IteratorMode::From(prefix, Direction::Forward);
+        for entry in self.db.iterator_cf_opt(self.family(cf)?, options, mode) {
+            let (key, value) = entry?;
+            if !visit(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first key after all that start with `prefix`; `None` if there is no such key.
+fn upper_bound(prefix: &[u8]) -> Option<Vec<u8>> {
+    let last = prefix.iter().rposition(|&byte| byte != 0xff)?;
+    let mut bound = prefix[..=last].to_vec();
+    bound[last] += 1;
+    Some(bound)
+}
+
+impl From<rocksdb::Error> for StoreError {
+    fn from(error: rocksdb::Error) -> Self {
+        StoreError::Kv(error.to_string())
+    }
+}

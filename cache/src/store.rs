@@ -1,0 +1,260 @@
+//! The store as a whole: one root directory, one owner, and what its parts share.
+//!
+//! ```text
+//! lock          held (flock) by the process that owns the root
+//! meta/         the key-value database
+//! snapshots/ID/fs   one layer each
+//! content/sha256/   blobs
+//! mutable/ID/fs     cache mounts and local source directories
+//! staging/      not yet committed; emptied at start
+//! trash/        being removed
+//! ```
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::blobs::{BlobTable, Blobs};
+use crate::contenthash::ContentCache;
+use crate::epoch::{self, Epochs};
+use crate::error::{Result, StoreError};
+use crate::keys::KeyStore;
+use crate::kv::{Batch, Cf, Kv, RocksKv};
+use crate::maintenance::Maintenance;
+use crate::mutable::{MutableDirs, MutableTable};
+use crate::scratch::ScratchDir;
+use crate::snapshots::{SnapshotTable, Snapshots};
+use crate::usage::UsageTracker;
+use crate::values::Values;
+use crate::{fsx, sweep};
+
+const SCHEMA_KEY: &[u8] = b"schema";
+const SCHEMA: u32 = 1;
+
+/// How to open a store.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// How long committed work may stay without a sync to disk, at most. Only a power cut loses it.
+    pub sync_interval: Duration,
+    /// Takes the place of the kernel's boot id, for instance where /proc is missing.
+    pub boot_id: Option<String>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { sync_interval: Duration::from_secs(20), boot_id: None }
+    }
+}
+
+/// An open store. Handles taken from it keep the root locked until they are dropped.
+pub struct Store {
+    shared: Arc<Shared>,
+    maintenance: Maintenance,
+    keys: Arc<KeyStore>,
+}
+
+/// What all parts of the store have in common.
+pub(crate) struct Shared {
+    pub(crate) root: PathBuf,
+    pub(crate) kv: Arc<dyn Kv>,
+    pub(crate) epochs: Epochs,
+    /// Held shared while a record comes to depend on another, exclusively while one is removed.
+    pub(crate) gate: RwLock<()>,
+    pub(crate) snapshots: SnapshotTable,
+    pub(crate) blobs: BlobTable,
+    pub(crate) mutable: MutableTable,
+    pub(crate) usage: UsageTracker,
+    pub(crate) content: ContentCache,
+    pub(crate) signal: Arc<crate::maintenance::Signal>,
+    closed: AtomicBool,
+    _lock: File,
+}
+
+impl Store {
+    /// Opens the store in `root`, which is created if need be. Removes what an earlier owner left
+    /// unfinished.
+    pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        fsx::make_dir(root)?;
+        let root = root.canonicalize().map_err(|e| StoreError::io("resolve", root, e))?;
+        let lock = lock(&root)?;
+        for dir in ["meta", "snapshots", "content/sha256", "mutable", "staging", "trash"] {
+            fsx::make_dir(&root.join(dir))?;
+        }
+        let kv: Arc<dyn Kv> = Arc::new(RocksKv::open(&root.join("meta"))?);
+        check_schema(&root, kv.as_ref())?;
+        let boot = match options.boot_id {
+            Some(boot) => boot,
+            None => epoch::boot_id()?,
+        };
+        let startup = Epochs::start(kv.as_ref(), &boot)?;
+        sweep::sweep(&root, kv.as_ref(), startup.trusted_until)?;
+        Epochs::mark_in_use(kv.as_ref(), &boot)?;
+
+        let shared = Arc::new(Shared {
+            root,
+            kv: Arc::clone(&kv),
+            epochs: startup.epochs,
+            gate: RwLock::new(()),
+            snapshots: SnapshotTable::default(),
+            blobs: BlobTable::default(),
+            mutable: MutableTable::default(),
+            usage: UsageTracker::default(),
+            content: ContentCache::default(),
+            signal: Arc::default(),
+            closed: AtomicBool::new(false),
+            _lock: lock,
+        });
+        let maintenance = Maintenance::start(&shared, options.sync_interval)?;
+        Ok(Arc::new(Self { shared, maintenance, keys: Arc::new(KeyStore::new(kv)) }))
+    }
+
+    /// Keys of finished steps.
+    pub fn keys(&self) -> Arc<KeyStore> {
+        Arc::clone(&self.keys)
+    }
+
+    /// Layers.
+    pub fn snapshots(&self) -> Snapshots {
+        Snapshots::new(Arc::clone(&self.shared))
+    }
+
+    /// Content by sha256 digest.
+    pub fn blobs(&self) -> Blobs {
+        Blobs::new(Arc::clone(&self.shared))
+    }
+
+    /// Cache mounts and local source directories.
+    pub fn mutable(&self) -> MutableDirs {
+        MutableDirs::new(Arc::clone(&self.shared))
+    }
+
+    /// Small named values: metadata of sources, history.
+    pub fn values(&self) -> Values {
+        Values::new(Arc::clone(&self.shared))
+    }
+
+    /// A temporary directory on the same file system.
+    pub fn scratch(&self) -> Result<ScratchDir> {
+        ScratchDir::new(&self.shared)
+    }
+
+    /// The root directory, without symlinks.
+    pub fn root(&self) -> &Path {
+        &self.shared.root
+    }
+
+    /// Stops background work, syncs, and marks a clean stop. Later commits fail; a second call
+    /// does nothing.
+    pub fn close(&self) -> Result<()> {
+        if self.shared.closed.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.maintenance.stop();
+        // Whoever passed the check for `closed` before has written its record once this is ours.
+        drop(self.shared.exclusive());
+        self.shared.usage.flush(self.shared.kv.as_ref())?;
+        self.shared.epochs.advance(self.shared.kv.as_ref(), &self.shared.root, true)
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "closing the store");
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+
+    pub(crate) fn check_open(&self) -> Result<()> {
+        match self.closed.load(Ordering::SeqCst) {
+            true => Err(StoreError::Closed),
+            false => Ok(()),
+        }
+    }
+
+    /// Keeps records from being removed while another is made to depend on them.
+    pub(crate) fn dependent(&self) -> Result<std::sync::RwLockReadGuard<'_, ()>> {
+        let guard = self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.check_open()?;
+        Ok(guard)
+    }
+
+    pub(crate) fn exclusive(&self) -> std::sync::RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The stamp of a record whose files are in place; makes sure that a sync follows.
+    pub(crate) fn stamp(&self) -> u64 {
+        self.signal.dirty();
+        self.epochs.stamp()
+    }
+
+    /// Moves a file or directory of the store out of sight; it is removed in the background.
+    pub(crate) fn discard(&self, path: &Path) {
+        let target = self.root.join("trash").join(fsx::random_id());
+        match std::fs::rename(path, &target) {
+            Ok(()) => self.signal.trash(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(path = %path.display(), %error, "can't discard"),
+        }
+    }
+}
+
+fn lock(root: &Path) -> Result<File> {
+    let path = root.join("lock");
+    let fail = |e| StoreError::io("open", &path, e);
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(fail)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+            return Err(StoreError::Locked { root: root.to_path_buf(), pid });
+        }
+        Err(error) => return Err(StoreError::io("lock", &path, error)),
+    }
+    let note = format!("{}\n", std::process::id());
+    file.set_len(0)
+        .and_then(|()| file.write_all(note.as_bytes()))
+        .map_err(|e| StoreError::io("write", &path, e))?;
+    Ok(file)
+}
+
+fn check_schema(root: &Path, kv: &dyn Kv) -> Result<()> {
+    let found = match kv.get(Cf::Meta, SCHEMA_KEY)? {
+        None => None,
+        Some(bytes) => Some(u32::from_le_bytes(bytes.try_into().map_err(|_| StoreError::Corrupt {
+            what: "schema",
+            key: "schema".to_owned(),
+            reason: "not 4 bytes".to_owned(),
+        })?)),
+    };
+    match found {
+        Some(SCHEMA) => Ok(()),
+        Some(found) if found > SCHEMA => {
+            Err(StoreError::Schema { root: root.to_path_buf(), found, supported: SCHEMA })
+        }
+        // Version 1 is the first; a later one inserts its conversions here.
+        Some(_) | None => {
+            let mut batch = Batch::new();
+            batch.put(Cf::Meta, SCHEMA_KEY, SCHEMA.to_le_bytes());
+            kv.write_durable(batch)
+        }
+    }
+}
