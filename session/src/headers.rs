@@ -26,8 +26,9 @@ pub(crate) const UPLOAD_HOST: &str = "urlhost";
 pub(crate) fn put(map: &mut MetadataMap, key: &str, value: &str) -> Result<(), Status> {
     let key: AsciiMetadataKey =
         key.parse().map_err(|_| Status::invalid_argument(format!("invalid metadata key {key:?}")))?;
-    let value: AsciiMetadataValue =
-        value.parse().map_err(|_| Status::invalid_argument(format!("invalid value of metadata key {key}: {value:?}")))?;
+    let value: AsciiMetadataValue = value
+        .parse()
+        .map_err(|_| Status::invalid_argument(format!("invalid value of metadata key {key}: {value:?}")))?;
     map.append(key, value);
     Ok(())
 }
@@ -39,7 +40,9 @@ pub(crate) fn put_list(map: &mut MetadataMap, key: &str, values: &[String]) -> R
         return values.iter().try_for_each(|value| put(map, key, value));
     }
     put(map, &format!("{key}-encoded"), "1")?;
-    values.iter().try_for_each(|value| put(map, key, &url::form_urlencoded::byte_serialize(value.as_bytes()).collect::<String>()))
+    values.iter().try_for_each(|value| {
+        put(map, key, &url::form_urlencoded::byte_serialize(value.as_bytes()).collect::<String>())
+    })
 }
 
 /// Every value of `key`, decoded when the sender marked them as encoded.
@@ -48,12 +51,15 @@ pub(crate) fn get_list(map: &MetadataMap, key: &str) -> Result<Vec<String>, Stat
     map.get_all(key)
         .iter()
         .map(|value| {
-            let text = value.to_str().map_err(|_| Status::invalid_argument(format!("metadata key {key} is not ASCII")))?;
+            let text = value
+                .to_str()
+                .map_err(|_| Status::invalid_argument(format!("metadata key {key} is not ASCII")))?;
             if !encoded {
                 return Ok(text.to_owned());
             }
             let pair = format!("={text}");
-            let decoded = url::form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value.into_owned());
+            let decoded =
+                url::form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value.into_owned());
             decoded.ok_or_else(|| Status::invalid_argument(format!("metadata key {key} is badly encoded")))
         })
         .collect()

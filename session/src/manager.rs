@@ -150,10 +150,12 @@ fn connect(pipe: Pipe) -> Result<Channel, Status> {
     let connector = tower::service_fn(move |_: http::Uri| {
         let pipe = once.take();
         async move {
-            pipe.map(TokioIo::new).ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "session closed"))
+            pipe.map(TokioIo::new)
+                .ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "session closed"))
         }
     });
-    let endpoint = Endpoint::try_from("http://localhost").map_err(|error| Status::internal(error.to_string()))?;
+    let endpoint =
+        Endpoint::try_from("http://localhost").map_err(|error| Status::internal(error.to_string()))?;
     let endpoint = endpoint
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(8 << 20)

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use kiln_proto::filesync::auth_client::AuthClient;
 use kiln_proto::filesync::{
-    CredentialsRequest, FetchTokenRequest, FetchTokenResponse, GetTokenAuthorityRequest, VerifyTokenAuthorityRequest,
+    CredentialsRequest, FetchTokenRequest, FetchTokenResponse, GetTokenAuthorityRequest,
+    VerifyTokenAuthorityRequest,
 };
 use kiln_proto::secrets::GetSecretRequest;
 use kiln_proto::secrets::secrets_client::SecretsClient;
@@ -108,7 +109,11 @@ impl Session {
     }
 
     pub(crate) fn require(&self, method: &str) -> Result<(), SessionError> {
-        if self.supports(method) { Ok(()) } else { Err(SessionError::Unsupported { method: method.to_owned() }) }
+        if self.supports(method) {
+            Ok(())
+        } else {
+            Err(SessionError::Unsupported { method: method.to_owned() })
+        }
     }
 
     fn auth(&self) -> AuthClient<Channel> {
@@ -166,7 +171,9 @@ impl Session {
     ) -> Result<Vec<u8>, SessionError> {
         let request = VerifyTokenAuthorityRequest { host: host.to_owned(), payload, salt: salt.to_vec() };
         let answer = timed(self.auth().verify_token_authority(request)).await;
-        answer.map(|a| a.signed).map_err(|status| SessionError::call(format!("token authority for {host}"), status))
+        answer
+            .map(|a| a.signed)
+            .map_err(|status| SessionError::call(format!("token authority for {host}"), status))
     }
 
     /// The secret with this id; `None` if the client has no such secret or no secrets at all.
@@ -247,5 +254,7 @@ impl Session {
 
 async fn timed<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {
     let answer = tokio::time::timeout(AUTH_TIMEOUT, call).await;
-    answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("the client did not answer in time"))).map(tonic::Response::into_inner)
+    answer
+        .unwrap_or_else(|_| Err(Status::deadline_exceeded("the client did not answer in time")))
+        .map(tonic::Response::into_inner)
 }

@@ -162,7 +162,8 @@ impl TarSender {
     pub async fn finish(mut self) -> Result<(), SessionError> {
         self.sender.close();
         let answer = (&mut self.call.0).await;
-        let answer = answer.unwrap_or_else(|error| Err(Status::internal(format!("export task failed: {error}"))));
+        let answer =
+            answer.unwrap_or_else(|error| Err(Status::internal(format!("export task failed: {error}"))));
         answer.map_err(|status| SessionError::call("export to client", status))
     }
 }

@@ -35,7 +35,8 @@ fn sample(root: &Path) {
 async fn a_directory_arrives_as_it_is() {
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
     sample(from.path());
-    let (sent, received) = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
+    let (sent, received) =
+        transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
     let (sent, received) = (sent.unwrap(), received.unwrap());
     assert_eq!(listing(from.path()), listing(to.path()));
     assert_eq!(sent.entries, received.entries);
@@ -49,7 +50,8 @@ async fn a_second_transfer_moves_only_what_differs_and_never_writes_in_place() {
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
     sample(from.path());
     transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
-    let again = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    let again =
+        transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
     assert!(!again.changed(), "{again:?}");
     assert_eq!(again.bytes, 0);
 
@@ -83,7 +85,14 @@ async fn a_second_transfer_moves_only_what_differs_and_never_writes_in_place() {
     let gone = |path: &str| Change { path: path.into(), kind: ChangeKind::Deleted };
     assert_eq!(
         changes,
-        [wrote("a-b"), wrote("a/b"), gone("bin"), wrote("dangling"), wrote("empty"), wrote("empty/now-a-dir")]
+        [
+            wrote("a-b"),
+            wrote("a/b"),
+            gone("bin"),
+            wrote("dangling"),
+            wrote("empty"),
+            wrote("empty/now-a-dir")
+        ]
     );
 }
 
@@ -125,19 +134,38 @@ async fn mode_none_requests_everything_and_merge_deletes_nothing() {
 #[tokio::test]
 async fn patterns_select_and_parents_come_along() {
     let from = tempdir().unwrap();
-    for path in ["src/main.rs", "src/lib.rs", "src/deep/x.o", "target/a.o", "target/keep/b", "README", "docs/x"] {
+    for path in
+        ["src/main.rs", "src/lib.rs", "src/deep/x.o", "target/a.o", "target/keep/b", "README", "docs/x"]
+    {
         write(from.path(), path, path);
     }
     let cases: &[(&[&str], &[&str], &[&str])] = &[
         (&["src/*.rs"], &[], &["src", "src/lib.rs", "src/main.rs"]),
         (&["src"], &["**/*.o"], &["src", "src/deep", "src/lib.rs", "src/main.rs"]),
-        (&[], &["target", "!target/keep", "docs"], &["README", "src", "src/deep", "src/deep/x.o", "src/lib.rs", "src/main.rs", "target", "target/keep", "target/keep/b"]),
+        (
+            &[],
+            &["target", "!target/keep", "docs"],
+            &[
+                "README",
+                "src",
+                "src/deep",
+                "src/deep/x.o",
+                "src/lib.rs",
+                "src/main.rs",
+                "target",
+                "target/keep",
+                "target/keep/b",
+            ],
+        ),
         (&[], &["**", "!README"], &["README"]),
         (&["**/x*"], &[], &["docs", "docs/x", "src", "src/deep", "src/deep/x.o"]),
     ];
     for (include, exclude, expected) in cases {
         let to = tempdir().unwrap();
-        transfer(from.path(), select(include, exclude, &[]), to.path(), ReceiveOptions::default()).await.1.unwrap();
+        transfer(from.path(), select(include, exclude, &[]), to.path(), ReceiveOptions::default())
+            .await
+            .1
+            .unwrap();
         assert_eq!(paths(to.path()), *expected, "include {include:?} exclude {exclude:?}");
     }
 }
@@ -168,7 +196,10 @@ async fn followed_paths_bring_the_links_on_their_way() {
         assert_eq!(paths(to.path()), *expected, "follow {follow:?}");
     }
     let to = tempdir().unwrap();
-    transfer(root, select(&[], &[], &["unrelated", "/"]), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    transfer(root, select(&[], &[], &["unrelated", "/"]), to.path(), ReceiveOptions::default())
+        .await
+        .1
+        .unwrap();
     assert_eq!(paths(to.path()), paths(root));
 }
 
@@ -183,7 +214,12 @@ async fn a_prefix_becomes_the_parent_directory() {
     let (requests, incoming) = mpsc::unbounded_channel();
     let (sent, received) = tokio::join!(
         fsutil::send(trees, UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None),
-        fsutil::receive(to.path(), ReceiveOptions::default(), ReceiverStream::new(outgoing).map(Ok).boxed(), requests)
+        fsutil::receive(
+            to.path(),
+            ReceiveOptions::default(),
+            ReceiverStream::new(outgoing).map(Ok).boxed(),
+            requests
+        )
     );
     sent.unwrap();
     received.unwrap();
@@ -239,7 +275,10 @@ async fn listings_that_break_the_rules_are_refused() {
         (vec![link("hard", 0o644, "../x")], "invalid path \"../x\""),
         (vec![stat("odd", gomode::IRREGULAR)], "unknown mode"),
         (vec![data(7, b"x")], "file 7, which was not requested"),
-        (vec![stat("f", 0o644), data(0, b"x"), data(0, b""), data(0, b"")], "file 0, which was not requested"),
+        (
+            vec![stat("f", 0o644), data(0, b"x"), data(0, b""), data(0, b"")],
+            "file 0, which was not requested",
+        ),
         (vec![stat("f", 0o644), data(0, b"half")], "connection closed before the transfer ended"),
         (vec![Packet::default(), Packet::default()], "unexpected PACKET_STAT"),
     ];
@@ -267,11 +306,18 @@ async fn a_directory_replaces_a_link_of_its_name_instead_of_following_it() {
 async fn requests_that_make_no_sense_fail_the_sender() {
     let from = tempdir().unwrap();
     write(from.path(), "dir/file", "x");
-    for (ids, expected) in [(vec![9], "invalid file id 9"), (vec![0], "invalid file id 0"), (vec![1, 1], "invalid file id 1")] {
+    for (ids, expected) in
+        [(vec![9], "invalid file id 9"), (vec![0], "invalid file id 0"), (vec![1, 1], "invalid file id 1")]
+    {
         let (packets, mut outgoing) = mpsc::channel(64);
         let (requests, incoming) = mpsc::unbounded_channel();
         let tree = Subtree::open(from.path()).unwrap();
-        let sending = tokio::spawn(fsutil::send(vec![tree], UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None));
+        let sending = tokio::spawn(fsutil::send(
+            vec![tree],
+            UnboundedReceiverStream::new(incoming).map(Ok).boxed(),
+            packets,
+            None,
+        ));
         // The whole listing is out before anything is asked for.
         while outgoing.recv().await.unwrap().stat.is_some() {}
         for id in ids {
@@ -298,7 +344,8 @@ async fn failures_name_the_path_at_both_ends() {
 
     use std::os::unix::ffi::OsStrExt;
     std::fs::write(from.path().join(std::ffi::OsStr::from_bytes(b"bad\xff")), "x").unwrap();
-    let (sent, received) = transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
+    let (sent, received) =
+        transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
     assert!(sent.unwrap_err().to_string().contains("not valid UTF-8"));
     assert!(received.unwrap_err().to_string().contains("not valid UTF-8"));
 }
@@ -311,11 +358,24 @@ async fn devices_and_pipes_travel() {
     }
     use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
-    mknodat(CWD, from.path().join("null"), FileType::CharacterDevice, Mode::from_raw_mode(0o600), makedev(1, 3)).unwrap();
+    mknodat(
+        CWD,
+        from.path().join("null"),
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(0o600),
+        makedev(1, 3),
+    )
+    .unwrap();
     mknodat(CWD, from.path().join("pipe"), FileType::Fifo, Mode::from_raw_mode(0o640), 0).unwrap();
     transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
     assert_eq!(listing(from.path()), listing(to.path()));
-    assert!(!transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap().changed());
+    assert!(
+        !transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default())
+            .await
+            .1
+            .unwrap()
+            .changed()
+    );
 }
 
 #[derive(Debug, Clone)]
@@ -329,7 +389,8 @@ fn trees() -> impl Strategy<Value = Vec<(String, Node)>> {
     let name = "[a-c.\\-]{0,1}[a-c]";
     let path = proptest::collection::vec(name, 1..4).prop_map(|parts| parts.join("/"));
     let node = prop_oneof![
-        ("[a-z]{0,5}", prop_oneof![Just(0o644u32), Just(0o600), Just(0o755)]).prop_map(|(text, mode)| Node::File(text, mode)),
+        ("[a-z]{0,5}", prop_oneof![Just(0o644u32), Just(0o600), Just(0o755)])
+            .prop_map(|(text, mode)| Node::File(text, mode)),
         Just(Node::Dir),
         "[a-c]{1,3}".prop_map(Node::Link),
     ];
@@ -359,7 +420,7 @@ fn plant(root: &Path, nodes: &[(String, Node)]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever was there before, a mirror ends up equal to its source.
     #[test]

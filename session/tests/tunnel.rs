@@ -123,7 +123,10 @@ async fn exports_reach_their_targets() {
     let file = dir.path().join("out.tar");
     let open = {
         let file = file.clone();
-        move || Ok(Box::pin(tokio::fs::File::from_std(std::fs::File::create(file)?)) as Pin<Box<dyn tokio::io::AsyncWrite + Send>>)
+        move || {
+            Ok(Box::pin(tokio::fs::File::from_std(std::fs::File::create(file)?))
+                as Pin<Box<dyn tokio::io::AsyncWrite + Send>>)
+        }
     };
     let mut offer = Attachables::new();
     offer.export(vec![
@@ -141,7 +144,8 @@ async fn exports_reach_their_targets() {
     tar.finish().await.unwrap();
     assert_eq!(std::fs::read_to_string(&file).unwrap(), content);
 
-    let sent = session.file_send_dir(2, false, vec![Subtree::open(tree.path()).unwrap()], None).await.unwrap();
+    let sent =
+        session.file_send_dir(2, false, vec![Subtree::open(tree.path()).unwrap()], None).await.unwrap();
     assert_eq!((sent.entries, sent.bytes), (2, 1));
     assert_eq!(paths(&dir.path().join("made")), ["bin", "bin/tool"]);
 
@@ -149,7 +153,8 @@ async fn exports_reach_their_targets() {
     assert!(again.to_string().contains("already taken"), "{again}");
     let none = session.file_send_tar(0, &metadata).unwrap().finish().await.unwrap_err();
     assert!(none.is_not_found(), "{none}");
-    let none = session.file_send_dir(0, false, vec![Subtree::open(tree.path()).unwrap()], None).await.unwrap_err();
+    let none =
+        session.file_send_dir(0, false, vec![Subtree::open(tree.path()).unwrap()], None).await.unwrap_err();
     assert!(none.is_not_found(), "{none}");
 }
 
@@ -245,14 +250,20 @@ struct Keys;
 
 #[tonic::async_trait]
 impl Auth for Keys {
-    async fn credentials(&self, request: Request<CredentialsRequest>) -> Result<Response<CredentialsResponse>, Status> {
+    async fn credentials(
+        &self,
+        request: Request<CredentialsRequest>,
+    ) -> Result<Response<CredentialsResponse>, Status> {
         match request.into_inner().host.as_str() {
             "broken" => Err(Status::unknown("helper failed")),
             "anonymous" => Ok(Response::new(CredentialsResponse::default())),
             host => Ok(Response::new(CredentialsResponse { username: "u".into(), secret: host.into() })),
         }
     }
-    async fn fetch_token(&self, request: Request<FetchTokenRequest>) -> Result<Response<FetchTokenResponse>, Status> {
+    async fn fetch_token(
+        &self,
+        request: Request<FetchTokenRequest>,
+    ) -> Result<Response<FetchTokenResponse>, Status> {
         let token = request.into_inner().scopes.join(",");
         Ok(Response::new(FetchTokenResponse { token, ..Default::default() }))
     }

@@ -23,10 +23,13 @@ use super::files::status;
 use crate::fsutil::{self, Ownership, ReceiveMode, ReceiveOptions};
 use crate::headers;
 
+/// A writable file or stream.
+pub type Output = Pin<Box<dyn AsyncWrite + Send>>;
+
 /// Where an exporter's output goes.
 pub enum ExportTarget {
     /// Into a file or stream, opened when the output comes.
-    Bytes(Box<dyn FnOnce() -> std::io::Result<Pin<Box<dyn AsyncWrite + Send>>> + Send>),
+    Bytes(Box<dyn FnOnce() -> std::io::Result<Output> + Send>),
     /// Into a directory, which is made if it is missing.
     Dir {
         /// The directory.
@@ -96,7 +99,9 @@ impl tower::Service<http::Request<Body>> for FileSend {
                 Some(Slot::Bytes(target)) => {
                     let target = target.lock().unwrap_or_else(PoisonError::into_inner).take();
                     let service = IntoBytes { target };
-                    Grpc::new(ProstCodec::<BytesMessage, BytesMessage>::default()).streaming(service, request).await
+                    Grpc::new(ProstCodec::<BytesMessage, BytesMessage>::default())
+                        .streaming(service, request)
+                        .await
                 }
                 Some(Slot::None) | None => {
                     Status::not_found(format!("no target for the output of exporter {index}")).into_http()
@@ -148,7 +153,9 @@ impl StreamingService<Packet> for IntoDir {
         Box::pin(async move {
             let complete = headers::get(request.metadata(), headers::EXPORTER_MULTI_PLATFORM) == "1";
             if mirror && !complete {
-                return Err(Status::failed_precondition("the daemon cannot mirror a directory: it sends no complete listing"));
+                return Err(Status::failed_precondition(
+                    "the daemon cannot mirror a directory: it sends no complete listing",
+                ));
             }
             std::fs::create_dir_all(&path)
                 .map_err(|error| Status::unknown(format!("make directory {}: {error}", path.display())))?;

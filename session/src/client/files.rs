@@ -59,7 +59,10 @@ impl FileSync for Files {
         Ok(Response::new(outgoing(receiver, result)))
     }
 
-    async fn tar_stream(&self, _: Request<Streaming<Packet>>) -> Result<Response<Self::TarStreamStream>, Status> {
+    async fn tar_stream(
+        &self,
+        _: Request<Streaming<Packet>>,
+    ) -> Result<Response<Self::TarStreamStream>, Status> {
         Err(Status::unimplemented("file transfer as a tar stream"))
     }
 }

@@ -6,7 +6,6 @@ mod files;
 mod secrets;
 mod ssh;
 
-
 use futures::StreamExt;
 use kiln_proto::control::BytesMessage;
 use kiln_proto::control::control_client::ControlClient;
@@ -25,7 +24,7 @@ use crate::error::SessionError;
 use crate::headers;
 use crate::pipe::{Pipe, pipe};
 
-pub use export::ExportTarget;
+pub use export::{ExportTarget, Output};
 pub use files::SharedDir;
 pub use secrets::Secret;
 pub use ssh::Agent;
@@ -98,9 +97,8 @@ impl Attachables {
         let failed = |status| SessionError::call("open session", status);
         let (incoming_sender, incoming) = tokio::sync::oneshot::channel::<tonic::Streaming<BytesMessage>>();
         // The server end exists before the call, so that bytes flow as soon as either side has some.
-        let incoming = futures::stream::once(incoming)
-            .filter_map(|stream| std::future::ready(stream.ok()))
-            .flatten();
+        let incoming =
+            futures::stream::once(incoming).filter_map(|stream| std::future::ready(stream.ok())).flatten();
         let closed = CancellationToken::new();
         let (pipe, outgoing) = pipe(Box::pin(incoming), closed.clone());
         let mut request = Request::new(ReceiverStream::new(outgoing));
@@ -117,7 +115,8 @@ impl Attachables {
 }
 
 async fn serve(attachables: Attachables, pipe: Pipe, closed: CancellationToken) {
-    let connections = futures::stream::once(std::future::ready(Ok::<_, std::io::Error>(pipe))).chain(futures::stream::pending());
+    let connections = futures::stream::once(std::future::ready(Ok::<_, std::io::Error>(pipe)))
+        .chain(futures::stream::pending());
     let server = Server::builder()
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(8 << 20)
@@ -191,4 +190,3 @@ fn outgoing<T: Send + 'static>(
     });
     ReceiverStream::new(receiver).map(Ok).chain(end).boxed()
 }
-

@@ -41,14 +41,21 @@ pub(super) struct Store {
 
 #[tonic::async_trait]
 impl Secrets for Store {
-    async fn get_secret(&self, request: Request<GetSecretRequest>) -> Result<Response<GetSecretResponse>, Status> {
+    async fn get_secret(
+        &self,
+        request: Request<GetSecretRequest>,
+    ) -> Result<Response<GetSecretResponse>, Status> {
         let id = request.into_inner().id;
         let data = match self.secrets.get(&id) {
             None => return Err(Status::not_found(format!("secret {id}: not found"))),
             Some(Secret::Value { value, .. }) => value.clone(),
             Some(Secret::File { path, .. }) => tokio::fs::read(path).await.map_err(|error| {
                 let text = format!("secret {id}: read {}: {error}", path.display());
-                if error.kind() == std::io::ErrorKind::NotFound { Status::not_found(text) } else { Status::unknown(text) }
+                if error.kind() == std::io::ErrorKind::NotFound {
+                    Status::not_found(text)
+                } else {
+                    Status::unknown(text)
+                }
             })?,
         };
         if data.len() > MAX_SIZE {

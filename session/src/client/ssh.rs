@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use futures::stream::BoxStream;
 use futures::StreamExt;
+use futures::stream::BoxStream;
 use kiln_proto::sshforward::ssh_server::{Ssh, SshServer};
 use kiln_proto::sshforward::{BytesMessage, CheckAgentRequest, CheckAgentResponse};
 use tokio::io::AsyncWriteExt;
@@ -42,7 +42,10 @@ impl Agents {
 
 #[tonic::async_trait]
 impl Ssh for Agents {
-    async fn check_agent(&self, request: Request<CheckAgentRequest>) -> Result<Response<CheckAgentResponse>, Status> {
+    async fn check_agent(
+        &self,
+        request: Request<CheckAgentRequest>,
+    ) -> Result<Response<CheckAgentResponse>, Status> {
         self.socket(&request.into_inner().id)?;
         Ok(Response::new(CheckAgentResponse {}))
     }
@@ -55,7 +58,8 @@ impl Ssh for Agents {
     ) -> Result<Response<Self::ForwardAgentStream>, Status> {
         let socket = self.socket(headers::get(request.metadata(), headers::SSH_ID))?;
         let stream = UnixStream::connect(socket).await;
-        let stream = stream.map_err(|error| Status::unknown(format!("connect to {}: {error}", socket.display())))?;
+        let stream =
+            stream.map_err(|error| Status::unknown(format!("connect to {}: {error}", socket.display())))?;
         let (reader, mut writer) = stream.into_split();
         let mut incoming = request.into_inner();
         tokio::spawn(async move {
@@ -66,8 +70,9 @@ impl Ssh for Agents {
             }
             let _ = writer.shutdown().await;
         });
-        let answers = ReaderStream::with_capacity(reader, CHUNK)
-            .map(|chunk| chunk.map(|data| BytesMessage { data }).map_err(|error| Status::unknown(error.to_string())));
+        let answers = ReaderStream::with_capacity(reader, CHUNK).map(|chunk| {
+            chunk.map(|data| BytesMessage { data }).map_err(|error| Status::unknown(error.to_string()))
+        });
         Ok(Response::new(answers.boxed()))
     }
 }

@@ -49,7 +49,13 @@ pub(super) fn resolve(root: BorrowedFd<'_>, paths: &[String]) -> Result<Option<V
 }
 
 /// Goes one plain component further, through a link if it is one.
-fn step(root: BorrowedFd<'_>, mut item: Pending, name: &str, queue: &mut Vec<Pending>, found: &mut BTreeSet<String>) {
+fn step(
+    root: BorrowedFd<'_>,
+    mut item: Pending,
+    name: &str,
+    queue: &mut Vec<Pending>,
+    found: &mut BTreeSet<String>,
+) {
     let here = path::join(&item.done, name);
     match fsops::read_link(root, &here) {
         Some(target) if item.links < MAX_LINKS => {
@@ -58,7 +64,8 @@ fn step(root: BorrowedFd<'_>, mut item: Pending, name: &str, queue: &mut Vec<Pen
                 item.done.clear();
             }
             // A link's target is literal text: nothing in it is a wildcard.
-            let target = components(&target).into_iter().map(|part| if part == ".." { part } else { escape(&part) });
+            let target =
+                components(&target).into_iter().map(|part| if part == ".." { part } else { escape(&part) });
             item.rest = target.chain(item.rest).collect();
             item.links += 1;
         }
@@ -86,7 +93,14 @@ fn expand(
     }
     if !any {
         let rest = item.rest.iter().map(String::as_str);
-        found.insert(std::iter::once(escape(&item.done).as_str()).filter(|d| !d.is_empty()).chain([part]).chain(rest).collect::<Vec<_>>().join("/"));
+        found.insert(
+            std::iter::once(escape(&item.done).as_str())
+                .filter(|d| !d.is_empty())
+                .chain([part])
+                .chain(rest)
+                .collect::<Vec<_>>()
+                .join("/"),
+        );
     }
     Ok(())
 }
@@ -122,7 +136,9 @@ fn without_covered(found: BTreeSet<String>) -> Vec<String> {
     sorted.sort_by(|a, b| path::compare(a, b));
     let mut kept: Vec<String> = Vec::new();
     for path in sorted {
-        let covered = kept.last().is_some_and(|last| path.strip_prefix(last.as_str()).is_some_and(|rest| rest.starts_with('/')));
+        let covered = kept
+            .last()
+            .is_some_and(|last| path.strip_prefix(last.as_str()).is_some_and(|rest| rest.starts_with('/')));
         if !covered {
             kept.push(path);
         }

@@ -28,7 +28,8 @@ pub(super) fn open(root: BorrowedFd<'_>, rel: &str, flags: OFlags) -> Result<Own
     let rel = if rel.is_empty() { "." } else { rel };
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     loop {
-        match fs::openat2(root, rel, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS) {
+        match fs::openat2(root, rel, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+        {
             // The kernel asks to try again when a rename ran beside the look-up.
             Err(Errno::AGAIN | Errno::INTR) => {}
             other => return other,
@@ -97,7 +98,8 @@ pub(super) fn lstat(dir: &OwnedFd, name: &str) -> Result<Option<Stat>, Errno> {
 
 /// Nanoseconds since the epoch of a file's modification time.
 pub(super) fn mtime_ns(stat: &Stat) -> i64 {
-    i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec)).unwrap_or(i64::MAX)
+    i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec))
+        .unwrap_or(i64::MAX)
 }
 
 /// Times to set: that modification time, and the access time left alone.

@@ -70,7 +70,11 @@ pub enum TransferError {
 }
 
 impl TransferError {
-    pub(crate) fn io(action: &'static str, path: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<String>,
+        source: impl Into<std::io::Error>,
+    ) -> Self {
         Self::Io { action, path: path.into(), source: source.into() }
     }
 }

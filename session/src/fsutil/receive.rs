@@ -45,7 +45,9 @@ pub async fn receive(
         }
     }
     drop(sender);
-    worker.await.unwrap_or_else(|error| Err(TransferError::Protocol(format!("receiving task failed: {error}"))))
+    worker
+        .await
+        .unwrap_or_else(|error| Err(TransferError::Protocol(format!("receiving task failed: {error}"))))
 }
 
 fn apply(

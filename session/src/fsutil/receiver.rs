@@ -107,7 +107,7 @@ struct DirMeta {
     stat: Stat,
     /// Its mode or owner must be set.
     fresh: bool,
-    /// Something directly in it changed, so its times did.
+    /// Its time must be set: it differs, or something directly in it changed. Alone that counts as no change.
     touched: bool,
 }
 
@@ -201,7 +201,10 @@ impl Receiver {
             None
         };
         let Some(posix) = gomode::to_posix(stat.mode) else {
-            return Err(TransferError::Protocol(format!("{:?} has the unknown mode {:#x}", stat.path, stat.mode)));
+            return Err(TransferError::Protocol(format!(
+                "{:?} has the unknown mode {:#x}",
+                stat.path, stat.mode
+            )));
         };
         match FileType::from_raw_mode(posix) {
             FileType::Directory => self.directory(stat, found, meta, &parent, &name)?,
@@ -225,7 +228,9 @@ impl Receiver {
                 return Ok(Some(id));
             }
             kind => {
-                if !(found.is_some_and(|found| self.same(&found, &stat, posix)) && self.same_target(&stat, kind, &parent, &name)?) {
+                if !(found.is_some_and(|found| self.same(&found, &stat, posix))
+                    && self.same_target(&stat, kind, &parent, &name)?)
+                {
                     self.special(&stat, kind, posix, &parent, &name)?;
                     self.changed(stat.path, meta);
                 }
@@ -257,11 +262,15 @@ impl Receiver {
         let Some(writing) = self.writing.get_mut(&id) else { return Ok(()) };
         if !data.is_empty() {
             self.received.bytes += data.len() as u64;
-            return writing.file.write_all(data).map_err(|error| TransferError::io("write", &wanted.stat.path, error));
+            return writing
+                .file
+                .write_all(data)
+                .map_err(|error| TransferError::io("write", &wanted.stat.path, error));
         }
         // The temporary file stays in `writing`, which cleans up, until the rename is done.
         dress(&writing.dir, &temp, &wanted.stat, self.options.ownership, self.options.mode)?;
-        put(&writing.dir, &temp, name).map_err(|error| TransferError::io("rename", &wanted.stat.path, error))?;
+        put(&writing.dir, &temp, name)
+            .map_err(|error| TransferError::io("rename", &wanted.stat.path, error))?;
         self.writing.remove(&id);
         if let Some(Wanted { stat, meta }) = self.wanted.remove(&id) {
             self.changed(stat.path, meta);
@@ -315,10 +324,13 @@ impl Receiver {
         parent: &str,
         name: &str,
     ) -> Result<(), TransferError> {
-        let existed = found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory);
-        let mut fresh = !existed;
+        let existed =
+            found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory);
+        let (mut fresh, mut touched) = (!existed, false);
         if let Some(found) = found.filter(|_| existed) {
-            fresh = found.st_mode & 0o7777 != gomode::permissions(stat.mode) || !self.same_owner(&found, &stat);
+            fresh =
+                found.st_mode & 0o7777 != gomode::permissions(stat.mode) || !self.same_owner(&found, &stat);
+            touched = fsops::mtime_ns(&found) != stat.mod_time;
         } else {
             let dir = open_cached(&self.root, &mut self.top, parent)?;
             let make = || -> Result<(), std::io::Error> {
@@ -333,25 +345,37 @@ impl Receiver {
             self.changed(stat.path.clone(), parent_meta.filter(|_| !existed));
         }
         let path = stat.path.clone();
-        self.dirs.push(DirMeta { stat, fresh, touched: false });
+        self.dirs.push(DirMeta { stat, fresh, touched });
         let meta = Some(self.dirs.len() - 1);
         self.stack.push(OpenDir { path, seen: HashSet::new(), existed, meta });
         Ok(())
     }
 
-    fn special(&mut self, stat: &Stat, kind: FileType, posix: u32, parent: &str, name: &str) -> Result<(), TransferError> {
+    fn special(
+        &mut self,
+        stat: &Stat,
+        kind: FileType,
+        posix: u32,
+        parent: &str,
+        name: &str,
+    ) -> Result<(), TransferError> {
         let temp = format!("{}s", self.temp_prefix);
         let dir = open_cached(&self.root, &mut self.top, parent)?;
         let made = if kind == FileType::Symlink {
             fs::symlinkat(stat.linkname.as_str(), dir, temp.as_str())
         } else {
-            let number = |n: i64| u32::try_from(n).map_err(|_| TransferError::Protocol(format!("{:?} has an invalid device number", stat.path)));
+            let number = |n: i64| {
+                u32::try_from(n).map_err(|_| {
+                    TransferError::Protocol(format!("{:?} has an invalid device number", stat.path))
+                })
+            };
             let device = fs::makedev(number(stat.devmajor)?, number(stat.devminor)?);
             fs::mknodat(dir, temp.as_str(), kind, Mode::from_raw_mode(posix & 0o7777), device)
         };
         made.map_err(|error| TransferError::io("create", &stat.path, error))?;
-        let placed = dress(dir, &temp, stat, self.options.ownership, self.options.mode)
-            .and_then(|()| put(dir, &temp, name).map_err(|error| TransferError::io("rename", &stat.path, error)));
+        let placed = dress(dir, &temp, stat, self.options.ownership, self.options.mode).and_then(|()| {
+            put(dir, &temp, name).map_err(|error| TransferError::io("rename", &stat.path, error))
+        });
         if placed.is_err() {
             let _ = fs::unlinkat(dir, temp.as_str(), AtFlags::empty());
         }
@@ -371,7 +395,8 @@ impl Receiver {
             return Ok(());
         }
         let temp = format!("{}l", self.temp_prefix);
-        fs::linkat(&from, from_name, dir, temp.as_str(), AtFlags::empty()).map_err(|error| failed(error.into()))?;
+        fs::linkat(&from, from_name, dir, temp.as_str(), AtFlags::empty())
+            .map_err(|error| failed(error.into()))?;
         put(dir, &temp, name).map_err(failed)?;
         self.changed(stat.path.clone(), meta);
         Ok(())
@@ -383,7 +408,8 @@ impl Receiver {
         if !dir.existed || self.options.mode == ReceiveMode::Merge {
             return Ok(());
         }
-        let fd = fsops::open_dir(self.root.as_fd(), &dir.path).map_err(|error| TransferError::io("open", &dir.path, error))?;
+        let fd = fsops::open_dir(self.root.as_fd(), &dir.path)
+            .map_err(|error| TransferError::io("open", &dir.path, error))?;
         let names = fsops::entries(&fd).map_err(|error| TransferError::io("read", &dir.path, error))?;
         for (name, _) in names {
             let text = name.to_string_lossy();
@@ -413,7 +439,13 @@ impl Receiver {
         self.options.ownership == Ownership::Ignore || (found.st_uid, found.st_gid) == (stat.uid, stat.gid)
     }
 
-    fn same_target(&mut self, stat: &Stat, kind: FileType, parent: &str, name: &str) -> Result<bool, TransferError> {
+    fn same_target(
+        &mut self,
+        stat: &Stat,
+        kind: FileType,
+        parent: &str,
+        name: &str,
+    ) -> Result<bool, TransferError> {
         if kind != FileType::Symlink {
             return Ok(true);
         }
@@ -453,7 +485,8 @@ fn open_cached<'a>(
     path: &str,
 ) -> Result<&'a OwnedFd, TransferError> {
     if cache.as_ref().is_none_or(|(cached, _)| cached != path) {
-        let dir = fsops::open_dir(root.as_fd(), path).map_err(|error| TransferError::io("open", path, error))?;
+        let dir =
+            fsops::open_dir(root.as_fd(), path).map_err(|error| TransferError::io("open", path, error))?;
         *cache = None;
         return Ok(&cache.insert((path.to_owned(), dir)).1);
     }
@@ -473,11 +506,18 @@ fn put(dir: &OwnedFd, temp: &str, name: &str) -> Result<(), std::io::Error> {
 
 /// Gives `name` in `dir` the owner, mode, attributes and time of `stat`; the time last, because it is what says
 /// that an entry is whole.
-fn dress(dir: &OwnedFd, name: &str, stat: &Stat, ownership: Ownership, mode: ReceiveMode) -> Result<(), TransferError> {
+fn dress(
+    dir: &OwnedFd,
+    name: &str,
+    stat: &Stat,
+    ownership: Ownership,
+    mode: ReceiveMode,
+) -> Result<(), TransferError> {
     let failed = |action, error: Errno| TransferError::io(action, &stat.path, error);
     if ownership == Ownership::Keep {
         let (uid, gid) = (Uid::from_raw(stat.uid), Gid::from_raw(stat.gid));
-        fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(|error| failed("chown", error))?;
+        fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| failed("chown", error))?;
     }
     if !gomode::is_symlink(stat.mode) {
         let bits = Mode::from_raw_mode(gomode::permissions(stat.mode));
@@ -491,5 +531,6 @@ fn dress(dir: &OwnedFd, name: &str, stat: &Stat, ownership: Ownership, mode: Rec
             Err(error) => return Err(failed("set attribute of", error)),
         }
     }
-    fs::utimensat(dir, name, &fsops::times(stat.mod_time), AtFlags::SYMLINK_NOFOLLOW).map_err(|error| failed("set times of", error))
+    fs::utimensat(dir, name, &fsops::times(stat.mod_time), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|error| failed("set times of", error))
 }

@@ -75,7 +75,8 @@ pub async fn send(
     progress: Option<Progress>,
 ) -> Result<SendSummary, TransferError> {
     trees.sort_by(|a, b| path::compare(&a.prefix, &b.prefix));
-    let out = Arc::new(Outgoing { packets: packets.clone(), transferred: 0.into(), content: 0.into(), progress });
+    let out =
+        Arc::new(Outgoing { packets: packets.clone(), transferred: 0.into(), content: 0.into(), progress });
     let result = run(trees, incoming, &out).await;
     let answer = match &result {
         Ok(_) => Packet { r#type: PacketType::PacketFin.into(), ..Default::default() },
@@ -96,7 +97,9 @@ async fn run(
     out: &Arc<Outgoing>,
 ) -> Result<SendSummary, TransferError> {
     let files: Files = Files::default();
-    let trees = tokio::task::spawn_blocking(move || subtrees.into_iter().map(Tree::new).collect::<Result<Vec<_>, _>>());
+    let trees = tokio::task::spawn_blocking(move || {
+        subtrees.into_iter().map(Tree::new).collect::<Result<Vec<_>, _>>()
+    });
     let trees: Arc<[Arc<Tree>]> = joined(trees.await)?.into();
 
     let mut work: JoinSet<Result<Done, TransferError>> = JoinSet::new();
@@ -192,7 +195,12 @@ fn send_file(trees: &[Arc<Tree>], files: &Files, id: u32, out: &Outgoing) -> Res
             }
         }
         // Gone, or no longer a file (a socket cannot be opened): it has no content.
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NXIO | rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR) => {}
+        Err(
+            rustix::io::Errno::NOENT
+            | rustix::io::Errno::NXIO
+            | rustix::io::Errno::LOOP
+            | rustix::io::Errno::NOTDIR,
+        ) => {}
         Err(error) => return Err(TransferError::io("open", path::join(&tree.prefix, &below), error)),
     }
     out.send(Packet { r#type: PacketType::PacketData.into(), id, ..Default::default() })

@@ -71,7 +71,12 @@ struct Frame {
 impl Tree {
     pub(super) fn new(subtree: Subtree) -> Result<Arc<Self>, TransferError> {
         let filter = Filter::new(&subtree.selection, subtree.root.as_fd())?;
-        Ok(Arc::new(Self { root: subtree.root, prefix: subtree.prefix, filter, reset_ids: subtree.reset_ids }))
+        Ok(Arc::new(Self {
+            root: subtree.root,
+            prefix: subtree.prefix,
+            filter,
+            reset_ids: subtree.reset_ids,
+        }))
     }
 
     /// The prefix directory's own entry, if there is one.
@@ -89,7 +94,8 @@ impl Tree {
         emit: &mut dyn FnMut(Stat, &str) -> Result<(), TransferError>,
     ) -> Result<(), TransferError> {
         let mut links: HashMap<(u64, u64), String> = HashMap::new();
-        let mut stack = vec![Frame { path: String::new(), items: self.list("", None)?.into_iter(), withheld: None }];
+        let mut stack =
+            vec![Frame { path: String::new(), items: self.list("", None)?.into_iter(), withheld: None }];
         while let Some(frame) = stack.last_mut() {
             self.look_ahead(frame);
             let Some(mut item) = frame.items.next() else {
@@ -139,7 +145,8 @@ impl Tree {
         for item in dirs.skip(1) {
             let (sender, receiver) = mpsc::channel();
             item.listing = Some(receiver);
-            let (tree, path, verdicts) = (self.clone(), path::join(&frame.path, &item.name), item.verdicts.clone());
+            let (tree, path, verdicts) =
+                (self.clone(), path::join(&frame.path, &item.name), item.verdicts.clone());
             rayon::spawn(move || {
                 // The walk may have failed meanwhile; then nobody listens.
                 let _ = sender.send(tree.list(&path, Some(&verdicts)));
@@ -153,7 +160,9 @@ impl Tree {
         let dir = match fsops::open_dir(self.root.as_fd(), dir_path) {
             Ok(dir) => dir,
             // It went away or changed since its parent was listed.
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => return Ok(Vec::new()),
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
+                return Ok(Vec::new());
+            }
             Err(error) => return Err(TransferError::io("open", shown(), error)),
         };
         let mut names = fsops::entries(&dir).map_err(|error| TransferError::io("read", shown(), error))?;
@@ -206,14 +215,19 @@ impl Tree {
         let mut shared = None;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Symlink => {
-                let target = fs::readlinkat(dir, name.as_str(), Vec::new()).map_err(|error| failed("readlink", error))?;
-                wire.linkname = target.into_string().map_err(|_| TransferError::Name(format!("{path} (link target)")))?;
+                let target = fs::readlinkat(dir, name.as_str(), Vec::new())
+                    .map_err(|error| failed("readlink", error))?;
+                wire.linkname =
+                    target.into_string().map_err(|_| TransferError::Name(format!("{path} (link target)")))?;
                 wire.size = i64::try_from(wire.linkname.len()).unwrap_or(i64::MAX);
             }
             FileType::RegularFile if stat.st_nlink > 1 => shared = Some((stat.st_dev, stat.st_ino)),
             _ => {}
         }
-        wire.xattrs = fsops::xattrs(dir, &name).map_err(|error| failed("read attributes of", error))?.into_iter().collect();
+        wire.xattrs = fsops::xattrs(dir, &name)
+            .map_err(|error| failed("read attributes of", error))?
+            .into_iter()
+            .collect();
         Ok(Some(Item { name, decision, verdicts, stat: wire, shared, listing: None }))
     }
 

@@ -21,14 +21,14 @@ use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Writes a file with its parents.
-pub fn write(root: &Path, path: &str, content: &str) {
+pub(crate) fn write(root: &Path, path: &str, content: &str) {
     let path = root.join(path);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, content).unwrap();
 }
 
 /// Everything below a directory: path to "type mode size-or-target mtime".
-pub fn listing(root: &Path) -> BTreeMap<String, String> {
+pub(crate) fn listing(root: &Path) -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
     let mut dirs = vec![root.to_path_buf()];
     while let Some(dir) = dirs.pop() {
@@ -57,18 +57,18 @@ pub fn listing(root: &Path) -> BTreeMap<String, String> {
 }
 
 /// Only the paths of [`listing`].
-pub fn paths(root: &Path) -> Vec<String> {
+pub(crate) fn paths(root: &Path) -> Vec<String> {
     listing(root).into_keys().collect()
 }
 
 /// The selection with these patterns.
-pub fn select(include: &[&str], exclude: &[&str], follow: &[&str]) -> Selection {
+pub(crate) fn select(include: &[&str], exclude: &[&str], follow: &[&str]) -> Selection {
     let owned = |list: &[&str]| list.iter().map(ToString::to_string).collect();
     Selection { include: owned(include), exclude: owned(exclude), follow: owned(follow) }
 }
 
 /// Sends `from` to `to` in this process.
-pub async fn transfer(
+pub(crate) async fn transfer(
     from: &Path,
     selection: Selection,
     to: &Path,
@@ -77,7 +77,8 @@ pub async fn transfer(
     let tree = Subtree { selection, ..Subtree::open(from).unwrap() };
     let (packets, outgoing) = mpsc::channel(fsutil::SEND_QUEUE);
     let (requests, incoming) = mpsc::unbounded_channel();
-    let send = fsutil::send(vec![tree], UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None);
+    let send =
+        fsutil::send(vec![tree], UnboundedReceiverStream::new(incoming).map(Ok).boxed(), packets, None);
     let receive = fsutil::receive(to, options, ReceiverStream::new(outgoing).map(Ok).boxed(), requests);
     tokio::join!(send, receive)
 }
@@ -96,7 +97,10 @@ impl Control for SessionsOnly {
     type SessionStream = BoxStream<'static, Result<BytesMessage, Status>>;
     type ListenBuildHistoryStream = BoxStream<'static, Result<BuildHistoryEvent, Status>>;
 
-    async fn session(&self, request: Request<Streaming<BytesMessage>>) -> Result<Response<Self::SessionStream>, Status> {
+    async fn session(
+        &self,
+        request: Request<Streaming<BytesMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
         let (metadata, _, incoming) = request.into_parts();
         Ok(Response::new(self.0.handle(&metadata, incoming)?.boxed()))
     }
@@ -112,7 +116,10 @@ impl Control for SessionsOnly {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<Self::StatusStream>, Status> {
         no()
     }
-    async fn list_workers(&self, _: Request<ListWorkersRequest>) -> Result<Response<ListWorkersResponse>, Status> {
+    async fn list_workers(
+        &self,
+        _: Request<ListWorkersRequest>,
+    ) -> Result<Response<ListWorkersResponse>, Status> {
         no()
     }
     async fn info(&self, _: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
@@ -133,7 +140,7 @@ impl Control for SessionsOnly {
 }
 
 /// A daemon's session table and a client connected to it.
-pub async fn daemon() -> (Arc<SessionManager>, ControlClient<Channel>) {
+pub(crate) async fn daemon() -> (Arc<SessionManager>, ControlClient<Channel>) {
     let manager = SessionManager::new();
     let service = ControlServer::new(SessionsOnly(manager.clone()));
     let (client, server) = tokio::io::duplex(1 << 20);
