@@ -100,7 +100,11 @@ pub trait ResultStore<R>: Send + Sync + 'static {
     /// A handle to a result of an earlier build; `None` when it is gone (the record is then dropped).
     fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<R>, OpError>>;
     /// Digest of the part of a result that `query` selects (see wire/llb: content hash; blake3 form).
-    fn content_digest<'a>(&'a self, result: &'a R, query: &'a ContentQuery) -> BoxFuture<'a, Result<Key, OpError>>;
+    fn content_digest<'a>(
+        &'a self,
+        result: &'a R,
+        query: &'a ContentQuery,
+    ) -> BoxFuture<'a, Result<Key, OpError>>;
     /// Digest of what an operation produced (names, types, modes, owners, contents, xattrs; no
     /// mtimes) chained on what it was produced on; the basis of early cut-off.
     fn output_digest<'a>(&'a self, result: &'a R) -> BoxFuture<'a, Result<Key, OpError>>;

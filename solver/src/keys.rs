@@ -1,0 +1,90 @@
+//! How keys are made: blake3 over an operation's digest and what each input contributes. Every
+//! field is tagged and of fixed or stated length, so no two different lists hash the same bytes.
+
+use crate::op::Key;
+
+/// Domain of definition keys: inputs count by their own definition keys.
+pub(crate) const DEFINITION_KEY: &str = "kiln.definition.v1";
+/// Domain of content keys: inputs count by content that is read, else by their own content keys.
+pub(crate) const CONTENT_KEY: &str = "kiln.content.v1";
+/// Domain of output keys: inputs count by content that is read, else by digests of their outputs.
+pub(crate) const OUTPUT_KEY: &str = "kiln.output.v1";
+
+/// What one input contributes to a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// An output of a vertex that has this key itself.
+    Edge(Key, u32),
+    /// Content that the operation reads.
+    Query(Key),
+    /// Digest of the whole output.
+    Output(Key),
+}
+
+/// The key of a vertex. `domain` keeps the kinds of keys apart; a selector counts only where the
+/// input isn't already represented by the content it selects.
+pub(crate) fn vertex_key<'a>(
+    domain: &str,
+    op: &Key,
+    inputs: impl Iterator<Item = (Part, Option<&'a str>)>,
+) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(domain.as_bytes());
+    hasher.update(&[0]);
+    hasher.update(op.as_bytes());
+    for (part, selector) in inputs {
+        let selector = match part {
+            Part::Edge(key, output) => {
+                hasher.update(b"e").update(key.as_bytes()).update(&output.to_le_bytes());
+                selector
+            }
+            Part::Query(key) => {
+                hasher.update(b"q").update(key.as_bytes());
+                None
+            }
+            Part::Output(key) => {
+                hasher.update(b"o").update(key.as_bytes());
+                selector
+            }
+        };
+        match selector {
+            Some(text) => {
+                hasher.update(b"s").update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+            }
+            None => {
+                hasher.update(b"-");
+            }
+        }
+    }
+    hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_differ_in_each_thing_that_matters() {
+        let a = blake3::hash(b"a");
+        let b = blake3::hash(b"b");
+        let one = |domain, op, part, selector| vertex_key(domain, op, [(part, selector)].into_iter());
+        let keys = [
+            vertex_key("x", &a, [].into_iter()),
+            one("x", &a, Part::Edge(b, 0), None),
+            one("y", &a, Part::Edge(b, 0), None),
+            one("x", &b, Part::Edge(b, 0), None),
+            one("x", &a, Part::Edge(a, 0), None),
+            one("x", &a, Part::Edge(b, 1), None),
+            one("x", &a, Part::Edge(b, 0), Some("")),
+            one("x", &a, Part::Edge(b, 0), Some("s")),
+            one("x", &a, Part::Query(b), None),
+            one("x", &a, Part::Output(b), None),
+        ];
+        for (i, left) in keys.iter().enumerate() {
+            for right in &keys[i + 1..] {
+                assert_ne!(left, right);
+            }
+        }
+        assert_eq!(one("x", &a, Part::Query(b), None), one("x", &a, Part::Query(b), Some("s")));
+    }
+}

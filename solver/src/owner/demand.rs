@@ -1,0 +1,287 @@
+//! Who wants what. A vertex is worked on while a request or a consumer wants it; when the last one
+//! withdraws, what it has going on is cancelled and it may be wanted again later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use petgraph::graph::NodeIndex;
+use tokio::sync::oneshot;
+
+use super::graph::{Content, InputPart, Map, OutputDigest, Step, Tried};
+use super::report::MapProgress;
+use super::{Edge, Event, Owner, Request};
+use crate::error::SolveError;
+use crate::keys::Part;
+use crate::op::{OpClass, OpContext, OpError};
+use crate::produced::{Produced, no_such_output};
+use crate::progress::VertexProgress;
+use crate::work::guarded;
+
+/// How long an operation that never ran is taken to last.
+const UNKNOWN_RUN: Duration = Duration::from_secs(1);
+const UNKNOWN_IO: Duration = Duration::from_millis(100);
+
+impl<R: Clone + Send + Sync + 'static> Owner<R> {
+    pub(super) fn request(&mut self, id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>>) {
+        self.requests.insert(id, Request { edge, reply });
+        self.graph[edge.vertex].requests.push(id);
+        self.ask_maps(edge.vertex);
+        self.want(edge.vertex);
+        if self.graph[edge.vertex].is_settled() {
+            self.answer_requests(edge.vertex);
+        }
+    }
+
+    pub(super) fn withdraw(&mut self, id: u64) {
+        let Some(request) = self.requests.remove(&id) else { return };
+        self.graph[request.edge.vertex].requests.retain(|other| *other != id);
+        self.release(request.edge.vertex);
+    }
+
+    /// Answers the requests for a vertex that is done or has failed.
+    fn answer_requests(&mut self, place: NodeIndex) {
+        for id in std::mem::take(&mut self.graph[place].requests) {
+            let Some(Request { edge, reply }) = self.requests.remove(&id) else { continue };
+            let vertex = &self.graph[place];
+            let output = edge.output as usize;
+            let answer = match &vertex.step {
+                Step::Done(produced) => produced.outputs.get(output).cloned().ok_or_else(|| {
+                    vertex.error(no_such_output(output, produced.outputs.len(), &vertex.name))
+                }),
+                Step::Failed(error) => Err(SolveError::clone(error)),
+                Step::Waiting | Step::Opening | Step::Working(..) => Err(SolveError::canceled()),
+            };
+            self.report_skipped(place);
+            let _ = reply.send(answer);
+            self.release(place);
+        }
+    }
+
+    /// Asks all operations below for what they depend on.
+    fn ask_maps(&mut self, root: NodeIndex) {
+        let mut worklist = vec![root];
+        while let Some(place) = worklist.pop() {
+            let vertex = &mut self.graph[place];
+            // Whatever was asked before had everything below it asked, too.
+            if !matches!(vertex.map, Map::Unasked) || vertex.is_settled() {
+                continue;
+            }
+            let progress = Arc::new(MapProgress::new(vertex.state.clone(), self.options.progress.clone()));
+            vertex.map = Map::Asked(progress.clone());
+            worklist.extend(vertex.inputs.iter().map(|edge| edge.vertex));
+            self.unranked.push(place);
+            let context = OpContext {
+                progress: VertexProgress::new(&vertex.digest, progress),
+                ignore_cache: vertex.ignore_cache,
+            };
+            let op = vertex.op.clone();
+            self.spawn_unless_ready(async move {
+                let map = guarded(op.cache_map(&context)).await;
+                Event::Mapped { vertex: place, map }
+            });
+        }
+    }
+
+    fn want(&mut self, place: NodeIndex) {
+        let vertex = &mut self.graph[place];
+        vertex.wanted += 1;
+        if vertex.wanted == 1 && !vertex.is_settled() {
+            self.ready.push_back(place);
+        }
+    }
+
+    fn release(&mut self, place: NodeIndex) {
+        let mut worklist = vec![place];
+        while let Some(place) = worklist.pop() {
+            let vertex = &mut self.graph[place];
+            vertex.wanted -= 1;
+            if vertex.wanted > 0 || vertex.is_settled() {
+                continue;
+            }
+            if std::mem::take(&mut vertex.inputs_wanted) {
+                worklist.extend(vertex.inputs.iter().map(|edge| edge.vertex));
+            }
+            self.report_canceled(place);
+            self.start_over(place);
+        }
+    }
+
+    /// Forgets what was going on, but not what is known. Drops the hold on shared work.
+    pub(super) fn start_over(&mut self, place: NodeIndex) {
+        let vertex = &mut self.graph[place];
+        vertex.step = Step::Waiting;
+        vertex.epoch += 1;
+        vertex.tried = Tried::default();
+        vertex.outputs_missing = 0;
+    }
+
+    pub(super) fn want_inputs(&mut self, place: NodeIndex) {
+        let inputs = self.graph[place].inputs.clone();
+        let missing = inputs.iter().filter(|edge| self.graph[edge.vertex].produced().is_none()).count();
+        let vertex = &mut self.graph[place];
+        vertex.inputs_wanted = true;
+        vertex.inputs_missing = missing;
+        for edge in &inputs {
+            self.want(edge.vertex);
+        }
+        for (input, edge) in inputs.iter().enumerate() {
+            match &self.graph[edge.vertex].step {
+                Step::Failed(error) => {
+                    let error = error.clone();
+                    return self.fail(place, error);
+                }
+                Step::Done(_) => self.input_arrived(place, input),
+                Step::Waiting | Step::Opening | Step::Working(..) => {}
+            }
+            if self.graph[place].is_settled() {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn release_inputs(&mut self, place: NodeIndex) {
+        if std::mem::take(&mut self.graph[place].inputs_wanted) {
+            for edge in self.graph[place].inputs.clone() {
+                self.release(edge.vertex);
+            }
+        }
+    }
+
+    /// An input of a vertex that waits for its inputs is there: has digested what the content key needs.
+    fn input_arrived(&mut self, place: NodeIndex, input: usize) {
+        let vertex = &self.graph[place];
+        let edge = vertex.inputs[input];
+        let below = &self.graph[edge.vertex];
+        let (Some(produced), Some(map)) = (below.produced(), vertex.map()) else { return };
+        let Some(result) = produced.outputs.get(edge.output as usize) else {
+            let error = no_such_output(edge.output as usize, produced.outputs.len(), &below.name);
+            return self.fail_op(place, error);
+        };
+        if vertex.parts[input] != InputPart::Unknown {
+            return;
+        }
+        if let Some(query) = map.inputs.get(input).and_then(|input| input.content.clone()) {
+            let (shared, result) = (self.shared.clone(), result.clone());
+            self.graph[place].parts[input] = InputPart::Asked;
+            self.spawn(async move {
+                let digest = guarded(shared.results.content_digest(&result, &query)).await;
+                Event::ContentDigest { vertex: place, input, digest }
+            });
+        } else if below.content.is_none() && map.persistent {
+            match below.output_digests[edge.output as usize] {
+                OutputDigest::Known(digest) => self.know_part(place, input, Part::Output(digest)),
+                _ => self.ask_output_digest(edge),
+            }
+        }
+    }
+
+    pub(super) fn ask_output_digest(&mut self, edge: Edge) {
+        let vertex = &mut self.graph[edge.vertex];
+        let Step::Done(produced) = &vertex.step else { return };
+        let Some(state @ (OutputDigest::Unasked | OutputDigest::Failed)) =
+            vertex.output_digests.get_mut(edge.output as usize)
+        else {
+            return;
+        };
+        *state = OutputDigest::Asked;
+        let (shared, produced) = (self.shared.clone(), produced.clone());
+        self.spawn(async move {
+            let digest = guarded(produced.output_digest(&shared, edge.output as usize)).await;
+            Event::OutputDigest { edge, digest }
+        });
+    }
+
+    /// The results of a vertex are there.
+    pub(super) fn finish(&mut self, place: NodeIndex, produced: Arc<Produced<R>>) {
+        let vertex = &mut self.graph[place];
+        vertex.epoch += 1;
+        vertex.output_digests = (0..produced.outputs.len())
+            .map(|output| produced.digest(output).map_or(OutputDigest::Unasked, OutputDigest::Known))
+            .collect();
+        let persistent = vertex.map().is_some_and(|map| map.persistent);
+        let learned = match (vertex.content, produced.content_key()) {
+            (None, Some(key)) if persistent => Some(Content { key, distinct: true, fresh: false }),
+            _ => None,
+        };
+        vertex.content = vertex.content.or(learned);
+        vertex.step = Step::Done(produced.clone());
+        self.release_inputs(place);
+        if learned.is_some() {
+            self.spread_content(place);
+        }
+
+        let keys = self.recorded_under(place);
+        if !produced.has_keys(&keys) {
+            let content =
+                self.graph[place].content.filter(|content| content.distinct).map(|content| content.key);
+            let shared = self.shared.clone();
+            self.shared.tasks.spawn(async move { produced.add_keys(&*shared.keys, &keys, content) });
+        }
+        for (above, input) in self.consumers(place) {
+            let vertex = &mut self.graph[above];
+            if vertex.inputs_wanted && !vertex.is_settled() {
+                vertex.inputs_missing -= 1;
+                self.input_arrived(above, input);
+                self.ready.push_back(above);
+            }
+        }
+        self.answer_requests(place);
+    }
+
+    /// The operation of a vertex failed: reports it on that vertex and fails what needs it.
+    pub(super) fn fail_op(&mut self, place: NodeIndex, error: OpError) {
+        self.report_failed(place, &error.message);
+        let error = Arc::new(self.graph[place].error(error));
+        self.fail(place, error);
+    }
+
+    /// Fails a vertex and all that wait for it; stays so for the rest of the build. Without a
+    /// cache map, keys above can't be made either: then all that is above fails.
+    pub(super) fn fail(&mut self, place: NodeIndex, error: Arc<SolveError>) {
+        let unmapped = self.graph[place].map().is_none();
+        let mut worklist = vec![place];
+        while let Some(place) = worklist.pop() {
+            if self.graph[place].is_settled() {
+                continue;
+            }
+            self.report_canceled(place);
+            let vertex = &mut self.graph[place];
+            vertex.epoch += 1;
+            vertex.step = Step::Failed(error.clone());
+            self.release_inputs(place);
+            for (above, _) in self.consumers(place) {
+                if unmapped || self.graph[above].inputs_wanted {
+                    worklist.push(above);
+                }
+            }
+            self.answer_requests(place);
+        }
+    }
+
+    /// How long the longest path from the start of a vertex to the end of the build is, by what
+    /// earlier builds took. Priorities are made for all vertices that became wanted since the last time.
+    pub(super) fn priority(&mut self, place: NodeIndex) -> Duration {
+        if !self.shared.limiter.is_limited() {
+            return Duration::ZERO;
+        }
+        let mut unranked = std::mem::take(&mut self.unranked);
+        // Consumers come before their inputs.
+        unranked.sort_unstable_by(|a, b| b.cmp(a));
+        for place in unranked {
+            let vertex = &self.graph[place];
+            let known =
+                vertex.map().and_then(|map| self.shared.keys.duration(map.digest.as_bytes()).ok().flatten());
+            let own = known.unwrap_or(match vertex.op.class() {
+                OpClass::Run => UNKNOWN_RUN,
+                OpClass::Io => UNKNOWN_IO,
+            });
+            let remaining = vertex.remaining.saturating_add(own);
+            self.graph[place].remaining = remaining;
+            for edge in self.graph[place].inputs.clone() {
+                let below = &mut self.graph[edge.vertex].remaining;
+                *below = remaining.max(*below);
+            }
+        }
+        self.graph[place].remaining
+    }
+}

@@ -1,0 +1,397 @@
+//! The arena: vertices, how definitions enter it, and how keys spread upwards from the sources.
+//! Everything is a worklist: no recursion over the graph.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_proto::llb;
+use petgraph::Direction;
+use petgraph::graph::NodeIndex;
+
+use super::report::{MapProgress, Watched};
+use super::{Edge, Owner};
+use crate::error::SolveError;
+use crate::explain::{KeyKind, Lookup};
+use crate::keys::{CONTENT_KEY, DEFINITION_KEY, Part, vertex_key};
+use crate::op::{CacheMap, Key, Op, OpError, OpVertex};
+use crate::produced::Produced;
+use crate::progress::{Event as ProgressEvent, VertexState};
+
+/// A vertex of a build. What is known of it only grows; [`Step`] is where it stands while wanted.
+pub(super) struct Vertex<R> {
+    pub(super) digest: Arc<str>,
+    pub(super) name: Arc<str>,
+    pub(super) op: Arc<dyn Op<R>>,
+    pub(super) inputs: Vec<Edge>,
+    pub(super) ignore_cache: bool,
+    /// It or something below it must run anew: its definition key says nothing about its result.
+    pub(super) fresh: bool,
+    /// What the progress stream says of it.
+    pub(super) state: VertexState,
+    pub(super) announced: bool,
+    /// Everything below was reported as done.
+    pub(super) reported_below: bool,
+
+    pub(super) map: Map,
+    pub(super) definition: Definition,
+    definition_missing: usize,
+    pub(super) content: Option<Content>,
+    /// For each input, what it contributes to the content key.
+    pub(super) parts: Vec<InputPart>,
+    content_missing: usize,
+    pub(super) output_key: Option<Key>,
+
+    pub(super) step: Step<R>,
+    /// Counts steps taken back, to tell answers that are no longer waited for.
+    pub(super) epoch: u64,
+    pub(super) tried: Tried,
+    /// How many consumers and requests want the result.
+    pub(super) wanted: usize,
+    pub(super) requests: Vec<u64>,
+    pub(super) inputs_wanted: bool,
+    pub(super) inputs_missing: usize,
+    pub(super) outputs_missing: usize,
+    /// For each output, once the vertex is done.
+    pub(super) output_digests: Vec<OutputDigest>,
+    /// Longest path from its start to the end of the build, once ranked; until then, the
+    /// longest below its consumers.
+    pub(super) remaining: Duration,
+    pub(super) lookups: Vec<Lookup>,
+}
+
+/// What the operation says it depends on.
+pub(super) enum Map {
+    Unasked,
+    Asked(Arc<MapProgress>),
+    Known(Arc<CacheMap>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Definition {
+    Unknown,
+    /// Something below has no identity beyond this build.
+    Absent,
+    Known(Key),
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Content {
+    pub(super) key: Key,
+    /// It may recognise what the definition key does not.
+    pub(super) distinct: bool,
+    /// Something that it stands for must run anew.
+    pub(super) fresh: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InputPart {
+    Unknown,
+    Asked,
+    Known(Part),
+}
+
+pub(super) enum OutputDigest {
+    Unasked,
+    Asked,
+    Known(Key),
+    Failed,
+}
+
+pub(super) enum Step<R> {
+    /// It isn't wanted, or waits for keys, inputs or digests.
+    Waiting,
+    /// A record was found; its results are being loaded.
+    Opening,
+    /// Somebody is at it.
+    Working(Watched<R>),
+    Done(Arc<Produced<R>>),
+    Failed(Arc<SolveError>),
+}
+
+/// Which keys were looked up.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tried {
+    pub(super) definition: bool,
+    pub(super) content: bool,
+    pub(super) output: bool,
+}
+
+impl Tried {
+    pub(super) fn set(&mut self, kind: KeyKind) {
+        match kind {
+            KeyKind::Definition => self.definition = true,
+            KeyKind::Content => self.content = true,
+            KeyKind::Output => self.output = true,
+        }
+    }
+}
+
+impl<R> Vertex<R> {
+    pub(super) fn map(&self) -> Option<&Arc<CacheMap>> {
+        match &self.map {
+            Map::Known(map) => Some(map),
+            Map::Unasked | Map::Asked(_) => None,
+        }
+    }
+
+    pub(super) fn produced(&self) -> Option<&Arc<Produced<R>>> {
+        match &self.step {
+            Step::Done(produced) => Some(produced),
+            _ => None,
+        }
+    }
+
+    /// True if the operation reads a part of this input whose content stands for it.
+    pub(super) fn reads_part(&self, input: usize) -> bool {
+        self.map().is_some_and(|map| map.inputs.get(input).is_some_and(|input| input.content.is_some()))
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        matches!(self.step, Step::Done(_) | Step::Failed(_))
+    }
+
+    pub(super) fn error(&self, error: OpError) -> SolveError {
+        SolveError { vertex: Some(self.digest.to_string()), name: self.name.to_string(), error }
+    }
+}
+
+impl<R: Clone + Send + Sync + 'static> Owner<R> {
+    /// Adds what is new of a definition and announces it.
+    pub(super) fn load(&mut self, loaded: llb::Loaded) -> Result<Option<Edge>, SolveError> {
+        let mut places: Vec<NodeIndex> = Vec::with_capacity(loaded.vertices.len());
+        for vertex in loaded.vertices {
+            let refused =
+                |text: &str| SolveError::load(Some(&vertex.digest), &vertex.name, OpError::new(text));
+            let edge =
+                |&(input, output): &(usize, u32)| places.get(input).map(|&vertex| Edge { vertex, output });
+            let inputs = vertex.inputs.iter().map(edge).collect::<Option<Vec<Edge>>>();
+            let inputs = inputs.ok_or_else(|| refused("invalid LLB: an input follows its consumer"))?;
+            let place = match self.find(&vertex, &inputs) {
+                Some(place) => place,
+                None => self.add(vertex, inputs)?,
+            };
+            places.push(place);
+        }
+        for &place in &places {
+            let vertex = &mut self.graph[place];
+            if !std::mem::replace(&mut vertex.announced, true) {
+                self.options.progress.event(ProgressEvent::Vertex(vertex.state.clone()));
+            }
+        }
+        Ok(loaded.root.and_then(|(root, output)| Some(Edge { vertex: *places.get(root)?, output })))
+    }
+
+    /// The same operation on the same inputs with the same options.
+    fn find(&self, vertex: &llb::LoadedVertex, inputs: &[Edge]) -> Option<NodeIndex> {
+        let same = |place: &&NodeIndex| {
+            let known = &self.graph[**place];
+            known.ignore_cache == vertex.metadata.ignore_cache && known.inputs == inputs
+        };
+        self.by_digest.get(vertex.digest.as_str())?.iter().find(same).copied()
+    }
+
+    fn add(&mut self, vertex: llb::LoadedVertex, inputs: Vec<Edge>) -> Result<NodeIndex, SolveError> {
+        let ignore_cache = vertex.metadata.ignore_cache;
+        let state = VertexState {
+            digest: vertex.digest.clone(),
+            inputs: inputs.iter().map(|edge| self.graph[edge.vertex].digest.to_string()).collect(),
+            name: vertex.name.clone(),
+            group: vertex.metadata.progress_group.clone(),
+            ..VertexState::default()
+        };
+        let (digest, name): (Arc<str>, Arc<str>) =
+            (vertex.digest.as_str().into(), vertex.name.as_str().into());
+        let vertex =
+            OpVertex { digest: vertex.digest, op: vertex.op, metadata: vertex.metadata, name: vertex.name };
+        let op = self
+            .options
+            .factory
+            .op(&vertex)
+            .map_err(|error| SolveError::load(Some(&digest), &name, error))?;
+
+        let below = |edge: &Edge| &self.graph[edge.vertex];
+        // Without what an input depends on, no key can be made here either.
+        let hopeless = inputs.iter().find_map(|edge| match &below(edge).step {
+            Step::Failed(error) if below(edge).map().is_none() => Some(error.clone()),
+            _ => None,
+        });
+        let fresh = ignore_cache || inputs.iter().any(|edge| below(edge).fresh);
+        let absent = inputs.iter().any(|edge| below(edge).definition == Definition::Absent);
+        let missing = inputs.iter().filter(|edge| below(edge).definition == Definition::Unknown).count();
+        let node = Vertex {
+            digest: digest.clone(),
+            name,
+            op,
+            ignore_cache,
+            fresh,
+            state,
+            announced: false,
+            reported_below: false,
+            map: Map::Unasked,
+            definition: if absent { Definition::Absent } else { Definition::Unknown },
+            definition_missing: missing,
+            content: None,
+            parts: vec![InputPart::Unknown; inputs.len()],
+            content_missing: inputs.len(),
+            output_key: None,
+            step: hopeless.map_or(Step::Waiting, Step::Failed),
+            epoch: 0,
+            tried: Tried::default(),
+            wanted: 0,
+            requests: Vec::new(),
+            inputs_wanted: false,
+            inputs_missing: 0,
+            outputs_missing: 0,
+            output_digests: Vec::new(),
+            remaining: Duration::ZERO,
+            lookups: Vec::new(),
+            inputs,
+        };
+        let inputs = node.inputs.clone();
+        let place = self.graph.add_node(node);
+        for (position, input) in (0..).zip(inputs) {
+            self.graph.add_edge(place, input.vertex, position);
+        }
+        self.by_digest.entry(digest).or_default().push(place);
+        Ok(place)
+    }
+
+    /// The uses of a vertex: who, and as which of its inputs.
+    pub(super) fn consumers(&self, vertex: NodeIndex) -> Vec<(NodeIndex, usize)> {
+        use petgraph::visit::EdgeRef;
+        self.graph
+            .edges_directed(vertex, Direction::Incoming)
+            .map(|edge| (edge.source(), *edge.weight() as usize))
+            .collect()
+    }
+
+    /// Takes in what an operation depends on and spreads the keys that follow from it.
+    pub(super) fn know_map(&mut self, place: NodeIndex, map: CacheMap) {
+        let vertex = &mut self.graph[place];
+        let persistent = map.persistent;
+        vertex.map = Map::Known(Arc::new(map));
+        if vertex.definition == Definition::Unknown {
+            if !persistent {
+                vertex.definition = Definition::Absent;
+                self.spread_definition(place);
+            } else if vertex.definition_missing == 0 {
+                self.make_definition(place);
+                self.spread_definition(place);
+            }
+        }
+        for input in 0..self.graph[place].inputs.len() {
+            let below = self.graph[place].inputs[input];
+            if !self.graph[place].reads_part(input)
+                && let Some(content) = self.graph[below.vertex].content
+            {
+                self.know_part(place, input, Part::Edge(content.key, below.output));
+            }
+        }
+        if self.graph[place].inputs.is_empty() {
+            self.make_content(place);
+            self.spread_content(place);
+        }
+    }
+
+    fn make_definition(&mut self, place: NodeIndex) {
+        let vertex = &self.graph[place];
+        let Some(map) = vertex.map() else { return };
+        let parts = vertex.inputs.iter().enumerate().filter_map(|(i, edge)| {
+            let Definition::Known(key) = self.graph[edge.vertex].definition else { return None };
+            let selector = map.inputs.get(i).and_then(|input| input.selector.as_deref());
+            Some((Part::Edge(key, edge.output), selector))
+        });
+        let key = vertex_key(DEFINITION_KEY, &map.digest, parts);
+        self.graph[place].definition = Definition::Known(key);
+    }
+
+    /// `place` just got its definition key, or was found to have none: tells all above.
+    fn spread_definition(&mut self, place: NodeIndex) {
+        let mut worklist = vec![place];
+        while let Some(place) = worklist.pop() {
+            self.ready.push_back(place);
+            let absent = self.graph[place].definition == Definition::Absent;
+            for (above, _) in self.consumers(place) {
+                let vertex = &mut self.graph[above];
+                if vertex.definition != Definition::Unknown {
+                    continue;
+                }
+                if absent {
+                    vertex.definition = Definition::Absent;
+                    worklist.push(above);
+                    continue;
+                }
+                vertex.definition_missing -= 1;
+                if vertex.definition_missing == 0 && vertex.map().is_some() {
+                    self.make_definition(above);
+                    worklist.push(above);
+                }
+            }
+        }
+    }
+
+    /// Takes in what an input contributes to a content key; the first answer counts.
+    pub(super) fn know_part(&mut self, place: NodeIndex, input: usize, part: Part) {
+        if self.set_part(place, input, part) {
+            self.spread_content(place);
+        }
+    }
+
+    /// True if that completed the content key.
+    fn set_part(&mut self, place: NodeIndex, input: usize, part: Part) -> bool {
+        let vertex = &mut self.graph[place];
+        if matches!(vertex.parts[input], InputPart::Known(_)) {
+            return false;
+        }
+        vertex.parts[input] = InputPart::Known(part);
+        vertex.content_missing -= 1;
+        vertex.content_missing == 0 && self.make_content(place)
+    }
+
+    fn make_content(&mut self, place: NodeIndex) -> bool {
+        let vertex = &self.graph[place];
+        let Some(map) = vertex.map() else { return false };
+        if !map.persistent || vertex.content.is_some() {
+            return false;
+        }
+        let parts = vertex.parts.iter().enumerate().filter_map(|(i, part)| match part {
+            InputPart::Known(part) => {
+                Some((*part, map.inputs.get(i).and_then(|input| input.selector.as_deref())))
+            }
+            InputPart::Unknown | InputPart::Asked => None,
+        });
+        let key = vertex_key(CONTENT_KEY, &map.digest, parts);
+        let mut content = Content { key, distinct: false, fresh: vertex.ignore_cache };
+        for (edge, part) in vertex.inputs.iter().zip(&vertex.parts) {
+            let below = self.graph[edge.vertex].content;
+            match part {
+                InputPart::Known(Part::Edge(..)) => {
+                    content.distinct |= below.is_some_and(|below| below.distinct);
+                    content.fresh |= below.is_some_and(|below| below.fresh);
+                }
+                _ => content.distinct = true,
+            }
+        }
+        self.graph[place].content = Some(content);
+        true
+    }
+
+    /// `place` just got its content key: tells those above that count it by that.
+    pub(super) fn spread_content(&mut self, place: NodeIndex) {
+        let mut worklist = vec![place];
+        while let Some(place) = worklist.pop() {
+            let Some(content) = self.graph[place].content else { continue };
+            self.ready.push_back(place);
+            for (above, input) in self.consumers(place) {
+                let vertex = &self.graph[above];
+                if vertex.map().is_none() || vertex.reads_part(input) {
+                    continue;
+                }
+                let output = vertex.inputs[input].output;
+                if self.set_part(above, input, Part::Edge(content.key, output)) {
+                    worklist.push(above);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The task that owns a build: it alone holds the graph and its state, takes [`Event`]s one at a
+//! time and hands out work. For a given order of events it always does the same.
+//!
+//! Each vertex that is wanted goes the same way: its operation says what it depends on; its
+//! definition key is looked up; on a miss its inputs are wanted, and as soon as what it reads of
+//! them is known its content key is looked up; when all inputs are there and an earlier build
+//! knew a like operation, its output key is looked up; then it runs. [`probe`] is that way.
+//!
+//! Point reads of the key store are made in place: they take microseconds, less than a hop to
+//! another task. Everything longer runs beside the loop.
+
+mod demand;
+mod graph;
+mod probe;
+mod report;
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures::FutureExt;
+use kiln_proto::llb;
+use petgraph::graph::{DiGraph, NodeIndex};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use crate::build::BuildOptions;
+use crate::error::SolveError;
+use crate::explain::{KeyKind, VertexExplanation};
+use crate::op::{CacheMap, Key, OpError};
+use crate::produced::Produced;
+use crate::solver::Shared;
+use crate::work::Outcome;
+use graph::Vertex;
+
+/// After this many events in a row the loop lets other tasks run.
+const EVENTS_PER_TURN: usize = 128;
+
+/// One output of one vertex of a build's graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Edge {
+    vertex: NodeIndex,
+    output: u32,
+}
+
+/// All that can happen to a build.
+pub(crate) enum Event<R> {
+    /// A definition arrived.
+    Load { loaded: Box<llb::Loaded>, reply: oneshot::Sender<Result<Option<Edge>, SolveError>> },
+    /// A result is wanted.
+    Request { id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>> },
+    /// It is no longer wanted.
+    Withdraw { id: u64 },
+    /// An operation said what it depends on.
+    Mapped { vertex: NodeIndex, map: Result<CacheMap, OpError> },
+    /// A record's results were loaded, or are gone. `epoch` tells a stale answer.
+    Opened { vertex: NodeIndex, epoch: u64, found: RecordFound, result: Result<Option<Produced<R>>, OpError> },
+    /// What a vertex reads of one of its inputs was digested.
+    ContentDigest { vertex: NodeIndex, input: usize, digest: Result<Key, OpError> },
+    /// A whole output was digested.
+    OutputDigest { edge: Edge, digest: Result<Key, OpError> },
+    /// Work that a vertex waits for began.
+    Started { vertex: NodeIndex, epoch: u64, at: SystemTime },
+    /// Work that a vertex waits for ended.
+    Worked { vertex: NodeIndex, epoch: u64, outcome: Outcome<R> },
+    /// The decisions so far are asked for.
+    Explain { reply: oneshot::Sender<Vec<VertexExplanation>> },
+    /// Nobody is left who could ask for anything.
+    Shutdown,
+}
+
+/// The key under which a record was found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RecordFound {
+    kind: KeyKind,
+    key: Key,
+}
+
+struct Request<R> {
+    edge: Edge,
+    reply: oneshot::Sender<Result<R, SolveError>>,
+}
+
+struct Owner<R> {
+    shared: Arc<Shared<R>>,
+    options: BuildOptions<R>,
+    /// Number of this build, for fairness between builds.
+    id: u64,
+    /// An edge of the graph leads from a vertex to one of its inputs and weighs its position.
+    /// Inputs are always added first, so the order of indices is topological.
+    graph: DiGraph<Vertex<R>, u32>,
+    by_digest: HashMap<Arc<str>, Vec<NodeIndex>>,
+    requests: HashMap<u64, Request<R>>,
+    /// Vertices that may be able to go on.
+    ready: VecDeque<NodeIndex>,
+    /// Wanted vertices without a priority yet.
+    unranked: Vec<NodeIndex>,
+    /// Events that arose in the loop itself.
+    local: VecDeque<Event<R>>,
+    events: mpsc::UnboundedSender<Event<R>>,
+    tasks: JoinSet<()>,
+}
+
+/// Starts the owner of a new build and answers how to reach it.
+pub(crate) fn start<R: Clone + Send + Sync + 'static>(
+    shared: Arc<Shared<R>>,
+    options: BuildOptions<R>,
+) -> mpsc::UnboundedSender<Event<R>> {
+    let (events, inbox) = mpsc::unbounded_channel();
+    let owner = Owner {
+        id: shared.next_build(),
+        shared: shared.clone(),
+        options,
+        graph: DiGraph::new(),
+        by_digest: HashMap::new(),
+        requests: HashMap::new(),
+        ready: VecDeque::new(),
+        unranked: Vec::new(),
+        local: VecDeque::new(),
+        events: events.clone(),
+        tasks: JoinSet::new(),
+    };
+    shared.tasks.spawn(owner.run(inbox));
+    events
+}
+
+impl<R: Clone + Send + Sync + 'static> Owner<R> {
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Event<R>>) {
+        let mut turn = 0;
+        loop {
+            let event = match self.local.pop_front() {
+                Some(event) => event,
+                None => match inbox.recv().await {
+                    Some(event) => event,
+                    None => break,
+                },
+            };
+            if matches!(event, Event::Shutdown) {
+                break;
+            }
+            self.handle(event);
+            while let Some(vertex) = self.ready.pop_front() {
+                self.advance(vertex);
+            }
+            while self.tasks.try_join_next().is_some() {}
+            turn += 1;
+            if turn % EVENTS_PER_TURN == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        self.report_end();
+        // Dropping the askers cancels what only this build wanted; what else it had going on is
+        // taken down before the build counts as gone.
+        self.graph.clear();
+        self.tasks.shutdown().await;
+    }
+
+    fn handle(&mut self, event: Event<R>) {
+        match event {
+            Event::Load { loaded, reply } => {
+                let _ = reply.send(self.load(*loaded));
+            }
+            Event::Request { id, edge, reply } => self.request(id, edge, reply),
+            Event::Withdraw { id } => self.withdraw(id),
+            Event::Mapped { vertex, map } => self.mapped(vertex, map),
+            Event::Opened { vertex, epoch, found, result } => self.opened(vertex, epoch, found, result),
+            Event::ContentDigest { vertex, input, digest } => self.content_digest(vertex, input, digest),
+            Event::OutputDigest { edge, digest } => self.output_digest(edge, digest),
+            Event::Started { vertex, epoch, at } => self.started(vertex, epoch, at),
+            Event::Worked { vertex, epoch, outcome } => self.worked(vertex, epoch, outcome),
+            Event::Explain { reply } => {
+                let _ = reply.send(self.explain());
+            }
+            Event::Shutdown => {}
+        }
+    }
+
+    /// Runs `future` beside the loop and feeds its answer back.
+    fn spawn(&mut self, future: impl Future<Output = Event<R>> + Send + 'static) {
+        let events = self.events.clone();
+        self.tasks.spawn(async move {
+            let _ = events.send(future.await);
+        });
+    }
+
+    /// Like [`Self::spawn`] for what is mostly done at once: then it costs no task.
+    fn spawn_unless_ready(&mut self, future: impl Future<Output = Event<R>> + Send + 'static) {
+        let mut future = Box::pin(future);
+        match (&mut future).now_or_never() {
+            Some(event) => self.local.push_back(event),
+            None => self.spawn(future),
+        }
+    }
+
+    fn explain(&self) -> Vec<VertexExplanation> {
+        let explain = |vertex: &Vertex<R>| VertexExplanation {
+            vertex: vertex.digest.to_string(),
+            name: vertex.name.to_string(),
+            parts: vertex.map().map(|map| map.parts.clone()).unwrap_or_default(),
+            lookups: vertex.lookups.clone(),
+        };
+        self.graph.node_weights().map(explain).collect()
+    }
+}

@@ -1,0 +1,342 @@
+//! The way of a wanted vertex: definition key, inputs, content key, output key, run. Each call
+//! of [`Owner::advance`] goes on from what is known by now and stops where something is missing.
+
+use std::sync::{Arc, OnceLock};
+
+use petgraph::graph::NodeIndex;
+
+use super::graph::{Definition, InputPart, OutputDigest, Step};
+use super::report::{BuildWatcher, Watched};
+use super::{Event, Owner, RecordFound};
+use crate::explain::{Found, KeyKind, Lookup};
+use crate::keys::{OUTPUT_KEY, Part, vertex_key};
+use crate::op::{CacheMap, Key, OpError};
+use crate::produced::{Produced, open};
+use crate::work::{self, Job, JobInput, Outcome, Work, guarded};
+
+impl<R: Clone + Send + Sync + 'static> Owner<R> {
+    pub(super) fn mapped(&mut self, place: NodeIndex, map: Result<CacheMap, OpError>) {
+        self.report_mapped(place, map.as_ref().err());
+        match map {
+            _ if self.graph[place].is_settled() => {}
+            Ok(map) => {
+                self.know_map(place, map);
+                self.ready.push_back(place);
+            }
+            Err(mut error) => {
+                error.message = format!("failed to load cache key: {}", error.message);
+                self.fail_op(place, error);
+            }
+        }
+    }
+
+    pub(super) fn advance(&mut self, place: NodeIndex) {
+        let vertex = &self.graph[place];
+        let Some(map) = vertex.map().cloned() else { return };
+        if vertex.wanted == 0 || !matches!(vertex.step, Step::Waiting) {
+            return;
+        }
+        if !vertex.tried.definition {
+            match vertex.definition {
+                Definition::Unknown => return,
+                Definition::Known(key) if !vertex.fresh => {
+                    if self.look_up(place, KeyKind::Definition, key) {
+                        return;
+                    }
+                }
+                Definition::Known(_) | Definition::Absent => {}
+            }
+            self.graph[place].tried.set(KeyKind::Definition);
+        }
+        if !self.graph[place].inputs_wanted {
+            self.want_inputs(place);
+        }
+        let vertex = &self.graph[place];
+        if vertex.is_settled() {
+            return;
+        }
+        if let Some(content) = vertex.content
+            && !vertex.tried.content
+            && content.distinct
+            && !content.fresh
+            && self.look_up(place, KeyKind::Content, content.key)
+        {
+            return;
+        }
+        let vertex = &self.graph[place];
+        if vertex.inputs_missing > 0 || (map.persistent && vertex.content.is_none()) {
+            return;
+        }
+        if vertex.tried.output || self.try_output_key(place, &map) {
+            self.run_vertex(place, &map);
+        }
+    }
+
+    /// Looks for what an earlier build made of inputs that came out the same, where one might
+    /// have; false if there is something to wait for.
+    fn try_output_key(&mut self, place: NodeIndex, map: &CacheMap) -> bool {
+        if self.graph[place].outputs_missing > 0 {
+            return false;
+        }
+        let vertex = &self.graph[place];
+        let whole: Vec<_> = (0..vertex.inputs.len())
+            .filter(|&input| !vertex.reads_part(input))
+            .map(|input| vertex.inputs[input])
+            .collect();
+        if whole.is_empty() || !map.persistent || vertex.ignore_cache {
+            self.graph[place].tried.set(KeyKind::Output);
+            return true;
+        }
+        let mut missing = Vec::new();
+        let mut failed = false;
+        for edge in whole {
+            match self.graph[edge.vertex].output_digests.get(edge.output as usize) {
+                Some(OutputDigest::Known(_)) => {}
+                Some(OutputDigest::Unasked | OutputDigest::Asked) => missing.push(edge),
+                Some(OutputDigest::Failed) | None => failed = true,
+            }
+        }
+        let expected = || self.shared.keys.followers(map.digest.as_bytes()).unwrap_or(false);
+        if failed || (!missing.is_empty() && !expected()) {
+            self.graph[place].tried.set(KeyKind::Output);
+            return true;
+        }
+        if !missing.is_empty() {
+            self.graph[place].outputs_missing = missing.len();
+            for edge in missing {
+                self.ask_output_digest(edge);
+            }
+            return false;
+        }
+        let key = self.make_output_key(place, map);
+        self.graph[place].output_key = Some(key);
+        !self.look_up(place, KeyKind::Output, key)
+    }
+
+    fn make_output_key(&self, place: NodeIndex, map: &CacheMap) -> Key {
+        let vertex = &self.graph[place];
+        let parts = vertex.inputs.iter().enumerate().filter_map(|(input, edge)| {
+            let part = match vertex.parts[input] {
+                InputPart::Known(part @ Part::Query(_)) => part,
+                _ => match self.graph[edge.vertex].output_digests.get(edge.output as usize) {
+                    Some(OutputDigest::Known(digest)) => Part::Output(*digest),
+                    _ => return None,
+                },
+            };
+            Some((part, map.inputs.get(input).and_then(|input| input.selector.as_deref())))
+        });
+        vertex_key(OUTPUT_KEY, &map.digest, parts)
+    }
+
+    /// Looks a key up among the work in flight, then in the store; true if something was found
+    /// and the vertex waits for that.
+    fn look_up(&mut self, place: NodeIndex, kind: KeyKind, key: Key) -> bool {
+        self.graph[place].tried.set(kind);
+        // In this order: work that ends in between has recorded its result before it leaves the table.
+        if let Some(work) = self.shared.in_flight.join(&key) {
+            self.note(place, kind, &key, Found::InFlight);
+            self.work_on(place, work, false);
+            return true;
+        }
+        match self.shared.keys.get(key.as_bytes()) {
+            Ok(Some(record)) => {
+                self.note(place, kind, &key, Found::Record(record.name.clone()));
+                let vertex = &mut self.graph[place];
+                vertex.step = Step::Opening;
+                let epoch = vertex.epoch;
+                self.release_inputs(place);
+                let shared = self.shared.clone();
+                self.spawn_unless_ready(async move {
+                    let result = guarded(open(&shared, &key, record)).await;
+                    Event::Opened { vertex: place, epoch, found: RecordFound { kind, key }, result }
+                });
+                true
+            }
+            Ok(None) => {
+                self.note(place, kind, &key, Found::Nothing);
+                false
+            }
+            Err(error) => {
+                tracing::warn!(vertex = &*self.graph[place].digest, %error, "a key could not be looked up");
+                self.note(place, kind, &key, Found::Unreadable(error.to_string()));
+                false
+            }
+        }
+    }
+
+    fn note(&mut self, place: NodeIndex, kind: KeyKind, key: &Key, found: Found) {
+        self.graph[place].lookups.push(Lookup { kind, key: key.to_hex().to_string(), found });
+    }
+
+    pub(super) fn opened(
+        &mut self,
+        place: NodeIndex,
+        epoch: u64,
+        found: RecordFound,
+        result: Result<Option<Produced<R>>, OpError>,
+    ) {
+        if self.graph[place].epoch != epoch || !matches!(self.graph[place].step, Step::Opening) {
+            return;
+        }
+        match result {
+            Ok(Some(produced)) => {
+                self.report_cached(place);
+                return self.finish(place, Arc::new(produced));
+            }
+            Ok(None) => {
+                if let Err(error) = self.shared.keys.remove(found.key.as_bytes()) {
+                    tracing::warn!(vertex = &*self.graph[place].digest, %error, "a stale record was not removed");
+                }
+                self.note(place, found.kind, &found.key, Found::Gone);
+            }
+            Err(error) => self.note(place, found.kind, &found.key, Found::Unreadable(error.message)),
+        }
+        self.graph[place].step = Step::Waiting;
+        self.ready.push_back(place);
+    }
+
+    pub(super) fn content_digest(&mut self, place: NodeIndex, input: usize, digest: Result<Key, OpError>) {
+        match digest {
+            _ if self.graph[place].is_settled() => {}
+            Ok(digest) => {
+                self.know_part(place, input, Part::Query(digest));
+                self.ready.push_back(place);
+            }
+            Err(mut error) => {
+                error.message = format!("failed to compute cache key: {}", error.message);
+                self.fail_op(place, error);
+            }
+        }
+    }
+
+    pub(super) fn output_digest(&mut self, edge: super::Edge, digest: Result<Key, OpError>) {
+        let below = &mut self.graph[edge.vertex];
+        if let Some(state) = below.output_digests.get_mut(edge.output as usize) {
+            *state = digest.as_ref().map_or(OutputDigest::Failed, |digest| OutputDigest::Known(*digest));
+        }
+        let counts_by_output = below.content.is_none();
+        for (above, input) in self.consumers(edge.vertex) {
+            let vertex = &self.graph[above];
+            if vertex.inputs[input] != edge || vertex.reads_part(input) || vertex.map().is_none() {
+                continue;
+            }
+            if counts_by_output {
+                match &digest {
+                    Ok(digest) => self.know_part(above, input, Part::Output(*digest)),
+                    Err(error) if self.graph[above].inputs_wanted => {
+                        let message = format!("failed to compute cache key: {}", error.message);
+                        self.fail_op(above, OpError { message, ..error.clone() });
+                    }
+                    Err(_) => {}
+                }
+            }
+            let vertex = &mut self.graph[above];
+            vertex.outputs_missing = vertex.outputs_missing.saturating_sub(1);
+            self.ready.push_back(above);
+        }
+    }
+
+    /// The keys under which the result of a vertex is remembered.
+    pub(super) fn recorded_under(&self, place: NodeIndex) -> Vec<Key> {
+        let vertex = &self.graph[place];
+        let definition = match vertex.definition {
+            Definition::Known(key) => Some(key),
+            Definition::Unknown | Definition::Absent => None,
+        };
+        let content = vertex.content.filter(|content| content.distinct).map(|content| content.key);
+        definition.into_iter().chain(content).chain(vertex.output_key).collect()
+    }
+
+    fn run_vertex(&mut self, place: NodeIndex, map: &CacheMap) {
+        let priority = self.priority(place);
+        let keys = self.recorded_under(place);
+        let vertex = &self.graph[place];
+        let mut inputs = Vec::with_capacity(vertex.inputs.len());
+        for (input, edge) in vertex.inputs.iter().enumerate() {
+            let Some(produced) = self.graph[edge.vertex].produced() else { return };
+            inputs.push(JobInput {
+                produced: produced.clone(),
+                output: edge.output as usize,
+                part: match vertex.parts[input] {
+                    InputPart::Known(part) => Some(part),
+                    InputPart::Unknown | InputPart::Asked => None,
+                },
+                selector: map.inputs.get(input).and_then(|input| input.selector.clone()),
+            });
+        }
+        let reads_whole = (0..vertex.inputs.len()).any(|input| !vertex.reads_part(input));
+        let content_fresh = vertex.content.is_some_and(|content| content.fresh);
+        // A forced run answers no one else, and a key that stands for something that was forced
+        // below is not one to be found by.
+        let shared_by = keys
+            .iter()
+            .filter(|key| match vertex.output_key {
+                _ if vertex.ignore_cache => false,
+                Some(output_key) if output_key == **key => true,
+                _ if vertex.definition == Definition::Known(**key) => !vertex.fresh,
+                _ => !content_fresh,
+            })
+            .copied()
+            .collect();
+        let job = Job {
+            vertex: vertex.digest.clone(),
+            name: vertex.name.clone(),
+            op: vertex.op.clone(),
+            op_digest: map.digest,
+            ignore_cache: vertex.ignore_cache,
+            inputs,
+            shared_by,
+            content_key: vertex.content.filter(|content| content.distinct).map(|content| content.key),
+            output_key_pending: reads_whole && vertex.output_key.is_none(),
+            keys,
+            build: self.id,
+            priority,
+        };
+        let (work, starter) = work::start(&self.shared, job);
+        self.work_on(place, work, starter);
+    }
+
+    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
+        let vertex = &mut self.graph[place];
+        let started = Arc::new(OnceLock::new());
+        let watcher = BuildWatcher {
+            state: vertex.state.clone(),
+            sink: self.options.progress.clone(),
+            events: self.events.clone(),
+            place,
+            epoch: vertex.epoch,
+            started: started.clone(),
+        };
+        let asker = work.ask(Arc::new(watcher), starter);
+        self.graph[place].step = Step::Working(Watched { _asker: asker, started });
+        self.release_inputs(place);
+    }
+
+    pub(super) fn started(&mut self, place: NodeIndex, epoch: u64, at: std::time::SystemTime) {
+        if self.graph[place].epoch == epoch {
+            self.note_started(place, at);
+        }
+    }
+
+    pub(super) fn worked(&mut self, place: NodeIndex, epoch: u64, outcome: Outcome<R>) {
+        if self.graph[place].epoch != epoch || !matches!(self.graph[place].step, Step::Working(..)) {
+            return;
+        }
+        match outcome.result {
+            Ok(produced) => {
+                if outcome.cached {
+                    self.report_cached(place);
+                } else {
+                    self.report_completed(place);
+                }
+                self.finish(place, produced);
+            }
+            // It may have failed for want of what the other build had; this one tries for itself.
+            Err(_) if outcome.orphaned => {
+                self.start_over(place);
+                self.ready.push_back(place);
+            }
+            Err(error) => self.fail_op(place, error),
+        }
+    }
+}

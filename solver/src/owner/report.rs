@@ -1,0 +1,219 @@
+//! What a build's progress stream is told about its vertices, and when.
+
+use std::collections::HashSet;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use petgraph::graph::NodeIndex;
+use tokio::sync::mpsc;
+
+use super::graph::{Map, Step};
+use super::{Event, Owner};
+use crate::op::OpError;
+use crate::progress::{Event as ProgressEvent, ProgressSink, VertexState};
+use crate::work::{Asker, Outcome, Watcher};
+
+/// The text that clients recognise as a cancelled step.
+const CANCELED: &str = "context canceled";
+
+/// A hold on work, and when it began.
+pub(super) struct Watched<R> {
+    pub(super) _asker: Asker<R>,
+    pub(super) started: Arc<OnceLock<SystemTime>>,
+}
+
+/// Passes on what shared work says. The start is reported here, so that it comes before the output.
+pub(super) struct BuildWatcher<R> {
+    pub(super) state: VertexState,
+    pub(super) sink: Arc<dyn ProgressSink>,
+    pub(super) events: mpsc::UnboundedSender<Event<R>>,
+    pub(super) place: NodeIndex,
+    pub(super) epoch: u64,
+    pub(super) started: Arc<OnceLock<SystemTime>>,
+}
+
+impl<R: Send + Sync> Watcher<R> for BuildWatcher<R> {
+    fn vertex(&self) -> &str {
+        &self.state.digest
+    }
+
+    fn started(&self, at: SystemTime) {
+        if self.started.set(at).is_ok() {
+            let state = VertexState {
+                started: Some(at),
+                completed: None,
+                cached: false,
+                error: String::new(),
+                ..self.state.clone()
+            };
+            self.sink.event(ProgressEvent::Vertex(state));
+            let _ = self.events.send(Event::Started { vertex: self.place, epoch: self.epoch, at });
+        }
+    }
+
+    fn progress(&self, event: ProgressEvent) {
+        self.sink.event(event);
+    }
+
+    fn done(&self, outcome: Outcome<R>) {
+        let _ = self.events.send(Event::Worked { vertex: self.place, epoch: self.epoch, outcome });
+    }
+}
+
+/// Shows a vertex as running from the moment on at which its resolution has something to say.
+pub(super) struct MapProgress {
+    state: VertexState,
+    sink: Arc<dyn ProgressSink>,
+    started: OnceLock<SystemTime>,
+}
+
+impl MapProgress {
+    pub(super) fn new(state: VertexState, sink: Arc<dyn ProgressSink>) -> Self {
+        Self { state, sink, started: OnceLock::new() }
+    }
+}
+
+impl ProgressSink for MapProgress {
+    fn event(&self, event: ProgressEvent) {
+        self.started.get_or_init(|| {
+            let now = SystemTime::now();
+            self.sink.event(ProgressEvent::Vertex(VertexState { started: Some(now), ..self.state.clone() }));
+            now
+        });
+        self.sink.event(event);
+    }
+}
+
+impl<R: Clone + Send + Sync + 'static> Owner<R> {
+    fn report(&mut self, place: NodeIndex, change: impl FnOnce(&mut VertexState)) {
+        let state = &mut self.graph[place].state;
+        change(state);
+        self.options.progress.event(ProgressEvent::Vertex(state.clone()));
+    }
+
+    pub(super) fn note_started(&mut self, place: NodeIndex, at: SystemTime) {
+        let state = &mut self.graph[place].state;
+        state.started = Some(at);
+        state.completed = None;
+        state.cached = false;
+        state.error.clear();
+    }
+
+    /// Ends the interval in which resolution was shown as running; a failure is reported by who handles it.
+    pub(super) fn report_mapped(&mut self, place: NodeIndex, error: Option<&OpError>) {
+        let Map::Asked(progress) = &self.graph[place].map else { return };
+        if let Some(&at) = progress.started.get() {
+            self.note_started(place, at);
+            if error.is_none() {
+                self.report_completed(place);
+            }
+        }
+    }
+
+    pub(super) fn report_cached(&mut self, place: NodeIndex) {
+        let now = Some(SystemTime::now());
+        self.report(place, |state| {
+            state.started = now;
+            state.completed = now;
+            state.cached = true;
+            state.error.clear();
+        });
+    }
+
+    pub(super) fn report_completed(&mut self, place: NodeIndex) {
+        let now = SystemTime::now();
+        self.report(place, |state| {
+            state.started.get_or_insert(now);
+            state.completed = Some(now);
+        });
+    }
+
+    pub(super) fn report_failed(&mut self, place: NodeIndex, error: &str) {
+        self.sync_started(place);
+        let now = SystemTime::now();
+        self.report(place, |state| {
+            // A vertex that was shown as done before failed in a new interval.
+            if state.completed.is_some() {
+                state.started = None;
+            }
+            state.started.get_or_insert(now);
+            state.completed = Some(now);
+            state.cached = false;
+            state.error = error.to_owned();
+        });
+    }
+
+    /// Ends what is shown as running because nobody wants it any longer.
+    pub(super) fn report_canceled(&mut self, place: NodeIndex) {
+        self.sync_started(place);
+        let state = &self.graph[place].state;
+        // Resolution goes on for whoever comes next and ends its own interval.
+        let resolving = matches!(self.graph[place].map, Map::Asked(_));
+        if state.started.is_some() && state.completed.is_none() && !resolving {
+            self.report(place, |state| {
+                state.completed = Some(SystemTime::now());
+                state.error = CANCELED.to_owned();
+            });
+        }
+    }
+
+    /// Work tells its start to the progress stream at once and to the loop by an event, which may
+    /// still be on its way.
+    fn sync_started(&mut self, place: NodeIndex) {
+        let vertex = &self.graph[place];
+        let at = match (&vertex.step, &vertex.map) {
+            (Step::Working(watched), _) => watched.started.get().copied(),
+            (_, Map::Asked(progress)) => progress.started.get().copied(),
+            _ => None,
+        };
+        if let Some(at) = at
+            && vertex.state.started != Some(at)
+        {
+            self.note_started(place, at);
+        }
+    }
+
+    /// After a request was answered: what lies below a finished vertex and was not needed is
+    /// shown as cached. Each vertex is visited once in a build's life.
+    pub(super) fn report_skipped(&mut self, root: NodeIndex) {
+        let mut skipped = Vec::new();
+        let mut failed = HashSet::new();
+        let mut worklist = vec![(root, false)];
+        while let Some((place, below_done)) = worklist.pop() {
+            let vertex = &mut self.graph[place];
+            let below_done = match vertex.step {
+                _ if vertex.reported_below => continue,
+                Step::Done(_) => true,
+                Step::Failed(_) if failed.insert(place) => false,
+                Step::Failed(_) => continue,
+                _ if !below_done || vertex.wanted > 0 => continue,
+                _ => {
+                    if !vertex.state.cached {
+                        skipped.push(place);
+                    }
+                    true
+                }
+            };
+            vertex.reported_below = below_done;
+            worklist.extend(vertex.inputs.iter().map(|edge| (edge.vertex, below_done)));
+        }
+        skipped.sort_unstable();
+        for place in skipped {
+            self.report_cached(place);
+        }
+    }
+
+    /// The build ends: nothing stays shown as running.
+    pub(super) fn report_end(&mut self) {
+        for place in self.graph.node_indices() {
+            self.sync_started(place);
+            let state = &self.graph[place].state;
+            if state.started.is_some() && state.completed.is_none() {
+                self.report(place, |state| {
+                    state.completed = Some(SystemTime::now());
+                    state.error = CANCELED.to_owned();
+                });
+            }
+        }
+    }
+}

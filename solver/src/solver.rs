@@ -1,0 +1,82 @@
+//! What all builds of a daemon share. Owns the table of work in flight, the limit on parallel
+//! steps and the background tasks; knows no build's graph.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kiln_cache::KeyStorage;
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::build::{Build, BuildOptions};
+use crate::limit::Limiter;
+use crate::op::ResultStore;
+use crate::work::InFlight;
+
+/// How many output digests that nobody waits for are computed at once.
+const BACKGROUND_DIGESTS: usize = 2;
+
+/// Settings of a [`Solver`].
+#[derive(Debug, Clone, Default)]
+pub struct SolverOptions {
+    /// How many operations of [`OpClass::Run`](crate::op::OpClass::Run) run at once over all
+    /// builds; 0 means no limit.
+    pub max_parallelism: usize,
+}
+
+/// Solves definitions for any number of builds; cheap to clone.
+pub struct Solver<R> {
+    shared: Arc<Shared<R>>,
+}
+
+impl<R> Clone for Solver<R> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone() }
+    }
+}
+
+impl<R: Clone + Send + Sync + 'static> Solver<R> {
+    /// A solver that remembers keys in `keys` and results in `results`.
+    pub fn new(keys: Arc<dyn KeyStorage>, results: Arc<dyn ResultStore<R>>, options: SolverOptions) -> Self {
+        let shared = Shared {
+            keys,
+            results,
+            in_flight: InFlight::default(),
+            limiter: Limiter::new(options.max_parallelism),
+            background: Semaphore::new(BACKGROUND_DIGESTS),
+            tasks: TaskTracker::new(),
+            next_build: AtomicU64::new(1),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Starts a build. Must be called on a tokio runtime; dropping the answer (and the handles
+    /// that came from it) gives the build up.
+    pub fn build(&self, options: BuildOptions<R>) -> Build<R> {
+        Build::start(self.shared.clone(), options)
+    }
+
+    /// Waits until nothing that this solver started is running: neither cancelled work that is
+    /// still being torn down nor digests computed after a build. To be called once no build is left.
+    pub async fn idle(&self) {
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+        self.shared.tasks.reopen();
+    }
+}
+
+pub(crate) struct Shared<R> {
+    pub(crate) keys: Arc<dyn KeyStorage>,
+    pub(crate) results: Arc<dyn ResultStore<R>>,
+    pub(crate) in_flight: InFlight<R>,
+    pub(crate) limiter: Limiter,
+    pub(crate) background: Semaphore,
+    pub(crate) tasks: TaskTracker,
+    next_build: AtomicU64,
+}
+
+impl<R> Shared<R> {
+    pub(crate) fn next_build(&self) -> u64 {
+        self.next_build.fetch_add(1, Ordering::Relaxed)
+    }
+}

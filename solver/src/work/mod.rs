@@ -1,0 +1,185 @@
+//! One execution for one key, whoever asks. The table holds work weakly; each asker holds it
+//! strongly; when the last asker leaves, the work is cancelled. Failure and progress reach all.
+
+mod board;
+mod run;
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use tokio::task::AbortHandle;
+
+pub(crate) use board::{Outcome, Watcher};
+pub(crate) use run::guarded;
+
+use crate::keys::Part;
+use crate::op::{Key, Op};
+use crate::produced::Produced;
+use crate::solver::Shared;
+use board::Board;
+
+/// An operation that is ready to run, and how to remember what it makes.
+pub(crate) struct Job<R> {
+    pub(crate) vertex: Arc<str>,
+    pub(crate) name: Arc<str>,
+    pub(crate) op: Arc<dyn Op<R>>,
+    pub(crate) op_digest: Key,
+    pub(crate) ignore_cache: bool,
+    pub(crate) inputs: Vec<JobInput<R>>,
+    /// Keys under which the result is recorded; none for a result without lasting identity.
+    pub(crate) keys: Vec<Key>,
+    /// Keys by which others may share this execution, or its record be found.
+    pub(crate) shared_by: Vec<Key>,
+    /// Content key to note in the record.
+    pub(crate) content_key: Option<Key>,
+    /// The output key is still to be recorded when the digests of the inputs are known.
+    pub(crate) output_key_pending: bool,
+    pub(crate) build: u64,
+    pub(crate) priority: Duration,
+}
+
+pub(crate) struct JobInput<R> {
+    pub(crate) produced: Arc<Produced<R>>,
+    pub(crate) output: usize,
+    /// What the input counts by in the content key.
+    pub(crate) part: Option<Part>,
+    pub(crate) selector: Option<String>,
+}
+
+/// An execution that is queued or running.
+pub(crate) struct Work<R> {
+    board: Arc<Board<R>>,
+    table: InFlight<R>,
+    claims: Mutex<Vec<[u8; 32]>>,
+    task: OnceLock<AbortHandle>,
+}
+
+impl<R> Drop for Work<R> {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+        let claims = std::mem::take(self.claims.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for key in claims {
+            self.table.map.remove_if(&key, |_, work| work.strong_count() == 0);
+        }
+    }
+}
+
+/// A strong hold on work, for one vertex of one build.
+pub(crate) struct Asker<R> {
+    work: Arc<Work<R>>,
+    watcher: u64,
+    starter: bool,
+}
+
+impl<R> Drop for Asker<R> {
+    fn drop(&mut self) {
+        self.work.board.leave(self.watcher, self.starter);
+    }
+}
+
+impl<R> Work<R> {
+    /// Tells `watcher` all that happened so far and all that will.
+    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, starter: bool) -> Asker<R> {
+        let watcher = self.board.watch(watcher);
+        Asker { work: self, watcher, starter }
+    }
+}
+
+/// The table of work in flight, over all builds.
+pub(crate) struct InFlight<R> {
+    map: Arc<DashMap<[u8; 32], Weak<Work<R>>>>,
+}
+
+impl<R> Clone for InFlight<R> {
+    fn clone(&self) -> Self {
+        Self { map: self.map.clone() }
+    }
+}
+
+impl<R> Default for InFlight<R> {
+    fn default() -> Self {
+        Self { map: Arc::new(DashMap::new()) }
+    }
+}
+
+impl<R> InFlight<R> {
+    /// The work that claimed `key`.
+    pub(crate) fn join(&self, key: &Key) -> Option<Arc<Work<R>>> {
+        // Upgraded only after the shard is unlocked: dropping the last handle locks it again.
+        let work = self.map.get(key.as_bytes()).map(|entry| entry.value().clone());
+        work?.upgrade()
+    }
+
+    /// Claims `key` for `work`, or answers who has it.
+    fn claim(&self, key: [u8; 32], work: &Arc<Work<R>>) -> Option<Arc<Work<R>>> {
+        match self.map.entry(key) {
+            Entry::Occupied(mut entry) => match entry.get().upgrade() {
+                Some(other) => Some(other),
+                None => {
+                    entry.insert(Arc::downgrade(work));
+                    None
+                }
+            },
+            Entry::Vacant(entry) => {
+                entry.insert(Arc::downgrade(work));
+                None
+            }
+        }
+    }
+
+    fn release(&self, claims: &[[u8; 32]], work: &Weak<Work<R>>) {
+        for key in claims {
+            self.map.remove_if(key, |_, holder| holder.ptr_eq(work));
+        }
+    }
+}
+
+/// Starts the job, or joins who is at it under one of its keys. The flag says whether it is ours.
+///
+/// Keys are claimed in their byte order. Work that holds some keys and finds a later one taken
+/// follows its holder, so whoever waits holds smaller keys than whom it waits for: no circle.
+pub(crate) fn start<R: Clone + Send + Sync + 'static>(
+    shared: &Arc<Shared<R>>,
+    job: Job<R>,
+) -> (Arc<Work<R>>, bool) {
+    let work = Arc::new(Work {
+        board: Arc::new(Board::new(job.vertex.clone())),
+        table: shared.in_flight.clone(),
+        claims: Mutex::default(),
+        task: OnceLock::new(),
+    });
+    let mut wanted: Vec<[u8; 32]> = job.shared_by.iter().map(|key| *key.as_bytes()).collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    let mut claims = Vec::with_capacity(wanted.len());
+    let mut leader = None;
+    for key in wanted {
+        match shared.in_flight.claim(key, &work) {
+            None => claims.push(key),
+            Some(other) if claims.is_empty() => return (other, false),
+            Some(other) => {
+                leader = Some(other);
+                break;
+            }
+        }
+    }
+    *work.claims.lock().unwrap_or_else(PoisonError::into_inner) = claims.clone();
+
+    let (shared_by_task, board, weak) = (shared.clone(), work.board.clone(), Arc::downgrade(&work));
+    let task = shared.tasks.spawn(async move {
+        let outcome = match leader {
+            Some(leader) => run::follow(leader, &board).await,
+            None => run::run(&shared_by_task, &board, job).await,
+        };
+        // What can be found in the store is there by now, so no key is unclaimed and unknown.
+        shared_by_task.in_flight.release(&claims, &weak);
+        board.finish(outcome);
+    });
+    // The task can't be cancelled before this: `work` is still held here.
+    let _ = work.task.set(task.abort_handle());
+    (work, true)
+}
