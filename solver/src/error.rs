@@ -1,5 +1,7 @@
 //! The error at the solver's border.
 
+use std::sync::Arc;
+
 use crate::op::OpError;
 
 /// gRPC code of a cancelled call.
@@ -10,9 +12,9 @@ const CANCELED: i32 = 1;
 #[error("{error}")]
 pub struct SolveError {
     /// Digest of the vertex that failed; `None` when the definition as a whole was refused.
-    pub vertex: Option<String>,
+    pub vertex: Option<Arc<str>>,
     /// That vertex's display name; empty without a vertex.
-    pub name: String,
+    pub name: Arc<str>,
     /// What happened; its text is what the user sees.
     pub error: OpError,
 }
@@ -20,12 +22,12 @@ pub struct SolveError {
 impl SolveError {
     pub(crate) fn load(vertex: Option<&str>, name: &str, mut error: OpError) -> Self {
         error.message = format!("failed to load LLB: {}", error.message);
-        Self { vertex: vertex.map(str::to_owned), name: name.to_owned(), error }
+        Self { vertex: vertex.map(Arc::from), name: name.into(), error }
     }
 
     pub(crate) fn canceled() -> Self {
         let error = OpError { code: Some(CANCELED), ..OpError::new("context canceled") };
-        Self { vertex: None, name: String::new(), error }
+        Self { vertex: None, name: "".into(), error }
     }
 
     /// True if the build was given up rather than having failed.

@@ -151,7 +151,7 @@ impl<R> Vertex<R> {
     }
 
     pub(super) fn error(&self, error: OpError) -> SolveError {
-        SolveError { vertex: Some(self.digest.to_string()), name: self.name.to_string(), error }
+        SolveError { vertex: Some(self.digest.clone()), name: self.name.clone(), error }
     }
 }
 
