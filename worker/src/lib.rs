@@ -1,9 +1,13 @@
 //! How a step runs: sources, sandboxes, file operations, layers, exporters.
 
 pub mod export;
+mod flat;
 pub mod image;
 pub mod layer;
 pub mod ops;
 pub mod registry;
 pub mod sandbox;
 pub mod view;
+mod worker;
+
+pub use worker::{Worker, WorkerConfig, WorkerError};

@@ -1,0 +1,150 @@
+//! Keeps chains of layers within what one overlay mount takes.
+//!
+//! The kernel stacks at most 500 lower directories. A longer chain gets the files of its lower part
+//! gathered (by hard links, so no content is copied) in one directory that stands for them. It is
+//! only a shortcut for mounting: the chain itself, its hashes and its blobs never see it.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kiln_cache::{RecordType, SnapshotMeta, SnapshotRef, Snapshots};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use crate::ops::file::root::{lstat, open_child, read_names, remove_all};
+use crate::view::ViewError;
+
+/// Layers that are mounted as they are; more are gathered.
+const MAX_LAYERS: usize = 320;
+/// How many layers one gathered directory stands for.
+const GATHERED: usize = 256;
+/// Name under which a layer remembers the directory that stands for it and all below.
+const FLAT_KEY: &str = "flat";
+
+const OPAQUE: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
+
+/// The layers to mount for `top`, bottom first; short enough for one overlay. Blocking.
+pub(crate) fn chain(snapshots: &Snapshots, top: &SnapshotRef) -> Result<Vec<SnapshotRef>, ViewError> {
+    let layers = top.layers();
+    if layers.len() <= MAX_LAYERS {
+        return Ok(layers);
+    }
+    // A merge is no chain of parents: what stands for a layer there may not stand for it elsewhere.
+    let linear = layers.windows(2).all(|pair| pair[1].parent().as_ref() == Some(&pair[0]));
+    let mut bottom: Option<SnapshotRef> = None;
+    let mut rest = &layers[..];
+    while rest.len() + usize::from(bottom.is_some()) > MAX_LAYERS {
+        let (part, above) = rest.split_at(GATHERED);
+        let last = &part[GATHERED - 1];
+        let known = if linear { find(snapshots, last) } else { None };
+        let flat = match known {
+            Some(flat) => flat,
+            None => gather(snapshots, bottom.as_ref(), part, last)?,
+        };
+        if linear {
+            // Only a shortcut: without the note it is gathered again.
+            let _ = last.set_kv(FLAT_KEY, flat.id().as_bytes());
+        }
+        bottom = Some(flat);
+        rest = above;
+    }
+    Ok(bottom.into_iter().chain(rest.iter().cloned()).collect())
+}
+
+fn find(snapshots: &Snapshots, layer: &SnapshotRef) -> Option<SnapshotRef> {
+    let id = layer.kv(FLAT_KEY).ok()??;
+    snapshots.get(std::str::from_utf8(&id).ok()?).ok()?
+}
+
+fn gather(
+    snapshots: &Snapshots,
+    below: Option<&SnapshotRef>,
+    layers: &[SnapshotRef],
+    top: &SnapshotRef,
+) -> Result<SnapshotRef, ViewError> {
+    let fail = |message: String| ViewError::Flatten { snapshot: top.id().to_owned(), message };
+    let staged = snapshots.stage(None).map_err(|err| fail(err.to_string()))?;
+    let open = |path: &std::path::Path| {
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|source| ViewError::Open { path: path.to_owned(), source })
+    };
+    let root = open(staged.fs())?;
+    for layer in below.into_iter().chain(layers) {
+        let dir = open(&layer.dir())?;
+        overlay_onto(dir, root.as_fd()).map_err(|errno| fail(format!("layer {}: {errno}", layer.id())))?;
+    }
+    let meta = SnapshotMeta::of_type(RecordType::Internal, format!("flattened layers up to {}", top.id()));
+    snapshots.commit(staged, meta).map_err(|err| fail(err.to_string()))
+}
+
+/// Applies one layer directory to a tree that has no whiteouts.
+fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
+    struct Frame {
+        src: OwnedFd,
+        dst: OwnedFd,
+        names: Vec<OsString>,
+    }
+    let names = read_names(layer.as_fd())?;
+    let mut stack = vec![Frame { src: layer, dst: rustix::io::fcntl_dupfd_cloexec(root, 0)?, names }];
+    while let Some(frame) = stack.last_mut() {
+        let Some(name) = frame.names.pop() else {
+            copy_attributes(frame.src.as_fd(), frame.dst.as_fd())?;
+            stack.pop();
+            continue;
+        };
+        let (src, dst) = (frame.src.as_fd(), frame.dst.as_fd());
+        let Some(stat) = lstat(src, &name)? else { continue };
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind == FileType::CharacterDevice && stat.st_rdev == 0 {
+            remove_all(dst, &name)?;
+            continue;
+        }
+        if kind != FileType::Directory {
+            remove_all(dst, &name)?;
+            rustix::fs::linkat(src, &name, dst, &name, AtFlags::empty())?;
+            continue;
+        }
+        let child = open_child(src, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let there = lstat(dst, &name)?.map(|stat| FileType::from_raw_mode(stat.st_mode));
+        if there.is_some() && (there != Some(FileType::Directory) || is_opaque(child.as_fd())) {
+            remove_all(dst, &name)?;
+        }
+        match rustix::fs::mkdirat(dst, &name, Mode::from_raw_mode(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+        let target = open_child(dst, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let names = read_names(child.as_fd())?;
+        stack.push(Frame { src: child, dst: target, names });
+    }
+    Ok(())
+}
+
+fn is_opaque(dir: BorrowedFd<'_>) -> bool {
+    OPAQUE.iter().any(|name| {
+        let mut value = [0u8; 1];
+        matches!(rustix::fs::fgetxattr(dir, *name, &mut value[..]), Ok(1)) && value == *b"y"
+    })
+}
+
+/// A directory looks as its uppermost layer has it.
+fn copy_attributes(src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<(), Errno> {
+    let stat = rustix::fs::fstat(src)?;
+    rustix::fs::fchown(dst, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
+    rustix::fs::fchmod(dst, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+    let mut list = vec![0u8; 64 << 10];
+    if let Ok(len) = rustix::fs::flistxattr(src, &mut list[..]) {
+        let mut value = vec![0u8; 64 << 10];
+        for name in list[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+            let text = String::from_utf8_lossy(name);
+            if text.starts_with("trusted.overlay.") || text.starts_with("user.overlay.") {
+                continue;
+            }
+            let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(name);
+            let len = rustix::fs::fgetxattr(src, name, &mut value[..])?;
+            rustix::fs::fsetxattr(dst, name, &value[..len], XattrFlags::empty())?;
+        }
+    }
+    let time = Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ };
+    rustix::fs::futimens(dst, &Timestamps { last_access: time, last_modification: time })
+}

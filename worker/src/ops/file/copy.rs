@@ -1,0 +1,410 @@
+//! The copy action: from one root to another, with patterns, owners and modes.
+//!
+//! The walk keeps its own stack, so a source's depth can't exhaust the thread's. A directory that is only
+//! on the way to an included path is made when the first such path is met.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kiln_proto::pattern::{MatchInfo, PatternMatcher};
+use kiln_proto::pb;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
+use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
+
+use super::actions::{FileError, timestamp};
+use super::modestr::ModeChange;
+use super::root::{
+    NewDir, Owner, PathError, Place, Root, clean, lstat, open_child, open_subdir, read_names, remove_all, split,
+};
+use super::transfer::Transfer;
+use super::{unpack, wildcard};
+
+const DEFAULT_DIR_MODE: u32 = 0o755;
+
+/// Copies what `action` names from `src` onto `dst`.
+pub(crate) fn copy(
+    src: Root<'_>,
+    dst: Root<'_>,
+    action: &pb::FileActionCopy,
+    owner: Option<Owner>,
+    cancel: &CancellationToken,
+) -> Result<(), FileError> {
+    if !action.create_dest_path {
+        dst.place(&action.dest, true)
+            .map_err(|errno| format!("failed to stat {}: {}", action.dest, PathError::new("lstat", split(&clean(&action.dest)).0, errno)))?;
+    }
+    let sources = match action.allow_wildcard {
+        true => wildcard::resolve(src, &action.src)?,
+        false => vec![clean(&action.src)],
+    };
+    if sources.is_empty() {
+        return match action.allow_empty_wildcard {
+            true => Ok(()),
+            false => Err(FileError::Text(format!("{} not found", clean(&action.src)))),
+        };
+    }
+    let options = Options::new(action, owner)?;
+    let mut required = Required::new(&action.required_paths)?;
+    for source in &sources {
+        if action.attempt_unpack_docker_compatibility
+            && unpack::unpack(src, source, dst, &action.dest, owner, options.time, cancel)?
+        {
+            continue;
+        }
+        copy_one(src, source, dst, &action.dest, &options, &mut required, cancel)?;
+    }
+    required.check()
+}
+
+struct Options {
+    owner: Option<Owner>,
+    time: Option<Timespec>,
+    mode: Option<ModeChange>,
+    dir_contents: bool,
+    follow: bool,
+    replace: bool,
+    include: Option<PatternMatcher>,
+    exclude: Option<PatternMatcher>,
+    new_dir: NewDir,
+}
+
+impl Options {
+    fn new(action: &pb::FileActionCopy, owner: Option<Owner>) -> Result<Self, FileError> {
+        let mode = match (action.mode_str.as_str(), action.mode) {
+            ("", -1) => None,
+            ("", mode) => Some(ModeChange::Set(mode as u32 & 0o7777)),
+            (text, _) => Some(ModeChange::parse(text)?),
+        };
+        let time = timestamp(action.timestamp);
+        // Only a numeric mode is for directories that are made on the way.
+        let dir_mode = if action.mode_str.is_empty() && action.mode != -1 { action.mode as u32 } else { DEFAULT_DIR_MODE };
+        Ok(Self {
+            owner,
+            time,
+            mode,
+            dir_contents: action.dir_copy_contents,
+            follow: action.follow_symlink,
+            replace: action.always_replace_existing_dest_paths,
+            include: matcher(&action.include_patterns, "includepatterns")?,
+            exclude: matcher(&action.exclude_patterns, "excludepatterns")?,
+            new_dir: NewDir { mode: dir_mode & 0o7777, owner, time },
+        })
+    }
+}
+
+fn matcher(patterns: &[String], what: &str) -> Result<Option<PatternMatcher>, FileError> {
+    if patterns.is_empty() {
+        return Ok(None);
+    }
+    PatternMatcher::new(patterns).map(Some).map_err(|err| FileError::Text(format!("invalid {what}: {patterns:?}: {err}")))
+}
+
+/// Patterns each of which has to match something that was copied.
+struct Required(Vec<(String, PatternMatcher, bool)>);
+
+impl Required {
+    fn new(patterns: &[String]) -> Result<Self, FileError> {
+        let compile = |pattern: &String| {
+            PatternMatcher::new([pattern])
+                .map(|matcher| (pattern.clone(), matcher, false))
+                .map_err(|err| FileError::Text(format!("invalid requiredpaths: {pattern}: {err}")))
+        };
+        Ok(Self(patterns.iter().map(compile).collect::<Result<_, _>>()?))
+    }
+
+    fn saw(&mut self, rel: &str) {
+        for (_, matcher, seen) in self.0.iter_mut().filter(|(_, _, seen)| !seen) {
+            *seen = matcher.matches(rel);
+        }
+    }
+
+    fn check(&self) -> Result<(), FileError> {
+        match self.0.iter().find(|(_, _, seen)| !seen) {
+            Some((pattern, _, _)) => Err(FileError::Text(format!("{pattern:?}: not found"))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn copy_one(
+    src: Root<'_>,
+    source: &str,
+    dst: Root<'_>,
+    dest: &str,
+    options: &Options,
+    required: &mut Required,
+    cancel: &CancellationToken,
+) -> Result<(), FileError> {
+    let dest_clean = clean(dest);
+    let into_dir = dest.ends_with('/') || dest.ends_with("/.") || dest.is_empty();
+    let ensure = if into_dir { dest_clean.as_str() } else { split(&dest_clean).0 };
+    let mkdir_failed = |errno| PathError::new("mkdir", ensure, errno);
+    let (_, made_before) = dst.ensure_dir(ensure, &options.new_dir).map_err(mkdir_failed)?;
+
+    let lstat_failed = |errno| PathError::new("lstat", source, errno);
+    let from = src.place(source, options.follow).map_err(lstat_failed)?;
+    let Some(from_stat) = from.stat else { return Err(lstat_failed(Errno::NOENT).into()) };
+    let dest_failed = |errno| PathError::new("mkdir", &dest_clean, errno);
+    let mut to = dst.place(&dest_clean, true).map_err(dest_failed)?;
+    let below = match (from.is_dir(), options.dir_contents) {
+        (true, true) => false,
+        (true, false) => to.stat.is_some(),
+        (false, _) => to.is_dir(),
+    };
+    let mut made = None;
+    if below {
+        let dir = open_subdir(to.dir.as_fd(), &to.name).map_err(dest_failed)?;
+        let base = split(source).1;
+        let name = OsString::from(base);
+        let stat = lstat(dir.as_fd(), &name).map_err(dest_failed)?;
+        to = Place { dir, name, stat };
+    } else if from.is_dir() && options.dir_contents && to.stat.is_none() {
+        made = Some(dst.ensure_dir(&dest_clean, &options.new_dir).map_err(dest_failed)?.1);
+        to = dst.place(&dest_clean, true).map_err(dest_failed)?;
+    }
+
+    let transfer = Transfer::new(options.owner, options.mode.clone(), options.time);
+    let mut copier = Copier { options, required, cancel, transfer, stack: Vec::new(), source, base: &to };
+    copier.run(&from, from_stat)?;
+    for made in made.iter().chain([&made_before]) {
+        made.restore_times(options.time).map_err(mkdir_failed)?;
+    }
+    Ok(())
+}
+
+/// A directory that is being copied.
+struct Frame {
+    src: OwnedFd,
+    stat: Stat,
+    /// Not there yet if the directory itself is not included.
+    dst: Option<OwnedFd>,
+    /// Its name in the frame before (or in the base).
+    name: OsString,
+    /// Its metadata is copied when its content is.
+    apply: bool,
+    /// It was there before and keeps all but its times.
+    keep: bool,
+    /// Path below the source, for patterns.
+    rel: String,
+    names: std::vec::IntoIter<OsString>,
+    include: MatchInfo,
+    exclude: MatchInfo,
+}
+
+struct Copier<'a> {
+    options: &'a Options,
+    required: &'a mut Required,
+    cancel: &'a CancellationToken,
+    transfer: Transfer,
+    stack: Vec<Frame>,
+    source: &'a str,
+    base: &'a Place,
+}
+
+impl Copier<'_> {
+    fn run(&mut self, from: &Place, stat: Stat) -> Result<(), FileError> {
+        self.entry(from.dir.as_fd(), &from.name, Some(stat))?;
+        while let Some(frame) = self.stack.last_mut() {
+            if self.cancel.is_cancelled() {
+                return Err(FileError::Cancelled);
+            }
+            match frame.names.next() {
+                Some(name) => {
+                    let dir = rustix::io::fcntl_dupfd_cloexec(&frame.src, 0).map_err(|e| self.failed("dup", &name, e))?;
+                    self.entry(dir.as_fd(), &name, None)?;
+                }
+                None => self.finish()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, call: &'static str, name: &OsStr, errno: Errno) -> PathError {
+        let mut path = self.source.trim_end_matches('/').to_owned();
+        if let Some(frame) = self.stack.last() {
+            if !frame.rel.is_empty() {
+                path.push('/');
+                path.push_str(&frame.rel);
+            }
+            path.push('/');
+            path.push_str(&name.to_string_lossy());
+        }
+        PathError { call, path, source: errno }
+    }
+
+    /// Copies one entry; a directory is only pushed onto the stack.
+    fn entry(&mut self, src_dir: BorrowedFd<'_>, name: &OsStr, top: Option<Stat>) -> Result<(), FileError> {
+        let (mut included, mut excluded) = (true, false);
+        let (mut include, mut exclude) = (MatchInfo::default(), MatchInfo::default());
+        let mut rel = String::new();
+        if let Some(parent) = self.stack.last() {
+            rel = match parent.rel.as_str() {
+                "" => name.to_string_lossy().into_owned(),
+                dir => format!("{dir}/{}", name.to_string_lossy()),
+            };
+            if let Some(matcher) = &self.options.include {
+                (included, include) = matcher.matches_below(&rel, Some(&parent.include));
+            }
+            if let Some(matcher) = &self.options.exclude {
+                (excluded, exclude) = matcher.matches_below(&rel, Some(&parent.exclude));
+                included &= !excluded;
+            }
+        }
+        let stat = match top {
+            Some(stat) => stat,
+            None => match lstat(src_dir, name).map_err(|e| self.failed("lstat", name, e))? {
+                Some(stat) => stat,
+                None => return Err(self.failed("lstat", name, Errno::NOENT).into()),
+            },
+        };
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if included && !rel.is_empty() {
+            self.required.saw(&rel);
+        }
+        if kind == FileType::Directory {
+            let taken_back = || self.options.exclude.as_ref().is_some_and(|matcher| matcher.may_reinclude_below(&rel));
+            let wanted_below = || self.options.include.as_ref().is_some_and(|matcher| matcher.may_match_below(&rel));
+            if (excluded && !taken_back()) || (!excluded && !included && !wanted_below()) {
+                return Ok(());
+            }
+            return self.enter(src_dir, name, stat, included, rel, include, exclude);
+        }
+        if !included {
+            return Ok(());
+        }
+        self.make_parents()?;
+        let dst = self.target_dir().map_err(|e| self.failed("open", name, e))?;
+        let target = self.target_name(name).to_owned();
+        self.clear_target(dst.as_fd(), &target)?;
+        self.leaf(src_dir, name, &stat, dst.as_fd(), &target)
+    }
+
+    /// The directory that holds the target of the current entry.
+    fn target_dir(&self) -> Result<OwnedFd, Errno> {
+        match self.stack.last() {
+            Some(Frame { dst: Some(dst), .. }) => rustix::io::fcntl_dupfd_cloexec(dst, 0),
+            Some(_) => Err(Errno::NOENT),
+            None => rustix::io::fcntl_dupfd_cloexec(&self.base.dir, 0),
+        }
+    }
+
+    fn target_name<'n>(&'n self, name: &'n OsStr) -> &'n OsStr {
+        if self.stack.is_empty() { &self.base.name } else { name }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn enter(
+        &mut self,
+        src_dir: BorrowedFd<'_>,
+        name: &OsStr,
+        stat: Stat,
+        included: bool,
+        rel: String,
+        include: MatchInfo,
+        exclude: MatchInfo,
+    ) -> Result<(), FileError> {
+        let src = open_child(src_dir, name, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| self.failed("open", name, e))?;
+        let names = read_names(src.as_fd()).map_err(|e| self.failed("read", name, e))?;
+        let top = self.stack.is_empty();
+        let frame = Frame {
+            src,
+            stat,
+            dst: None,
+            name: self.target_name(name).to_owned(),
+            apply: included && !top,
+            keep: false,
+            rel,
+            names: names.into_iter(),
+            include,
+            exclude,
+        };
+        self.stack.push(frame);
+        if included { self.make_parents() } else { Ok(()) }
+    }
+
+    /// Makes the target directories of all open frames that have none yet.
+    fn make_parents(&mut self) -> Result<(), FileError> {
+        for depth in 0..self.stack.len() {
+            if self.stack[depth].dst.is_some() {
+                continue;
+            }
+            let parent = match depth {
+                0 => self.base.dir.as_fd(),
+                _ => match &self.stack[depth - 1].dst {
+                    Some(dst) => dst.as_fd(),
+                    None => continue,
+                },
+            };
+            let name = self.stack[depth].name.clone();
+            let failed = |errno| PathError::new("mkdir", &name.to_string_lossy(), errno);
+            let mut there = lstat(parent, &name).map_err(failed)?;
+            let is_dir = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+            if let Some(stat) = &there
+                && !is_dir(stat)
+            {
+                if !self.options.replace {
+                    return Err(FileError::Text(format!("cannot copy to non-directory: {}", self.target_path(depth))));
+                }
+                remove_all(parent, &name).map_err(failed)?;
+                there = None;
+            }
+            if there.is_none() {
+                rustix::fs::mkdirat(parent, &name, Mode::from_raw_mode(0o700)).map_err(failed)?;
+            }
+            let dst = open_child(parent, &name, OFlags::RDONLY | OFlags::DIRECTORY).map_err(failed)?;
+            let frame = &mut self.stack[depth];
+            frame.apply |= there.is_none();
+            frame.keep = !frame.apply;
+            frame.dst = Some(dst);
+        }
+        Ok(())
+    }
+
+    /// A target's path for messages.
+    fn target_path(&self, depth: usize) -> String {
+        self.stack[..=depth].iter().map(|frame| format!("/{}", frame.name.to_string_lossy())).collect()
+    }
+
+    /// Removes what stands where something that is no directory goes.
+    fn clear_target(&self, dst: BorrowedFd<'_>, name: &OsStr) -> Result<(), FileError> {
+        let failed = |errno| PathError::new("remove", &name.to_string_lossy(), errno);
+        let Some(stat) = lstat(dst, name).map_err(failed)? else { return Ok(()) };
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Ok(rustix::fs::unlinkat(dst, name, AtFlags::empty()).map_err(failed)?);
+        }
+        if self.options.replace {
+            return Ok(remove_all(dst, name).map_err(failed)?);
+        }
+        Err(FileError::Text(format!("cannot replace to directory {} with file", name.to_string_lossy())))
+    }
+
+    fn leaf(
+        &mut self,
+        src_dir: BorrowedFd<'_>,
+        name: &OsStr,
+        stat: &Stat,
+        dst: BorrowedFd<'_>,
+        target: &OsStr,
+    ) -> Result<(), FileError> {
+        let path: Vec<OsString> = self.stack.iter().skip(1).map(|frame| frame.name.clone()).collect();
+        let root = self.stack.first().and_then(|frame| frame.dst.as_ref()).map_or(dst, |fd| fd.as_fd());
+        let done = self.transfer.leaf(src_dir, name, stat, root, dst, target, &path);
+        done.map_err(|(call, errno)| self.failed(call, name, errno).into())
+    }
+
+    /// The content of the topmost directory is done.
+    fn finish(&mut self) -> Result<(), FileError> {
+        let Some(frame) = self.stack.pop() else { return Ok(()) };
+        let Some(dst) = &frame.dst else { return Ok(()) };
+        let failed = |errno| PathError::new("chmod", &frame.rel, errno);
+        if frame.apply {
+            self.transfer.attributes(&frame.stat, frame.src.as_fd(), dst.as_fd()).map_err(failed)?;
+        } else if frame.keep {
+            let time = self.transfer.time_of(&frame.stat);
+            let times = Timestamps { last_access: time, last_modification: time };
+            rustix::fs::futimens(dst, &times).map_err(failed)?;
+        }
+        Ok(())
+    }
+}

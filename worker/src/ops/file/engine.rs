@@ -1,0 +1,152 @@
+//! Runs a planned file operation on snapshots: stages layers, mounts views, commits. Blocking.
+
+use std::collections::HashMap;
+
+use kiln_cache::{Ref, SnapshotMeta, Staged};
+use kiln_proto::pb;
+use kiln_proto::pb::file_action::Action;
+use tokio_util::sync::CancellationToken;
+
+use super::actions::{self, FileError};
+use super::copy;
+use super::plan::{Operand, Plan, Step, owner};
+use super::root::Root;
+use crate::ops::users;
+use crate::view::View;
+use crate::worker::Layers;
+
+/// An action that failed.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Which one, by number.
+    pub(crate) action: usize,
+    /// Why.
+    pub(crate) error: FileError,
+}
+
+/// A layer that is being written. The view goes before the staged directory: nothing may
+/// have that as its upper directory when it is committed.
+struct Live {
+    view: View,
+    staged: Staged,
+}
+
+enum Made {
+    Live(Live),
+    Done(Ref),
+}
+
+pub(crate) struct Engine<'a> {
+    layers: &'a Layers,
+    actions: &'a [pb::FileAction],
+    plan: &'a Plan,
+    inputs: &'a [Ref],
+    description: &'a str,
+    cancel: &'a CancellationToken,
+    made: HashMap<usize, Made>,
+    views: HashMap<Operand, View>,
+}
+
+impl<'a> Engine<'a> {
+    pub(crate) fn new(
+        layers: &'a Layers,
+        actions: &'a [pb::FileAction],
+        plan: &'a Plan,
+        inputs: &'a [Ref],
+        description: &'a str,
+        cancel: &'a CancellationToken,
+    ) -> Self {
+        Self { layers, actions, plan, inputs, description, cancel, made: HashMap::new(), views: HashMap::new() }
+    }
+
+    /// Runs all actions; one result for each output of the operation.
+    pub(crate) fn run(mut self) -> Result<Vec<Ref>, Failure> {
+        for &index in &self.plan.order {
+            self.step(index).map_err(|error| Failure { action: index, error })?;
+        }
+        let done = |index: &usize| match self.made.get(index) {
+            Some(Made::Done(result)) => result.clone(),
+            _ => None,
+        };
+        Ok(self.plan.outputs.iter().map(done).collect())
+    }
+
+    fn step(&mut self, index: usize) -> Result<(), FileError> {
+        if self.cancel.is_cancelled() {
+            return Err(FileError::Cancelled);
+        }
+        let plan = self.plan;
+        let step = &plan.steps[index];
+        for operand in [Some(step.source), step.user, step.group].into_iter().flatten() {
+            self.open(operand)?;
+        }
+        let live = self.base(step.base)?;
+        self.act(index, step, &live)?;
+        let made = if step.folded {
+            Made::Live(live)
+        } else {
+            let Live { view, staged } = live;
+            drop(view);
+            let result = self.layers.snapshots().commit(staged, SnapshotMeta::new(self.description)).map_err(text)?;
+            Made::Done(Some(result))
+        };
+        self.made.insert(index, made);
+        Ok(())
+    }
+
+    fn act(&self, index: usize, step: &Step, live: &Live) -> Result<(), FileError> {
+        let root = Root(live.view.fd());
+        let action = &self.actions[index];
+        let view = |operand: Operand| self.views.get(&operand).map(|view| Root(view.fd()));
+        let owner = users::action_owner(owner(action), step.user.and_then(view), step.group.and_then(view))?;
+        match &action.action {
+            Some(Action::Mkdir(action)) => actions::mkdir(root, action, owner),
+            Some(Action::Mkfile(action)) => actions::mkfile(root, action, owner),
+            Some(Action::Symlink(action)) => actions::symlink(root, action, owner),
+            Some(Action::Rm(action)) => actions::rm(root, action),
+            Some(Action::Copy(action)) => {
+                let Some(source) = view(step.source) else { return Err(FileError::Text("copy has no source".into())) };
+                copy::copy(source, root, action, owner, self.cancel)
+            }
+            None => Err(FileError::Text("unsupported: unknown kind of file action".into())),
+        }
+    }
+
+    /// The layer that an action writes: its base's own if nobody else sees that, else a new one on top.
+    fn base(&mut self, operand: Operand) -> Result<Live, FileError> {
+        if let Operand::Action(index) = operand
+            && let Some(Made::Live(live)) = self.made.remove(&index)
+        {
+            return Ok(live);
+        }
+        let parent = self.resolve(operand);
+        let staged = self.layers.snapshots().stage(parent.as_ref()).map_err(text)?;
+        let below = self.layers.chain(&parent).map_err(text)?;
+        let view = View::writable(below, staged.fs(), staged.work()).map_err(text)?;
+        Ok(Live { view, staged })
+    }
+
+    /// Opens a read-only view of what an action reads.
+    fn open(&mut self, operand: Operand) -> Result<(), FileError> {
+        if !self.views.contains_key(&operand) {
+            let view = self.layers.view(&self.resolve(operand)).map_err(text)?;
+            self.views.insert(operand, view);
+        }
+        Ok(())
+    }
+
+    fn resolve(&self, operand: Operand) -> Ref {
+        match operand {
+            Operand::Scratch => None,
+            Operand::Input(index) => self.inputs.get(index).cloned().flatten(),
+            Operand::Action(index) => match self.made.get(&index) {
+                Some(Made::Done(result)) => result.clone(),
+                _ => None,
+            },
+        }
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> FileError {
+    FileError::Text(error.to_string())
+}

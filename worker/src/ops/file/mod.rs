@@ -1,0 +1,142 @@
+//! The file operation: copy, mkdir, mkfile, symlink and rm actions, without a container.
+//!
+//! `plan` orders the actions, `engine` puts them on layers, the other modules do one action each,
+//! on roots that they know only as descriptors.
+
+mod actions;
+mod copy;
+mod engine;
+mod modestr;
+mod plan;
+pub(crate) mod root;
+#[cfg(test)]
+mod tests;
+pub(crate) mod transfer;
+mod unpack;
+mod wildcard;
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use kiln_cache::Ref;
+use kiln_proto::pattern::has_wildcard;
+use kiln_proto::pb;
+use kiln_proto::pb::file_action::Action;
+use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError};
+use prost::Message;
+use tokio_util::sync::CancellationToken;
+
+pub use actions::FileError;
+use engine::Engine;
+use plan::{Operand, Plan};
+
+use super::keys::KeyBuilder;
+use crate::worker::Worker;
+
+/// A file operation of one vertex.
+pub(crate) struct FileOp {
+    worker: Arc<Worker>,
+    actions: Arc<Vec<pb::FileAction>>,
+    plan: Arc<Plan>,
+    inputs: usize,
+    name: String,
+}
+
+impl FileOp {
+    /// Checks the operation of a vertex with `inputs` inputs.
+    pub(crate) fn new(worker: Arc<Worker>, op: pb::FileOp, inputs: usize, name: &str) -> Result<Self, OpError> {
+        let plan = Plan::new(&op, inputs).map_err(OpError::new)?;
+        Ok(Self { worker, actions: Arc::new(op.actions), plan: Arc::new(plan), inputs, name: name.into() })
+    }
+
+    fn key(&self) -> CacheMap {
+        let mut key = KeyBuilder::new("kiln.file.v1");
+        // Inputs that are built upon count whole; the others only by what is read of them.
+        let mut whole = vec![false; self.inputs];
+        let mut reads: Vec<Vec<ContentPath>> = vec![Vec::new(); self.inputs];
+        for (action, step) in self.actions.iter().zip(&self.plan.steps) {
+            if let Operand::Input(index) = step.base {
+                whole[index] = true;
+            }
+            for (operand, path) in [(step.user, "/etc/passwd"), (step.group, "/etc/group")] {
+                if let Some(Operand::Input(index)) = operand {
+                    reads[index].push(ContentPath { path: path.into(), follow_symlink: true, ..Default::default() });
+                }
+            }
+            let mut keyed = action.clone();
+            if let (Operand::Input(index), Some(Action::Copy(copy))) = (step.source, keyed.action.as_mut()) {
+                reads[index].push(content_path(copy));
+                // Where it comes from is told by the selector and the content; only its name shows in the result.
+                copy.src = root::split(&root::clean(&copy.src)).1.to_owned();
+            }
+            describe(&mut key, &keyed);
+        }
+        let inputs = reads
+            .into_iter()
+            .zip(whole)
+            .map(|(mut paths, whole)| {
+                let mut seen = std::collections::HashSet::new();
+                paths.retain(|path| seen.insert(path.clone()));
+                if whole || paths.is_empty() {
+                    return InputMap::default();
+                }
+                let selector = paths.iter().map(|path| path.path.as_str()).collect::<Vec<_>>().join("\0");
+                InputMap { selector: Some(selector), content: Some(ContentQuery { paths }) }
+            })
+            .collect();
+        key.finish(inputs, true)
+    }
+}
+
+fn content_path(copy: &pb::FileActionCopy) -> ContentPath {
+    let wildcard = copy.allow_wildcard && has_wildcard(&copy.src);
+    ContentPath {
+        path: root::clean(&copy.src),
+        wildcard,
+        follow_symlink: copy.follow_symlink,
+        include: copy.include_patterns.clone(),
+        exclude: copy.exclude_patterns.clone(),
+        required: copy.required_paths.clone(),
+        must_exist: !wildcard,
+    }
+}
+
+/// The whole action counts; what people read is a summary of it.
+fn describe(key: &mut KeyBuilder, action: &pb::FileAction) {
+    let summary = match &action.action {
+        Some(Action::Copy(copy)) => format!("copy {} {}", copy.src, copy.dest),
+        Some(Action::Mkfile(file)) => format!("mkfile {}", file.path),
+        Some(Action::Mkdir(dir)) => format!("mkdir {}", dir.path),
+        Some(Action::Rm(rm)) => format!("rm {}", rm.path),
+        Some(Action::Symlink(link)) => format!("symlink {} -> {}", link.newpath, link.oldpath),
+        None => "unknown action".into(),
+    };
+    key.bytes(summary, &action.encode_to_vec());
+}
+
+impl Op<Ref> for FileOp {
+    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
+        Box::pin(async { Ok(self.key()) })
+    }
+
+    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+        Box::pin(async move {
+            self.worker.materialize_all(&inputs, Some(&ctx.progress)).await?;
+            let cancel = CancellationToken::new();
+            let _cancelled_when_dropped = cancel.clone().drop_guard();
+            let (layers, actions, plan) = (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());
+            let name = self.name.clone();
+            let run = move || Engine::new(&layers, &actions, &plan, &inputs, &name, &cancel).run();
+            let result = tokio::task::spawn_blocking(run).await;
+            let result = result.map_err(|err| OpError::new(format!("file operation failed: {err}")))?;
+            result.map_err(|failure| OpError {
+                file_action: Some(failure.action),
+                ..OpError::new(failure.error.to_string())
+            })
+        })
+    }
+
+    fn class(&self) -> OpClass {
+        OpClass::Io
+    }
+}

@@ -1,0 +1,165 @@
+//! Copies single entries from one directory to another: content, links, devices and metadata.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use super::modestr::ModeChange;
+use super::root::{Owner, chmod, chown, open_child, utimes};
+
+/// The call that failed, and how.
+pub(crate) type Failed = (&'static str, Errno);
+
+/// Copies entries of one tree; files that were one inode there become one inode here.
+#[derive(Default)]
+pub(crate) struct Transfer {
+    /// Who owns the copies; without, who owns the originals.
+    pub(crate) owner: Option<Owner>,
+    /// How the copies' permissions differ from the originals'.
+    pub(crate) mode: Option<ModeChange>,
+    /// Time of the copies; without, that of the originals.
+    pub(crate) time: Option<Timespec>,
+    /// First copy of each inode that has several names: its path below the root of the copy.
+    links: HashMap<(u64, u64), Vec<OsString>>,
+}
+
+impl Transfer {
+    pub(crate) fn new(owner: Option<Owner>, mode: Option<ModeChange>, time: Option<Timespec>) -> Self {
+        Self { owner, mode, time, links: HashMap::new() }
+    }
+
+    /// Copies something that is no directory to `target` in `dst`, where nothing may be. `root` is where `path`,
+    /// the directories that lead from there to `dst`, starts.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn leaf(
+        &mut self,
+        src: BorrowedFd<'_>,
+        name: &OsStr,
+        stat: &Stat,
+        root: BorrowedFd<'_>,
+        dst: BorrowedFd<'_>,
+        target: &OsStr,
+        path: &[OsString],
+    ) -> Result<(), Failed> {
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        match kind {
+            FileType::RegularFile => return self.file(src, name, stat, root, dst, target, path),
+            FileType::Symlink => {
+                let link = rustix::fs::readlinkat(src, name, Vec::new()).map_err(|e| ("readlink", e))?;
+                rustix::fs::symlinkat(link.as_c_str(), dst, target).map_err(|e| ("symlink", e))?;
+            }
+            // In a layer that would say "deleted".
+            FileType::CharacterDevice if stat.st_rdev == 0 => return Err(("mknod", Errno::NODEV)),
+            _ => {
+                let mode = Mode::from_raw_mode(0o600);
+                rustix::fs::mknodat(dst, target, kind, mode, stat.st_rdev).map_err(|e| ("mknod", e))?;
+            }
+        }
+        chown(dst, target, self.owner_of(stat)).map_err(|e| ("chown", e))?;
+        if kind != FileType::Symlink {
+            chmod(dst, target, self.mode_of(stat, false)).map_err(|e| ("chmod", e))?;
+        }
+        utimes(dst, target, self.time_of(stat)).map_err(|e| ("utimes", e))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn file(
+        &mut self,
+        src: BorrowedFd<'_>,
+        name: &OsStr,
+        stat: &Stat,
+        root: BorrowedFd<'_>,
+        dst: BorrowedFd<'_>,
+        target: &OsStr,
+        path: &[OsString],
+    ) -> Result<(), Failed> {
+        let inode = (stat.st_dev, stat.st_ino);
+        if stat.st_nlink > 1
+            && let Some(first) = self.links.get(&inode)
+        {
+            return hard_link(root, first, dst, target).map_err(|e| ("link", e));
+        }
+        let mut from = File::from(open_child(src, name, OFlags::RDONLY).map_err(|e| ("open", e))?);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let to = rustix::fs::openat(dst, target, flags, Mode::from_raw_mode(0o600)).map_err(|e| ("open", e))?;
+        let mut to = File::from(to);
+        std::io::copy(&mut from, &mut to).map_err(|err| ("copy", Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
+        self.attributes(stat, from.as_fd(), to.as_fd()).map_err(|e| ("chmod", e))?;
+        if stat.st_nlink > 1 {
+            self.links.insert(inode, path.iter().cloned().chain([target.to_owned()]).collect());
+        }
+        Ok(())
+    }
+
+    /// Metadata of a file or directory: owner, then extended attributes, then mode and times, since each
+    /// clears or changes what comes after it here.
+    pub(crate) fn attributes(&self, stat: &Stat, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
+        let owner = self.owner_of(stat);
+        rustix::fs::fchown(to, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+        for (name, value) in read_xattrs(from) {
+            // What a file system refuses (labels, namespaces it lacks) is left out, as `cp -a` does.
+            let _ = rustix::fs::fsetxattr(to, &name[..], &value, XattrFlags::empty());
+        }
+        let dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        rustix::fs::fchmod(to, Mode::from_raw_mode(self.mode_of(stat, dir)))?;
+        let time = self.time_of(stat);
+        rustix::fs::futimens(to, &Timestamps { last_access: time, last_modification: time })
+    }
+
+    fn owner_of(&self, stat: &Stat) -> Owner {
+        self.owner.unwrap_or(Owner { uid: stat.st_uid, gid: stat.st_gid })
+    }
+
+    fn mode_of(&self, stat: &Stat, dir: bool) -> u32 {
+        match &self.mode {
+            Some(change) => change.apply(stat.st_mode, dir),
+            None => stat.st_mode & 0o7777,
+        }
+    }
+
+    /// The time that a copy gets.
+    pub(crate) fn time_of(&self, stat: &Stat) -> Timespec {
+        self.time.unwrap_or(Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ })
+    }
+}
+
+/// Links to an earlier copy. All its directories were made or checked by the copy, so none may be a symlink.
+fn hard_link(root: BorrowedFd<'_>, first: &[OsString], dst: BorrowedFd<'_>, target: &OsStr) -> Result<(), Errno> {
+    let Some((name, dirs)) = first.split_last() else { return Err(Errno::NOENT) };
+    let dir = std::iter::once(OsStr::new(".")).chain(dirs.iter().map(OsString::as_os_str));
+    let dir: std::path::PathBuf = dir.collect();
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let dir = rustix::fs::openat2(root, &dir, flags, Mode::empty(), resolve)?;
+    rustix::fs::linkat(&dir, name, dst, target, AtFlags::empty())
+}
+
+/// Extended attributes of an open file or directory, without overlay's own, which are no content. A file
+/// system that has none gives none.
+pub(crate) fn read_xattrs(fd: BorrowedFd<'_>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let mut list = vec![0u8; 1024];
+    let len = loop {
+        match rustix::fs::flistxattr(fd, &mut list[..]) {
+            Ok(len) => break len,
+            Err(Errno::RANGE) if list.len() < 1 << 20 => list = vec![0; list.len() * 8],
+            Err(_) => return Vec::new(),
+        }
+    };
+    let mut found = Vec::new();
+    for name in list[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
+            continue;
+        }
+        let mut value = vec![0u8; 64 << 10];
+        if let Ok(len) = rustix::fs::fgetxattr(fd, name, &mut value[..]) {
+            value.truncate(len);
+            found.push((name.to_vec(), value));
+        }
+    }
+    found.sort_unstable();
+    found
+}

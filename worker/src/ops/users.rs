@@ -1,0 +1,157 @@
+//! Names of users and groups, looked up in a root file system's own `/etc/passwd` and `/etc/group`.
+//!
+//! Those files come from images: they are read beneath their root, up to a limit, and lines that
+//! make no sense are skipped.
+
+use std::fs::File;
+use std::io::Read;
+
+use kiln_proto::pb;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::file::root::{Owner, PathError, Root};
+
+/// More than any real file holds, little enough to keep in memory.
+const MAX_BYTES: u64 = 10 << 20;
+
+/// Whom a process runs as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessUser {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Home directory; `/` where none is recorded.
+    pub home: String,
+}
+
+struct Passwd<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+    home: &'a str,
+}
+
+struct Group<'a> {
+    name: &'a str,
+    gid: u32,
+    members: &'a str,
+}
+
+fn passwd(text: &str) -> impl Iterator<Item = Passwd<'_>> {
+    text.lines().filter_map(|line| {
+        let mut fields = line.trim().split(':');
+        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let _password = fields.next()?;
+        let uid = fields.next()?.parse().ok()?;
+        let gid = fields.next()?.parse().ok()?;
+        let home = fields.nth(1).unwrap_or_default();
+        Some(Passwd { name, uid, gid, home })
+    })
+}
+
+fn group(text: &str) -> impl Iterator<Item = Group<'_>> {
+    text.lines().filter_map(|line| {
+        let mut fields = line.trim().split(':');
+        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let _password = fields.next()?;
+        let gid = fields.next()?.parse().ok()?;
+        Some(Group { name, gid, members: fields.next().unwrap_or_default() })
+    })
+}
+
+/// Content of a file of the root; empty where there is none.
+fn read(root: Root<'_>, path: &str) -> Result<String, PathError> {
+    let failed = |errno| PathError::new("open", path, errno);
+    let fd = match root.open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, 0) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(String::new()),
+        Err(errno) => return Err(failed(errno)),
+    };
+    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(String::new());
+    }
+    let mut bytes = Vec::new();
+    let read = File::from(fd).take(MAX_BYTES + 1).read_to_end(&mut bytes);
+    read.map_err(|err| failed(Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(failed(Errno::FBIG));
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The owner that a file action asks for; `None` if it asks for none. Names are looked up in
+/// the roots given; a user that is not there is 0:0, a group that is not there changes nothing.
+pub(crate) fn action_owner(
+    chown: Option<&pb::ChownOpt>,
+    user_root: Option<Root<'_>>,
+    group_root: Option<Root<'_>>,
+) -> Result<Option<Owner>, PathError> {
+    use pb::user_opt::User;
+    let Some(chown) = chown else { return Ok(None) };
+    let mut owner = Owner { uid: 0, gid: 0 };
+    match chown.user.as_ref().and_then(|user| user.user.as_ref()) {
+        Some(User::ById(id)) => owner = Owner { uid: *id, gid: *id },
+        Some(User::ByName(named)) => {
+            let text = user_root.map(|root| read(root, "/etc/passwd")).transpose()?.unwrap_or_default();
+            if let Some(entry) = passwd(&text).find(|entry| entry.name == named.name) {
+                owner = Owner { uid: entry.uid, gid: entry.gid };
+            }
+        }
+        None => {}
+    }
+    match chown.group.as_ref().and_then(|group| group.user.as_ref()) {
+        Some(User::ById(id)) => owner.gid = *id,
+        Some(User::ByName(named)) => {
+            let text = group_root.map(|root| read(root, "/etc/group")).transpose()?.unwrap_or_default();
+            if let Some(entry) = group(&text).find(|entry| entry.name == named.name) {
+                owner.gid = entry.gid;
+            }
+        }
+        None => {}
+    }
+    Ok(Some(owner))
+}
+
+/// Resolves `name|uid[:group|gid]` (empty is root) for a process in `root`.
+pub(crate) fn process_user(root: Root<'_>, spec: &str) -> Result<ProcessUser, String> {
+    let (user, group_spec) = match spec.split_once(':') {
+        Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+        None => (spec, None),
+    };
+    let user = if user.is_empty() { "0" } else { user };
+    let passwd_text = read(root, "/etc/passwd").map_err(|err| err.to_string())?;
+    let group_text = read(root, "/etc/group").map_err(|err| err.to_string())?;
+    let id: Option<u32> = user.parse().ok();
+    let entry = passwd(&passwd_text).find(|entry| entry.name == user || id == Some(entry.uid));
+    let mut found = match (&entry, id) {
+        (Some(entry), _) => ProcessUser { uid: entry.uid, gid: entry.gid, groups: Vec::new(), home: entry.home.into() },
+        (None, Some(uid)) => ProcessUser { uid, gid: 0, groups: Vec::new(), home: String::new() },
+        (None, None) => return Err(format!("unable to find user {user}: no matching entries in passwd file")),
+    };
+    if found.home.is_empty() {
+        found.home = "/".into();
+    }
+    match group_spec {
+        Some(name) => {
+            let id: Option<u32> = name.parse().ok();
+            let listed = group(&group_text).find(|entry| entry.name == name || id == Some(entry.gid));
+            found.gid = match (listed, id) {
+                (Some(entry), _) => entry.gid,
+                (None, Some(gid)) => gid,
+                (None, None) => return Err(format!("unable to find group {name}: no matching entries in group file")),
+            };
+        }
+        None => {
+            if let Some(entry) = &entry {
+                let member = |group: &Group<'_>| group.members.split(',').any(|member| member.trim() == entry.name);
+                found.groups = group(&group_text).filter(member).map(|group| group.gid).collect();
+            }
+        }
+    }
+    Ok(found)
+}
