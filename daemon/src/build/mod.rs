@@ -1,0 +1,132 @@
+//! One `Control.Solve` from request to response: checks, the job and its record, the frontend or
+//! definition, the exporters. Dropping the future cancels the build.
+
+mod exports;
+mod request;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kiln_proto::control::{SolveRequest, SolveResponse};
+use kiln_session::Session;
+
+use crate::daemon::Daemon;
+use crate::engine::BuildScope;
+use crate::error::BuildError;
+use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
+use crate::jobs::{Job, JobGuard};
+use crate::progress::Step;
+
+/// Metadata of a frontend's result that is text, for the history.
+fn readable(result: &BuildResult) -> Vec<(String, String)> {
+    result
+        .metadata
+        .iter()
+        .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
+        .collect()
+}
+
+/// Builds what a client asked for.
+pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result<SolveResponse, BuildError> {
+    let request = request::checked(request, &daemon.config)?;
+    let mut guard = daemon.jobs.start(&request.r#ref)?;
+    let progress = guard.job().progress.clone();
+    let recording = (!request.internal).then(|| daemon.history.begin(&request, progress.clone()));
+    let cancel = guard.job().cancel.clone();
+    let mut metadata = Vec::new();
+    let outcome = tokio::select! {
+        outcome = run(daemon, &guard, &request, &mut metadata) => outcome,
+        () = cancel.cancelled() => Err(BuildError::canceled()),
+        () = session_lost(daemon, &request.session) => {
+            Err(BuildError::canceled().context(format_args!("session {} ended", request.session)))
+        }
+    };
+    if outcome.is_ok() {
+        guard.succeed();
+    }
+    progress.close(outcome.is_ok());
+    drop(guard);
+    if let Some(recording) = recording {
+        recording.finish(metadata, outcome.as_ref().err().cloned()).await;
+    }
+    daemon.engine.build_ended();
+    match &outcome {
+        Ok(_) => tracing::debug!(build = request.r#ref, "built"),
+        Err(error) => tracing::debug!(build = request.r#ref, %error, "build failed"),
+    }
+    outcome
+}
+
+/// Completes when a session that was there has gone: nobody is left to build for.
+async fn session_lost(daemon: &Daemon, id: &str) {
+    if !id.is_empty() {
+        let session: Result<Arc<Session>, _> = daemon.engine.sessions().get(id).await;
+        if let Ok(session) = session {
+            return session.closed().await;
+        }
+    }
+    // Builds that need no session may do without; those that need it say so themselves.
+    std::future::pending().await
+}
+
+async fn run(
+    daemon: &Arc<Daemon>,
+    guard: &JobGuard,
+    request: &SolveRequest,
+    metadata: &mut Vec<(String, String)>,
+) -> Result<SolveResponse, BuildError> {
+    let job = guard.job();
+    report_cache_imports(job, request);
+    exports::check(&request.exporters)?;
+    let build = daemon.engine.begin(BuildScope {
+        session: request.session.clone(),
+        entitlements: request.entitlements.clone(),
+        progress: job.progress.clone(),
+    });
+    let (bridge, returned) = Bridge::new(
+        build.clone(),
+        job.progress.clone(),
+        job.cancel.clone(),
+        &request.session,
+        request.frontend_inputs.clone(),
+    );
+    let published = guard.publish(bridge.clone());
+    let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
+    let result = if !request.frontend.is_empty() {
+        let frontend = FrontendRequest {
+            name: request.frontend.clone(),
+            opts: request.frontend_attrs.clone(),
+            inputs: request.frontend_inputs.clone(),
+        };
+        bridge.run_frontend(frontend).await?
+    } else if let Some(definition) = definition {
+        BuildResult { refs: Refs::Single(bridge.solve(definition).await?), ..BuildResult::default() }
+    } else {
+        // The client is the frontend; it ends by returning a result.
+        returned.await.map_err(|_| BuildError::canceled())??
+    };
+    *metadata = readable(&result);
+    result.refs.evaluate().await?;
+    let mut response: HashMap<String, String> = result
+        .metadata
+        .iter()
+        .filter(|(key, _)| key.starts_with("frontend."))
+        .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
+        .collect();
+    exports::run(&build, job, request, &result, &mut response).await?;
+    drop(published);
+    Ok(SolveResponse { exporter_response: response })
+}
+
+/// A cache that cannot be imported never fails a build; it is shown.
+fn report_cache_imports(job: &Job, request: &SolveRequest) {
+    for import in request.cache.iter().flat_map(|cache| &cache.imports) {
+        let name = match import.attrs.get("ref") {
+            Some(reference) => reference.clone(),
+            None => import.r#type.clone(),
+        };
+        let name = format!("importing cache manifest from {name}");
+        let step = Step::start(job.progress.clone(), &crate::gateway::text_digest(&name), &name);
+        step.end(Some(&format!("unsupported: cache import of type {}", import.r#type)));
+    }
+}

@@ -1,0 +1,212 @@
+//! Start to end of a daemon: opens the engine, listens, stops on a signal or when idle, and leaves
+//! nothing behind.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_proto::types;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::engine::{Engine, EngineError};
+use crate::history::History;
+use crate::jobs::Jobs;
+use crate::server::{Activity, Listener};
+use crate::{server, services, workers};
+
+/// How long connections may take to end once the daemon stops.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long a daemon waits for its predecessor to let go of the store.
+const HANDOVER: Duration = Duration::from_secs(5);
+
+/// Why a daemon did not start or ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The runtime cannot be set up.
+    #[error("failed to start the async runtime: {0}")]
+    Runtime(std::io::Error),
+    /// The store, the worker or one of their parts cannot be opened.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// An address is malformed or of an unknown kind.
+    #[error("{address}: {message}")]
+    Address {
+        /// As configured.
+        address: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// An address cannot be listened on.
+    #[error("failed to listen on {address}: {source}")]
+    Listen {
+        /// As configured.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another daemon answers there.
+    #[error("a daemon is already listening on {}", path.display())]
+    Running {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// TLS files cannot be used.
+    #[error("tls: {0}")]
+    Tls(String),
+    /// A server failed while running.
+    #[error("server failed: {0}")]
+    Serve(String),
+}
+
+/// What the services share.
+pub(crate) struct Daemon {
+    pub(crate) config: Config,
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) jobs: Arc<Jobs>,
+    pub(crate) history: Arc<History>,
+    pub(crate) worker: Arc<types::WorkerRecord>,
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// Runs a daemon until a signal (`SIGTERM`, `SIGINT`) or its idle time ends it. Blocks; owns the
+/// process's async runtime and, unless one is set, its log output (standard error).
+///
+/// # Errors
+/// The daemon could not start, or a listener failed.
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    init_log(config.debug);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_keep_alive(Duration::from_secs(3))
+        .build()
+        .map_err(DaemonError::Runtime)?;
+    let stop = CancellationToken::new();
+    let outcome = runtime.block_on(async {
+        tokio::spawn(watch_signals(stop.clone()));
+        serve(config, stop.clone()).await
+    });
+    // Blocking reads that nobody waits for must not hold the process up.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+/// The first signal asks to stop, the second one does not ask.
+async fn watch_signals(stop: CancellationToken) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::warn!("signals cannot be watched");
+        return;
+    };
+    for asked in 0.. {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        if asked > 0 {
+            tracing::warn!("second signal, leaving at once");
+            std::process::exit(1);
+        }
+        tracing::info!("stopping");
+        stop.cancel();
+    }
+}
+
+fn init_log(debug: bool) {
+    let default = if debug { "debug,h2=info,hyper=info,tower=info" } else { "info" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KILN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // Fails only if a subscriber is set already, which is then the one to use.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// Runs a daemon within the caller's runtime until `stop` is cancelled or its idle time ends it.
+///
+/// # Errors
+/// As [`run`].
+pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+    let shutdown = stop.child_token();
+    let listeners = server::parse(&config)?;
+    for listener in &listeners {
+        listener.refuse_if_running().await?;
+    }
+    let engine = open(&config).await?;
+    let daemon = Arc::new(Daemon {
+        jobs: Jobs::new(shutdown.clone()),
+        history: History::new(engine.values(), config.history),
+        worker: Arc::new(workers::record(&config, &engine)),
+        engine,
+        shutdown: shutdown.clone(),
+        config,
+    });
+    let activity = Activity::new();
+    let outcome = listen(&daemon, listeners, &activity).await;
+    shutdown.cancel();
+    let closed = daemon.engine.close().await;
+    outcome.and(closed.map_err(DaemonError::from))
+}
+
+/// Opens the engine; a predecessor that is just leaving may hold the store for a moment.
+async fn open(config: &Config) -> Result<Arc<Engine>, DaemonError> {
+    let deadline = Instant::now() + HANDOVER;
+    loop {
+        match Engine::open(config).await {
+            Err(error) if error.is_locked() && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+async fn listen(
+    daemon: &Arc<Daemon>,
+    listeners: Vec<Listener>,
+    activity: &Activity,
+) -> Result<(), DaemonError> {
+    let mut bound = Vec::new();
+    for listener in listeners {
+        bound.push(listener.bind(&daemon.config).await?);
+    }
+    let routes = services::routes(daemon);
+    let mut servers = tokio::task::JoinSet::new();
+    for socket in bound {
+        tracing::info!(address = socket.address(), root = %daemon.config.root.display(), "listening");
+        servers.spawn(socket.serve(routes.clone(), activity.clone(), daemon.shutdown.clone()));
+    }
+    let idle = async {
+        match daemon.config.idle_exit {
+            Some(limit) => activity.idle(limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    let first = tokio::select! {
+        first = servers.join_next() => first,
+        () = idle => {
+            tracing::info!("idle, leaving");
+            None
+        }
+        () = daemon.shutdown.cancelled() => None,
+    };
+    daemon.shutdown.cancel();
+    let rest = async {
+        let mut outcome = first.map_or(Ok(()), flatten);
+        while let Some(server) = servers.join_next().await {
+            outcome = outcome.and(flatten(server));
+        }
+        outcome
+    };
+    match tokio::time::timeout(DRAIN, rest).await {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            tracing::warn!("connections did not end in time");
+            Ok(())
+        }
+    }
+}
+
+fn flatten(
+    joined: Result<Result<(), DaemonError>, tokio::task::JoinError>,
+) -> Result<(), DaemonError> {
+    joined.unwrap_or_else(|error| Err(DaemonError::Serve(error.to_string())))
+}

@@ -1,0 +1,226 @@
+//! The machine under the services: store, solver, worker and sessions put together. The only module
+//! that calls those crates' operative parts, one file for each: `worker` (sources, views), `export`,
+//! `storage` (usage, garbage), `failure` (their errors).
+
+mod export;
+mod failure;
+pub(crate) mod files;
+mod storage;
+mod worker;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use kiln_cache::{Ref, Store, StoreError, StoreOptions, Values};
+use kiln_proto::{pb, types};
+use kiln_session::SessionManager;
+use kiln_solver::progress::VertexProgress;
+use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
+use tonic::Code;
+
+pub(crate) use export::{ExportJob, ExportTarget};
+pub(crate) use worker::ResolvedImage;
+
+use crate::config::Config;
+use crate::error::BuildError;
+use crate::gateway::caps;
+use crate::progress::ProgressLog;
+use storage::Collector;
+use worker::{BuildWorker, WorkerHandle};
+
+/// Why the engine did not open.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The store.
+    #[error("failed to open the store: {0}")]
+    Store(#[from] StoreError),
+    /// The worker.
+    #[error("failed to start the worker: {0}")]
+    Worker(String),
+    /// A task of the runtime.
+    #[error("task failed: {0}")]
+    Task(String),
+}
+
+impl EngineError {
+    /// Whether another process holds the store.
+    pub(crate) fn is_locked(&self) -> bool {
+        matches!(self, Self::Store(StoreError::Locked { .. }))
+    }
+}
+
+/// What all builds share.
+pub(crate) struct Engine {
+    store: Arc<Store>,
+    solver: Solver<Ref>,
+    worker: WorkerHandle,
+    sessions: Arc<SessionManager>,
+    collector: Collector,
+    worker_id: String,
+}
+
+/// Named value that holds the worker's id.
+const WORKER_ID: (&str, &str) = ("daemon", "worker-id");
+
+impl Engine {
+    /// Opens the store and starts the worker.
+    pub(crate) async fn open(config: &Config) -> Result<Arc<Self>, EngineError> {
+        let root = config.root.clone();
+        let store = tokio::task::spawn_blocking(move || Store::open(&root, StoreOptions::default()))
+            .await
+            .map_err(|error| EngineError::Task(error.to_string()))??;
+        let worker_id = worker_id(&store.values())?;
+        let sessions = SessionManager::new();
+        let worker = WorkerHandle::open(config, &store, &sessions).await?;
+        let limit = match config.max_parallelism {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            limit => limit,
+        };
+        let options = SolverOptions { max_parallelism: limit };
+        let solver = Solver::new(store.keys(), worker.results(), options);
+        let collector = Collector::new(&store, &config.gc);
+        Ok(Arc::new(Self { store, solver, worker, sessions, collector, worker_id }))
+    }
+
+    /// Attached clients.
+    pub(crate) fn sessions(&self) -> &Arc<SessionManager> {
+        &self.sessions
+    }
+
+    /// Small values of the daemon's own.
+    pub(crate) fn values(&self) -> Values {
+        self.store.values()
+    }
+
+    /// The worker's id, the same for the life of the store.
+    pub(crate) fn worker_id(&self) -> &str {
+        &self.worker_id
+    }
+
+    /// The rules by which the cache is cleaned, for the worker record.
+    pub(crate) fn gc_policy(&self) -> Vec<types::GcPolicy> {
+        self.collector.records()
+    }
+
+    /// Starts a build.
+    pub(crate) fn begin(self: &Arc<Self>, scope: BuildScope) -> Arc<EngineBuild> {
+        let worker = self.worker.begin(&scope);
+        let build = self
+            .solver
+            .build(BuildOptions { factory: worker.factory(), progress: scope.progress.clone() });
+        Arc::new(EngineBuild { engine: self.clone(), build, worker, session: scope.session })
+    }
+
+    /// A build is over: work that it left is torn down, and garbage may be collected.
+    pub(crate) fn build_ended(&self) {
+        self.collector.request();
+    }
+
+    /// Waits for work that is still being torn down, then closes the store.
+    pub(crate) async fn close(&self) -> Result<(), EngineError> {
+        self.sessions.close_all();
+        self.solver.idle().await;
+        self.worker.close().await;
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.close())
+            .await
+            .map_err(|error| EngineError::Task(error.to_string()))??;
+        Ok(())
+    }
+}
+
+fn worker_id(values: &Values) -> Result<String, StoreError> {
+    let (namespace, name) = WORKER_ID;
+    if let Some(id) = values.get(namespace, name)?.and_then(|bytes| String::from_utf8(bytes).ok()) {
+        return Ok(id);
+    }
+    let id = kiln_session::new_id();
+    values.put(namespace, name, id.as_bytes())?;
+    Ok(id)
+}
+
+/// What is particular to one build.
+pub(crate) struct BuildScope {
+    /// The client's session; empty if there is none.
+    pub(crate) session: String,
+    /// What the build was granted.
+    pub(crate) entitlements: Vec<String>,
+    /// Where its events go.
+    pub(crate) progress: Arc<ProgressLog>,
+}
+
+/// One build in the engine. Dropping the last handle cancels what only it wanted.
+pub(crate) struct EngineBuild {
+    engine: Arc<Engine>,
+    build: kiln_solver::Build<Ref>,
+    worker: BuildWorker,
+    session: String,
+}
+
+impl EngineBuild {
+    /// Takes a definition into the build and announces its vertices.
+    pub(crate) async fn load(&self, definition: pb::Definition) -> Result<Target, BuildError> {
+        for cap in definition.metadata.values().flat_map(|metadata| &metadata.caps) {
+            if !caps::supported(cap.0) {
+                return Err(BuildError::new(
+                    Code::Unimplemented,
+                    format!("failed to load LLB: requested feature {} is not supported by build server", cap.0),
+                ));
+            }
+        }
+        match self.build.load(&definition).await {
+            Ok(handle) => Ok(Target { handle, definition }),
+            Err(error) => Err(failure::solve_error(error, &definition)),
+        }
+    }
+
+    /// Reads in a result's root directory, on a thread where blocking does no harm.
+    pub(crate) async fn read<T, F>(&self, result: Ref, read: F) -> Result<T, BuildError>
+    where
+        T: Send + 'static,
+        F: FnOnce(BorrowedFd<'_>) -> Result<T, BuildError> + Send + 'static,
+    {
+        self.worker.read(result, read).await
+    }
+
+    /// Digest and config of an image.
+    pub(crate) async fn resolve_image(
+        &self,
+        reference: &str,
+        platform: &pb::Platform,
+        mode: &str,
+        progress: &VertexProgress,
+    ) -> Result<ResolvedImage, BuildError> {
+        self.worker.resolve_image(reference, platform, mode, progress).await
+    }
+
+    /// Writes a result to where the client wants it; gives the entries of the response.
+    pub(crate) async fn export(
+        &self,
+        job: ExportJob<'_>,
+        progress: &VertexProgress,
+    ) -> Result<Vec<(String, String)>, BuildError> {
+        export::run(&self.engine, &self.worker, &self.session, job, progress).await
+    }
+}
+
+/// A definition that was taken into a build.
+pub(crate) struct Target {
+    handle: LoadedHandle<Ref>,
+    definition: pb::Definition,
+}
+
+impl Target {
+    /// What it was made from.
+    pub(crate) fn definition(&self) -> &pb::Definition {
+        &self.definition
+    }
+
+    /// Builds it.
+    pub(crate) async fn result(&self) -> Result<Ref, BuildError> {
+        match self.handle.result().await {
+            Ok(result) => Ok(result.flatten()),
+            Err(error) => Err(failure::solve_error(error, &self.definition)),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! `dockerfile.v0`: fetches the Dockerfile and its ignore file from the client, has them compiled,
+//! and hands what comes out to the build. The language itself is in `kiln-dockerfile`, which
+//! `compiler` calls.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kiln_proto::{llb, pattern, pb};
+use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
+use serde_json::json;
+
+use super::compiler::{self, Output, Sources};
+use crate::engine::files;
+use crate::error::{BuildError, frontend_detail, source_detail, subrequest_detail};
+use crate::gateway::{Bridge, BuildResult, FrontendRequest, LazyRef, Refs};
+
+/// Local directory that holds the Dockerfile, unless `dockerfilekey` says otherwise.
+const DOCKERFILE_LOCAL: &str = "dockerfile";
+/// Local directory that is the build context, unless `contextkey` says otherwise.
+const CONTEXT_LOCAL: &str = "context";
+
+/// Runs the frontend.
+pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Result<BuildResult, BuildError> {
+    if let Some(id) = request.opts.get("requestid").filter(|id| !id.is_empty()) {
+        return Err(BuildError::unsupported(format_args!("subrequest {id}")).with(subrequest_detail(id)));
+    }
+    let locals = Locals { bridge, request };
+    let context_key = request.opts.get("contextkey").map_or(CONTEXT_LOCAL, String::as_str);
+    if let Some(remote) = request.opts.get(context_key) {
+        return Err(BuildError::unsupported(format_args!("remote build context {remote}")));
+    }
+    if let Some(name) = request.inputs.keys().next() {
+        return Err(BuildError::unsupported(format_args!("build context from frontend input {name}")));
+    }
+    let file = locals.dockerfile().await?;
+    let ignore = match &file.ignore {
+        Some(own) => Some(own.clone()),
+        None => locals.ignore_file(context_key).await?,
+    };
+    let patterns = ignore.map(|bytes| pattern::parse_ignore_file(&bytes));
+    let sources = Sources {
+        dockerfile: &file.data,
+        filename: &file.name,
+        ignore: patterns,
+        context: context_key,
+        session: locals.session(context_key),
+        definition: &file.definition,
+    };
+    let output = match compiler::compile(bridge, request, sources).await {
+        Ok(output) => output,
+        Err(failure) => return Err(explain(failure, &file)),
+    };
+    warn(bridge, &file, &output);
+    result(bridge, request, output).await
+}
+
+/// The Dockerfile as it came from the client.
+struct Dockerfile {
+    /// Path within its directory.
+    name: String,
+    data: Vec<u8>,
+    /// Its own ignore file, which goes before the context's.
+    ignore: Option<Vec<u8>>,
+    /// How it was fetched.
+    definition: pb::Definition,
+    /// The vertex that fetched it; warnings are shown there.
+    vertex: String,
+}
+
+impl Dockerfile {
+    fn info(&self) -> pb::SourceInfo {
+        pb::SourceInfo {
+            filename: self.name.clone(),
+            data: self.data.clone(),
+            definition: Some(self.definition.clone()),
+            language: "Dockerfile".into(),
+        }
+    }
+}
+
+/// The client's directories.
+struct Locals<'a> {
+    bridge: &'a Arc<Bridge>,
+    request: &'a FrontendRequest,
+}
+
+impl Locals<'_> {
+    /// The session that serves a directory.
+    fn session(&self, name: &str) -> String {
+        match self.request.opts.get(&format!("local-sessionid:{name}")) {
+            Some(id) => id.clone(),
+            None => self.bridge.session().to_owned(),
+        }
+    }
+
+    /// Some files of a client's directory. The answer has the definition and its source's digest.
+    async fn fetch(
+        &self,
+        local: &str,
+        files: &[String],
+        hint: &str,
+        title: &str,
+    ) -> Result<(Option<Arc<LazyRef>>, pb::Definition, String), BuildError> {
+        let attrs = [
+            ("local.differ", "none".to_owned()),
+            ("local.followpaths", json!(files).to_string()),
+            ("local.session", self.session(local)),
+            ("local.sharedkeyhint", hint.to_owned()),
+        ];
+        let op = pb::Op {
+            op: Some(pb::op::Op::Source(pb::SourceOp {
+                identifier: format!("local://{local}"),
+                attrs: attrs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+            })),
+            ..pb::Op::default()
+        };
+        let metadata = pb::OpMetadata {
+            description: [("llb.customname".to_owned(), title.to_owned())].into(),
+            ..pb::OpMetadata::default()
+        };
+        let mut builder = llb::Builder::new();
+        let digest = builder.add(&op, metadata);
+        let definition = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
+        let reference = self.bridge.solve(definition.clone()).await?;
+        Ok((reference, definition, digest))
+    }
+
+    async fn dockerfile(&self) -> Result<Dockerfile, BuildError> {
+        let name = match self.request.opts.get("filename").filter(|name| !name.is_empty()) {
+            Some(name) => pattern::clean(name).trim_start_matches('/').to_owned(),
+            None => "Dockerfile".to_owned(),
+        };
+        let local = self.request.opts.get("dockerfilekey").map_or(DOCKERFILE_LOCAL, String::as_str);
+        let own_ignore = format!("{name}.dockerignore");
+        let mut wanted = vec![name.clone(), own_ignore.clone()];
+        let lower = match name.rsplit_once('/') {
+            None if name == "Dockerfile" => Some("dockerfile".to_owned()),
+            Some((dir, "Dockerfile")) => Some(format!("{dir}/dockerfile")),
+            _ => None,
+        };
+        wanted.extend(lower.clone());
+        let title = format!("[internal] load build definition from {name}");
+        let (reference, definition, vertex) = self.fetch(local, &wanted, DOCKERFILE_LOCAL, &title).await?;
+        let unread = |error: BuildError| error.context("failed to read dockerfile");
+        let Some(reference) = reference else {
+            return Err(unread(BuildError::build(format!("open {name}: no such file or directory"))));
+        };
+        let asked = name.clone();
+        let read = reference.read(move |root| {
+            let data = match (files::read_file(root, &asked, 0, 0), lower) {
+                (Err(error), Some(lower)) if is_missing(&error) => {
+                    files::read_file(root, &lower, 0, 0).map_err(|_| error)?
+                }
+                (data, _) => data?,
+            };
+            Ok((data, optional(files::read_file(root, &own_ignore, 0, 0))?))
+        });
+        let (data, ignore) = read.await.map_err(unread)?;
+        Ok(Dockerfile { name, data, ignore, definition, vertex })
+    }
+
+    async fn ignore_file(&self, context: &str) -> Result<Option<Vec<u8>>, BuildError> {
+        const NAME: &str = ".dockerignore";
+        let hint = format!("{context}-{NAME}");
+        let wanted = [NAME.to_owned()];
+        let (reference, ..) = self.fetch(context, &wanted, &hint, "[internal] load .dockerignore").await?;
+        match reference {
+            Some(reference) => reference.read(|root| optional(files::read_file(root, NAME, 0, 0))).await,
+            None => Ok(None),
+        }
+    }
+}
+
+fn is_missing(error: &BuildError) -> bool {
+    error.message.ends_with("no such file or directory")
+}
+
+fn optional(read: Result<Vec<u8>, BuildError>) -> Result<Option<Vec<u8>>, BuildError> {
+    match read {
+        Ok(data) => Ok(Some(data)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// An error of the compiler, with the lines of the Dockerfile that it is about.
+fn explain(failure: compiler::Failure, file: &Dockerfile) -> BuildError {
+    let mut error = failure.error;
+    if !error.is_canceled() {
+        error = error.with(frontend_detail(super::DOCKERFILE, ""));
+        if !failure.ranges.is_empty() {
+            error = error.with(source_detail(&file.info(), &failure.ranges));
+        }
+    }
+    error
+}
+
+fn warn(bridge: &Bridge, file: &Dockerfile, output: &Output) {
+    for warning in &output.warnings {
+        bridge.progress().event(Event::Warning(VertexWarning {
+            vertex: file.vertex.clone(),
+            level: 1,
+            short: warning.short.clone(),
+            detail: warning.detail.clone(),
+            url: warning.url.clone(),
+            info: Some(file.info()),
+            ranges: warning.ranges.clone(),
+        }));
+    }
+}
+
+/// Takes the compiled targets into the build. Their file systems are made on first use.
+async fn result(bridge: &Arc<Bridge>, request: &FrontendRequest, output: Output) -> Result<BuildResult, BuildError> {
+    let wanted = |key: &str| {
+        request.opts.get(key).is_some_and(|value| matches!(value.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True"))
+    };
+    let map = output.targets.len() > 1
+        || wanted("multi-platform")
+        || wanted("build-arg:BUILDKIT_MULTI_PLATFORM");
+    let mut metadata = BTreeMap::new();
+    let mut platforms = Vec::new();
+    let mut refs = BTreeMap::new();
+    let mut single = None;
+    for target in output.targets {
+        let reference = bridge.solve(target.definition.unwrap_or_default()).await?;
+        let suffix = if map { format!("/{}", target.id) } else { String::new() };
+        metadata.insert(format!("containerimage.config{suffix}"), target.config);
+        if let Some(base) = target.base_config {
+            metadata.insert(format!("containerimage.base.config{suffix}"), base);
+        }
+        if let Some(epoch) = target.epoch {
+            metadata.insert(format!("source.date.epoch{suffix}"), epoch.to_string().into_bytes());
+        }
+        platforms.push(json!({ "ID": target.id, "Platform": platform_json(&target.platform) }));
+        refs.insert(target.id, reference.clone());
+        single = reference;
+    }
+    metadata.insert("refs.platforms".into(), json!({ "Platforms": platforms }).to_string().into_bytes());
+    let refs = if map { Refs::Map(refs) } else { Refs::Single(single) };
+    Ok(BuildResult { refs, metadata })
+}
+
+/// A platform in the form of the OCI specification.
+pub(crate) fn platform_json(platform: &pb::Platform) -> serde_json::Value {
+    let mut value = json!({ "architecture": platform.architecture, "os": platform.os });
+    if !platform.os_version.is_empty() {
+        value["os.version"] = platform.os_version.as_str().into();
+    }
+    if !platform.os_features.is_empty() {
+        value["os.features"] = json!(platform.os_features);
+    }
+    if !platform.variant.is_empty() {
+        value["variant"] = platform.variant.as_str().into();
+    }
+    value
+}

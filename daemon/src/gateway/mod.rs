@@ -1,0 +1,226 @@
+//! One running build as a frontend sees it: it solves definitions to references, reads files in
+//! them, resolves images, and at last returns a result. Frontends inside the daemon call
+//! [`Bridge`] directly, others through the gRPC service in `service`.
+
+pub(crate) mod caps;
+mod refs;
+mod service;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use dashmap::DashMap;
+use kiln_proto::{gateway, pb, platform};
+use tokio::sync::{OnceCell, oneshot};
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+pub(crate) use refs::{BuildResult, LazyRef, Refs};
+pub(crate) use service::GatewayService;
+
+use crate::engine::{EngineBuild, ResolvedImage};
+use crate::error::{BuildError, solve_detail};
+use crate::frontends;
+use crate::progress::{ProgressLog, Step};
+
+type ImageCell = Arc<OnceCell<ResolvedImage>>;
+
+/// A build's gateway. Lives as long as the build.
+pub(crate) struct Bridge {
+    build: Arc<EngineBuild>,
+    progress: Arc<ProgressLog>,
+    cancel: CancellationToken,
+    session: String,
+    inputs: HashMap<String, pb::Definition>,
+    refs: DashMap<String, Arc<LazyRef>>,
+    images: DashMap<String, ImageCell>,
+    returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
+}
+
+/// What a frontend is asked to do.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct FrontendRequest {
+    /// `dockerfile.v0`, `gateway.v0`.
+    pub(crate) name: String,
+    /// Its attributes.
+    pub(crate) opts: HashMap<String, String>,
+    /// Definitions that stand for contexts.
+    pub(crate) inputs: HashMap<String, pb::Definition>,
+}
+
+impl Bridge {
+    /// A gateway for `build`, and where the result that a client returns will arrive.
+    pub(crate) fn new(
+        build: Arc<EngineBuild>,
+        progress: Arc<ProgressLog>,
+        cancel: CancellationToken,
+        session: &str,
+        inputs: HashMap<String, pb::Definition>,
+    ) -> (Arc<Self>, oneshot::Receiver<Result<BuildResult, BuildError>>) {
+        let (sender, receiver) = oneshot::channel();
+        let bridge = Arc::new(Self {
+            build,
+            progress,
+            cancel,
+            session: session.to_owned(),
+            inputs,
+            refs: DashMap::new(),
+            images: DashMap::new(),
+            returned: Mutex::new(Some(sender)),
+        });
+        (bridge, receiver)
+    }
+
+    /// The build's events.
+    pub(crate) fn progress(&self) -> &Arc<ProgressLog> {
+        &self.progress
+    }
+
+    /// The client's session; empty if there is none.
+    pub(crate) fn session(&self) -> &str {
+        &self.session
+    }
+
+    /// Completes when the build is stopped.
+    pub(crate) fn cancel(&self) -> &CancellationToken {
+        &self.cancel
+    }
+
+    /// Definitions that came with the build.
+    pub(crate) fn inputs(&self) -> &HashMap<String, pb::Definition> {
+        &self.inputs
+    }
+
+    /// A reference to what `definition` describes; it is built on first use. An empty definition
+    /// is scratch. Its vertices are announced at once.
+    ///
+    /// # Errors
+    /// The definition is malformed or asks for what is not allowed.
+    pub(crate) async fn solve(&self, definition: pb::Definition) -> Result<Option<Arc<LazyRef>>, BuildError> {
+        if definition.def.is_empty() {
+            return Ok(None);
+        }
+        let target = self.build.load(definition).await?;
+        let reference = LazyRef::new(target, self.build.clone());
+        self.refs.insert(reference.id().to_owned(), reference.clone());
+        Ok(Some(reference))
+    }
+
+    /// Runs a frontend.
+    ///
+    /// # Errors
+    /// What the frontend says, or that it is not known.
+    pub(crate) async fn run_frontend(self: &Arc<Self>, request: FrontendRequest) -> Result<BuildResult, BuildError> {
+        frontends::run(self, request).await
+    }
+
+    /// A reference by its id; the empty id is scratch.
+    pub(crate) fn reference(&self, id: &str) -> Result<Option<Arc<LazyRef>>, BuildError> {
+        if id.is_empty() {
+            return Ok(None);
+        }
+        match self.refs.get(id) {
+            Some(reference) => Ok(Some(reference.value().clone())),
+            None => Err(BuildError::build(format!("no such ref: {id}"))),
+        }
+    }
+
+    /// Digest and config of an image; asked once for each image, platform and mode in a build.
+    /// Emits a vertex named `log_name`.
+    pub(crate) async fn resolve_image(
+        &self,
+        reference: &str,
+        wanted: &pb::Platform,
+        mode: &str,
+        log_name: &str,
+    ) -> Result<ResolvedImage, BuildError> {
+        let platform = platform::format_all(wanted);
+        let key = format!("{reference} {platform} {mode}");
+        let cell = self.images.entry(key).or_default().value().clone();
+        let resolve = || async {
+            let digest = text_digest(&format!("docker-image://{reference}{platform}"));
+            let step = Step::start(self.progress.clone(), &digest, log_name);
+            let answer = self.build.resolve_image(reference, wanted, mode, step.progress()).await;
+            step.end(answer.as_ref().err().map(|error| error.message.as_str()));
+            answer
+        };
+        cell.get_or_try_init(resolve).await.cloned()
+    }
+
+    /// Accepts the result of a client's frontend.
+    ///
+    /// # Errors
+    /// There is one already, or it names references that are not of this build.
+    pub(crate) fn accept(&self, request: gateway::ReturnRequest) -> Result<(), BuildError> {
+        let outcome = match request.error {
+            Some(status) if status.code != 0 || !status.message.is_empty() => Err(BuildError::from_rpc(status)),
+            _ => Ok(self.decode_result(request.result.unwrap_or_default())?),
+        };
+        let sender = self.returned.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match sender {
+            Some(sender) => {
+                // A build that is over has no use for a result.
+                let _ = sender.send(outcome);
+                Ok(())
+            }
+            None => Err(BuildError::build("gateway result is already set")),
+        }
+    }
+
+    fn decode_result(&self, result: gateway::Result) -> Result<BuildResult, BuildError> {
+        use gateway::result::Result as Wire;
+        if !result.attestations.is_empty() {
+            return Err(BuildError::unsupported("attestations of a frontend"));
+        }
+        let map = |refs: Vec<(String, String)>| {
+            refs.into_iter()
+                .map(|(name, id)| Ok((name, self.reference(&id)?)))
+                .collect::<Result<BTreeMap<_, _>, BuildError>>()
+                .map(Refs::Map)
+        };
+        let refs = match result.result {
+            None => Refs::Single(None),
+            Some(Wire::RefDeprecated(id)) => Refs::Single(self.reference(&id)?),
+            Some(Wire::Ref(reference)) => Refs::Single(self.reference(&reference.id)?),
+            Some(Wire::RefsDeprecated(refs)) => map(refs.refs.into_iter().collect())?,
+            Some(Wire::Refs(refs)) => map(refs.refs.into_iter().map(|(name, r)| (name, r.id)).collect())?,
+        };
+        Ok(BuildResult { refs, metadata: result.metadata.into_iter().collect() })
+    }
+
+    fn encode_result(&self, result: &BuildResult) -> gateway::Result {
+        use gateway::result::Result as Wire;
+        let encode = |reference: &Option<Arc<LazyRef>>| match reference {
+            None => gateway::Ref::default(),
+            Some(reference) => {
+                self.refs.insert(reference.id().to_owned(), reference.clone());
+                gateway::Ref { id: reference.id().to_owned(), def: Some(reference.definition().clone()) }
+            }
+        };
+        let refs = match &result.refs {
+            Refs::Single(reference) => Wire::Ref(encode(reference)),
+            Refs::Map(refs) => Wire::Refs(gateway::RefMap {
+                refs: refs.iter().map(|(name, reference)| (name.clone(), encode(reference))).collect(),
+            }),
+        };
+        gateway::Result {
+            result: Some(refs),
+            metadata: result.metadata.clone().into_iter().collect(),
+            attestations: HashMap::new(),
+        }
+    }
+}
+
+/// `sha256:…` of a text: digests of vertices that are not operations.
+pub(crate) fn text_digest(text: &str) -> String {
+    use sha2::Digest;
+    format!("sha256:{}", hex::encode(sha2::Sha256::digest(text.as_bytes())))
+}
+
+/// Errors of gateway calls carry a detail that says so.
+fn as_solve_error(error: BuildError) -> BuildError {
+    if error.code == Code::Cancelled || error.details.iter().any(|any| any.type_url.contains("errdefs.Solve")) {
+        return error;
+    }
+    error.with(solve_detail(None))
+}

@@ -1,0 +1,306 @@
+//! `moby.buildkit.v1.frontend.LLBBridge` on the daemon's socket: each call names its build by the
+//! metadata key [`BUILD_ID`]. Processes in containers of the frontend's are not offered, and the
+//! capabilities say so.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use kiln_proto::gateway::llb_bridge_server::LlbBridge;
+use kiln_proto::gateway::{
+    EvaluateRequest, EvaluateResponse, ExecMessage, InputsRequest, InputsResponse, NewContainerRequest,
+    NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse, ReadFileRequest,
+    ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse, ResolveImageConfigRequest,
+    ResolveImageConfigResponse, ResolveSourceImageResponse, ResolveSourceMetaRequest, ResolveSourceMetaResponse,
+    ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest, StatFileResponse, WarnRequest,
+    WarnResponse,
+};
+use kiln_proto::{platform, types};
+use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps};
+use crate::engine::files;
+use crate::error::BuildError;
+use crate::jobs::{BRIDGE_WAIT, Jobs};
+
+/// Metadata key that names the build.
+const BUILD_ID: &str = "buildkit-controlapi-buildid";
+
+/// The service. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct GatewayService {
+    jobs: Arc<Jobs>,
+    worker: Arc<types::WorkerRecord>,
+}
+
+impl GatewayService {
+    pub(crate) fn new(jobs: Arc<Jobs>, worker: Arc<types::WorkerRecord>) -> Self {
+        Self { jobs, worker }
+    }
+
+    async fn bridge(&self, metadata: &MetadataMap) -> Result<Arc<Bridge>, BuildError> {
+        let mut ids = metadata.get_all(BUILD_ID).iter();
+        let id = match (ids.next(), ids.next()) {
+            (Some(id), None) => id.to_str().unwrap_or_default(),
+            _ => return Err(BuildError::new(Code::InvalidArgument, "no buildid found in context")),
+        };
+        self.jobs.wait_bridge(id, BRIDGE_WAIT).await
+    }
+
+    /// Runs one call; it fails as canceled when its build is stopped.
+    async fn call<T, R, F, Fut>(&self, request: Request<T>, run: F) -> Result<Response<R>, Status>
+    where
+        F: FnOnce(Arc<Bridge>, T) -> Fut,
+        Fut: Future<Output = Result<R, BuildError>>,
+    {
+        let bridge = self.bridge(request.metadata()).await?;
+        let cancel = bridge.cancel().clone();
+        let answer = tokio::select! {
+            answer = run(bridge, request.into_inner()) => answer,
+            () = cancel.cancelled() => Err(BuildError::canceled()),
+        };
+        Ok(Response::new(answer.map_err(as_solve_error)?))
+    }
+}
+
+fn no_containers<T>(call: &str) -> Result<Response<T>, Status> {
+    Err(BuildError::unsupported(format_args!("{call}: containers of frontends")).into())
+}
+
+#[tonic::async_trait]
+impl LlbBridge for GatewayService {
+    type ExecProcessStream = tokio_stream::Empty<Result<ExecMessage, Status>>;
+
+    async fn ping(&self, request: Request<PingRequest>) -> Result<Response<PongResponse>, Status> {
+        self.bridge(request.metadata()).await?;
+        Ok(Response::new(PongResponse {
+            frontend_api_caps: caps::frontend(),
+            llb_caps: caps::llb(),
+            workers: vec![types::WorkerRecord {
+                id: self.worker.id.clone(),
+                labels: self.worker.labels.clone(),
+                platforms: self.worker.platforms.clone(),
+                ..types::WorkerRecord::default()
+            }],
+        }))
+    }
+
+    async fn solve(&self, request: Request<SolveRequest>) -> Result<Response<SolveResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            if !request.source_policies.is_empty() {
+                return Err(BuildError::unsupported("source policies"));
+            }
+            let result = if !request.frontend.is_empty() {
+                if request.definition.is_some_and(|definition| !definition.def.is_empty()) {
+                    return Err(BuildError::build("cannot solve with both Definition and Frontend specified"));
+                }
+                let frontend = FrontendRequest {
+                    name: request.frontend,
+                    opts: request.frontend_opt,
+                    inputs: request.frontend_inputs,
+                };
+                bridge.run_frontend(frontend).await?
+            } else {
+                let reference = bridge.solve(request.definition.unwrap_or_default()).await?;
+                BuildResult { refs: Refs::Single(reference), ..BuildResult::default() }
+            };
+            if request.evaluate {
+                result.refs.evaluate().await?;
+            }
+            let encoded = bridge.encode_result(&result);
+            if request.allow_result_return {
+                return Ok(SolveResponse { r#ref: String::new(), result: Some(encoded) });
+            }
+            match &result.refs {
+                Refs::Single(reference) => {
+                    let id = reference.as_ref().map(|reference| reference.id().to_owned()).unwrap_or_default();
+                    Ok(SolveResponse { r#ref: id, result: None })
+                }
+                Refs::Map(_) => Err(BuildError::build("solve returned map result, which the caller cannot take")),
+            }
+        })
+        .await
+    }
+
+    async fn resolve_image_config(
+        &self,
+        request: Request<ResolveImageConfigRequest>,
+    ) -> Result<Response<ResolveImageConfigResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            if !request.source_policies.is_empty() {
+                return Err(BuildError::unsupported("source policies"));
+            }
+            if request.resolver_type != 0 {
+                return Err(BuildError::unsupported("resolving images in an OCI layout"));
+            }
+            let log_name = log_name(&request.log_name, &format!("docker-image://{}", request.r#ref));
+            let platform = request.platform.unwrap_or_else(platform::host);
+            let image = bridge.resolve_image(&request.r#ref, &platform, &request.resolve_mode, &log_name).await?;
+            Ok(ResolveImageConfigResponse { digest: image.digest, config: image.config, r#ref: request.r#ref })
+        })
+        .await
+    }
+
+    async fn resolve_source_meta(
+        &self,
+        request: Request<ResolveSourceMetaRequest>,
+    ) -> Result<Response<ResolveSourceMetaResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            let Some(source) = request.source else {
+                return Err(BuildError::new(Code::InvalidArgument, "source is not set"));
+            };
+            if !request.source_policies.is_empty() {
+                return Err(BuildError::unsupported("source policies"));
+            }
+            let Some(reference) = source.identifier.strip_prefix("docker-image://") else {
+                return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
+            };
+            let no_config = request.image.as_ref().is_some_and(|image| image.no_config);
+            if request.image.is_some_and(|image| image.attestation_chain || !image.resolve_attestations.is_empty()) {
+                return Err(BuildError::unsupported("resolving attestations"));
+            }
+            let log_name = log_name(&request.log_name, &source.identifier);
+            let platform = request.platform.unwrap_or_else(platform::host);
+            let mut image = bridge.resolve_image(reference, &platform, &request.resolve_mode, &log_name).await?;
+            if no_config {
+                image.config.clear();
+            }
+            Ok(ResolveSourceMetaResponse {
+                image: Some(ResolveSourceImageResponse {
+                    digest: image.digest,
+                    config: image.config,
+                    attestation_chain: None,
+                }),
+                source: Some(source),
+                git: None,
+                http: None,
+            })
+        })
+        .await
+    }
+
+    async fn read_file(&self, request: Request<ReadFileRequest>) -> Result<Response<ReadFileResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            let path = request.file_path;
+            let Some(reference) = bridge.reference(&request.r#ref)? else {
+                return Err(BuildError::build(format!("open {path}: no such file or directory")));
+            };
+            let range = request.range.unwrap_or_default();
+            let (Ok(offset), Ok(length)) = (u64::try_from(range.offset), u64::try_from(range.length)) else {
+                return Err(BuildError::new(Code::InvalidArgument, "negative file range"));
+            };
+            let data = reference.read(move |root| files::read_file(root, &path, offset, length)).await?;
+            Ok(ReadFileResponse { data })
+        })
+        .await
+    }
+
+    async fn read_dir(&self, request: Request<ReadDirRequest>) -> Result<Response<ReadDirResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            let (path, include) = (request.dir_path, request.include_pattern);
+            let entries = match bridge.reference(&request.r#ref)? {
+                Some(reference) => reference.read(move |root| files::read_dir(root, &path, &include)).await?,
+                None if path.trim_matches('/').is_empty() => Vec::new(),
+                None => return Err(BuildError::build(format!("open {path}: no such file or directory"))),
+            };
+            Ok(ReadDirResponse { entries })
+        })
+        .await
+    }
+
+    async fn stat_file(&self, request: Request<StatFileRequest>) -> Result<Response<StatFileResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            let path = request.path;
+            let Some(reference) = bridge.reference(&request.r#ref)? else {
+                return Err(BuildError::build(format!("lstat {path}: no such file or directory")));
+            };
+            let stat = reference.read(move |root| files::stat_file(root, &path)).await?;
+            Ok(StatFileResponse { stat: Some(stat) })
+        })
+        .await
+    }
+
+    async fn evaluate(&self, request: Request<EvaluateRequest>) -> Result<Response<EvaluateResponse>, Status> {
+        self.call(request, |bridge, request| async move {
+            if let Some(reference) = bridge.reference(&request.r#ref)? {
+                reference.get().await?;
+            }
+            Ok(EvaluateResponse {})
+        })
+        .await
+    }
+
+    async fn r#return(&self, request: Request<ReturnRequest>) -> Result<Response<ReturnResponse>, Status> {
+        // Not through `call`: accepting a result ends the build, which would race with the answer.
+        let bridge = self.bridge(request.metadata()).await?;
+        bridge.accept(request.into_inner())?;
+        Ok(Response::new(ReturnResponse {}))
+    }
+
+    async fn inputs(&self, request: Request<InputsRequest>) -> Result<Response<InputsResponse>, Status> {
+        let bridge = self.bridge(request.metadata()).await?;
+        Ok(Response::new(InputsResponse { definitions: bridge.inputs().clone() }))
+    }
+
+    async fn warn(&self, request: Request<WarnRequest>) -> Result<Response<WarnResponse>, Status> {
+        let bridge = self.bridge(request.metadata()).await?;
+        let warning = request.into_inner();
+        if warning.ranges.iter().any(|range| range.start.is_none() || range.end.is_none()) {
+            return Err(Status::invalid_argument("range without start or end"));
+        }
+        bridge.progress().event(Event::Warning(VertexWarning {
+            vertex: warning.digest,
+            level: if warning.level == 0 { 1 } else { warning.level },
+            short: String::from_utf8_lossy(&warning.short).into_owned(),
+            detail: warning.detail.iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect(),
+            url: warning.url,
+            info: warning.info,
+            ranges: warning.ranges,
+        }));
+        Ok(Response::new(WarnResponse {}))
+    }
+
+    async fn new_container(
+        &self,
+        _: Request<NewContainerRequest>,
+    ) -> Result<Response<NewContainerResponse>, Status> {
+        no_containers("NewContainer")
+    }
+
+    async fn release_container(
+        &self,
+        _: Request<ReleaseContainerRequest>,
+    ) -> Result<Response<ReleaseContainerResponse>, Status> {
+        no_containers("ReleaseContainer")
+    }
+
+    async fn exec_process(
+        &self,
+        _: Request<Streaming<ExecMessage>>,
+    ) -> Result<Response<Self::ExecProcessStream>, Status> {
+        no_containers("ExecProcess")
+    }
+
+    async fn read_file_container(
+        &self,
+        _: Request<ReadFileRequest>,
+    ) -> Result<Response<ReadFileResponse>, Status> {
+        no_containers("ReadFileContainer")
+    }
+
+    async fn read_dir_container(&self, _: Request<ReadDirRequest>) -> Result<Response<ReadDirResponse>, Status> {
+        no_containers("ReadDirContainer")
+    }
+
+    async fn stat_file_container(
+        &self,
+        _: Request<StatFileRequest>,
+    ) -> Result<Response<StatFileResponse>, Status> {
+        no_containers("StatFileContainer")
+    }
+}
+
+fn log_name(asked: &str, identifier: &str) -> String {
+    if asked.is_empty() { format!("resolve image config for {identifier}") } else { asked.to_owned() }
+}

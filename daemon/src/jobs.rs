@@ -1,0 +1,214 @@
+//! The builds that clients can ask about by their ref: running ones, and for a short time finished
+//! ones. A job ends when its [`JobGuard`] is dropped, whatever the reason.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use crate::error::BuildError;
+use crate::gateway::Bridge;
+use crate::progress::ProgressLog;
+
+/// How long `Status` waits for a job.
+pub(crate) const STATUS_WAIT: Duration = Duration::from_secs(6);
+/// How long a gateway call waits for a build to be registered.
+pub(crate) const BRIDGE_WAIT: Duration = Duration::from_secs(3);
+/// How long a finished job answers `Status` from memory.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// One build.
+pub(crate) struct Job {
+    /// The client's name for it.
+    pub(crate) id: String,
+    /// Its events.
+    pub(crate) progress: Arc<ProgressLog>,
+    /// Stops it.
+    pub(crate) cancel: CancellationToken,
+    bridge: Mutex<Option<Arc<Bridge>>>,
+}
+
+impl Job {
+    fn bridge(&self) -> Option<Arc<Bridge>> {
+        self.bridge.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// All jobs.
+pub(crate) struct Jobs {
+    jobs: DashMap<String, Arc<Job>>,
+    /// Bumped on every change.
+    changed: watch::Sender<u64>,
+    shutdown: CancellationToken,
+}
+
+impl Jobs {
+    /// `shutdown` stops every job.
+    pub(crate) fn new(shutdown: CancellationToken) -> Arc<Self> {
+        Arc::new(Self { jobs: DashMap::new(), changed: watch::Sender::new(0), shutdown })
+    }
+
+    /// Registers a build.
+    ///
+    /// # Errors
+    /// A live job has the same ref, or the daemon is stopping.
+    pub(crate) fn start(self: &Arc<Self>, id: &str) -> Result<JobGuard, BuildError> {
+        if self.shutdown.is_cancelled() {
+            return Err(BuildError::new(Code::Unavailable, "the daemon is shutting down"));
+        }
+        let job = Arc::new(Job {
+            id: id.to_owned(),
+            progress: ProgressLog::new(),
+            cancel: self.shutdown.child_token(),
+            bridge: Mutex::new(None),
+        });
+        match self.jobs.entry(id.to_owned()) {
+            Entry::Occupied(_) => return Err(BuildError::build(format!("job ID {id} exists"))),
+            Entry::Vacant(entry) => entry.insert(job.clone()),
+        };
+        self.bump();
+        Ok(JobGuard { jobs: self.clone(), job, succeeded: false })
+    }
+
+    fn bump(&self) {
+        self.changed.send_modify(|generation| *generation = generation.wrapping_add(1));
+    }
+
+    /// A job by its ref, if it is there.
+    pub(crate) fn get(&self, id: &str) -> Option<Arc<Job>> {
+        self.jobs.get(id).map(|job| job.value().clone())
+    }
+
+    /// A job by its ref; waits for it to appear.
+    pub(crate) async fn wait(&self, id: &str, limit: Duration) -> Result<Arc<Job>, BuildError> {
+        self.wait_for(id, limit, |job| Some(job.clone())).await
+    }
+
+    /// The gateway of a build; waits for it to be registered.
+    pub(crate) async fn wait_bridge(&self, id: &str, limit: Duration) -> Result<Arc<Bridge>, BuildError> {
+        self.wait_for(id, limit, |job| job.bridge()).await
+    }
+
+    async fn wait_for<T>(
+        &self,
+        id: &str,
+        limit: Duration,
+        found: impl Fn(&Arc<Job>) -> Option<T>,
+    ) -> Result<T, BuildError> {
+        let mut changed = self.changed.subscribe();
+        let search = async {
+            loop {
+                if let Some(value) = self.get(id).and_then(|job| found(&job)) {
+                    return value;
+                }
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(limit, search)
+            .await
+            .map_err(|_| BuildError::new(Code::NotFound, format!("no such job {id}")))
+    }
+}
+
+/// A running job. Dropping it ends the job.
+pub(crate) struct JobGuard {
+    jobs: Arc<Jobs>,
+    job: Arc<Job>,
+    succeeded: bool,
+}
+
+impl JobGuard {
+    /// The job.
+    pub(crate) fn job(&self) -> &Arc<Job> {
+        &self.job
+    }
+
+    /// Lets clients reach the build's gateway until the answer is dropped.
+    pub(crate) fn publish(&self, bridge: Arc<Bridge>) -> Published<'_> {
+        *self.job.bridge.lock().unwrap_or_else(PoisonError::into_inner) = Some(bridge);
+        self.jobs.bump();
+        Published(&self.job)
+    }
+
+    /// Says that the build succeeded.
+    pub(crate) fn succeed(&mut self) {
+        self.succeeded = true;
+    }
+}
+
+impl Drop for JobGuard {
+    fn drop(&mut self) {
+        self.job.progress.close(self.succeeded);
+        self.job.cancel.cancel();
+        let (jobs, job) = (self.jobs.clone(), self.job.clone());
+        let forget = move || {
+            jobs.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, &job));
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => {
+                runtime.spawn(async move {
+                    tokio::time::sleep(LINGER).await;
+                    forget();
+                });
+            }
+            Err(_) => forget(),
+        }
+    }
+}
+
+/// Keeps a gateway reachable.
+pub(crate) struct Published<'a>(&'a Job);
+
+impl Drop for Published<'_> {
+    fn drop(&mut self) {
+        *self.0.bridge.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waits_for_a_job_that_comes_later() {
+        let jobs = Jobs::new(CancellationToken::new());
+        let waiting = {
+            let jobs = jobs.clone();
+            tokio::spawn(async move { jobs.wait("a", STATUS_WAIT).await.map(|job| job.id.clone()) })
+        };
+        tokio::task::yield_now().await;
+        let guard = jobs.start("a").expect("no such job yet");
+        assert_eq!(waiting.await.expect("task"), Ok("a".to_owned()));
+        let again = jobs.start("a").err().expect("the ref is taken");
+        assert_eq!(again.message, "job ID a exists");
+        drop(guard);
+        assert!(jobs.get("a").is_some(), "a finished job can still be asked about");
+    }
+
+    #[tokio::test]
+    async fn unknown_job() {
+        let jobs = Jobs::new(CancellationToken::new());
+        let limit = Duration::from_millis(5);
+        let error = jobs.wait("x", limit).await.err().expect("nobody registers it");
+        assert_eq!((error.code, error.message.as_str()), (Code::NotFound, "no such job x"));
+        let _guard = jobs.start("x").expect("start");
+        let error = jobs.wait_bridge("x", limit).await.err().expect("a build without a gateway");
+        assert_eq!(error.message, "no such job x");
+    }
+
+    #[tokio::test]
+    async fn shutdown_stops_jobs_and_refuses_new_ones() {
+        let shutdown = CancellationToken::new();
+        let jobs = Jobs::new(shutdown.clone());
+        let guard = jobs.start("a").expect("start");
+        shutdown.cancel();
+        assert!(guard.job().cancel.is_cancelled());
+        assert!(jobs.start("b").is_err());
+    }
+}

@@ -1,0 +1,68 @@
+//! Health, and a sink for the traces that clients send.
+
+use std::pin::Pin;
+
+use futures::Stream;
+use kiln_proto::health::health_check_response::ServingStatus;
+use kiln_proto::health::health_server::Health;
+use kiln_proto::health::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
+use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceService as Trace;
+use kiln_proto::otlp::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+/// Serves until the token is cancelled.
+pub(super) struct HealthService(pub(super) CancellationToken);
+
+impl HealthService {
+    fn now(&self) -> HealthCheckResponse {
+        let status =
+            if self.0.is_cancelled() { ServingStatus::NotServing } else { ServingStatus::Serving };
+        HealthCheckResponse { status: status as i32 }
+    }
+}
+
+#[tonic::async_trait]
+impl Health for HealthService {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
+
+    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        if !request.get_ref().service.is_empty() {
+            return Err(Status::not_found("unknown service"));
+        }
+        Ok(Response::new(self.now()))
+    }
+
+    async fn list(&self, _: Request<HealthListRequest>) -> Result<Response<HealthListResponse>, Status> {
+        Ok(Response::new(HealthListResponse { statuses: [(String::new(), self.now())].into() }))
+    }
+
+    async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let known = request.get_ref().service.is_empty();
+        let first = if known {
+            self.now()
+        } else {
+            HealthCheckResponse { status: ServingStatus::ServiceUnknown as i32 }
+        };
+        let shutdown = self.0.clone();
+        let rest = futures::stream::once(async move {
+            shutdown.cancelled_owned().await;
+            Ok(HealthCheckResponse { status: ServingStatus::NotServing as i32 })
+        });
+        let stream = futures::stream::iter([Ok(first)]);
+        Ok(Response::new(Box::pin(futures::StreamExt::chain(stream, rest))))
+    }
+}
+
+/// Takes traces and drops them: without a collector, an empty answer keeps clients quiet.
+pub(super) struct TraceService;
+
+#[tonic::async_trait]
+impl Trace for TraceService {
+    async fn export(
+        &self,
+        _: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
