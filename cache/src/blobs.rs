@@ -202,7 +202,7 @@ impl BlobWriter {
         let record = Record {
             size: self.size,
             created: codec::nanos(SystemTime::now()),
-            epoch: self.shared.stamp(),
+            epoch: self.shared.epochs.stamp(),
             labels: previous.map(|record| record.labels).unwrap_or_default(),
         };
         save(&self.shared, &digest, &record)?;
@@ -315,7 +315,7 @@ pub(crate) fn load(shared: &Shared, digest: &str) -> Result<Option<Record>> {
 fn save(shared: &Shared, digest: &str, record: &Record) -> Result<()> {
     let mut batch = Batch::new();
     batch.put(Cf::Blobs, digest.as_bytes(), codec::encode(record));
-    shared.kv.write(batch)
+    shared.commit(batch)
 }
 
 pub(crate) fn erase(batch: &mut Batch, digest: &str) {

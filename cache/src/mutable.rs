@@ -143,12 +143,12 @@ impl MutableDirs {
             std::fs::set_permissions(&fs, std::fs::Permissions::from_mode(0o755))
                 .map_err(|e| StoreError::io("set mode of", &fs, e))?;
         }
-        record.epoch = self.shared.stamp();
+        record.epoch = self.shared.epochs.stamp();
         let mut batch = Batch::new();
         batch.put(Cf::Mutable, record_key, codec::encode(&record));
         // The directory is about to change; its size has to be found out again.
         batch.delete(Cf::Values, crate::usage::size_key(&record.id));
-        self.shared.kv.write(batch)?;
+        self.shared.commit(batch)?;
         Ok(self.adopt(record.id, fs))
     }
 

@@ -198,10 +198,12 @@ impl Shared {
         self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// The stamp of a record whose files are in place; makes sure that a sync follows.
-    pub(crate) fn stamp(&self) -> u64 {
+    /// Writes records that carry a stamp, and makes sure that a sync follows.
+    pub(crate) fn commit(&self, batch: Batch) -> Result<()> {
+        self.kv.write(batch)?;
+        // Not earlier: a sync that ended before the write would not have covered it.
         self.signal.dirty();
-        self.epochs.stamp()
+        Ok(())
     }
 
     /// Moves a file or directory of the store out of sight; it is removed in the background.

@@ -44,7 +44,9 @@ pub(super) fn digest(view: Option<(&LayerView, &SnapshotRef)>, query: &ContentQu
         };
         match found {
             Some(digest) => update(&mut out, digest.as_bytes()),
-            None if path.must_exist => return Err(StoreError::PathNotFound(path.path.clone())),
+            None if path.must_exist => {
+                return Err(StoreError::PathNotFound(pattern::clean(&rooted(&path.path))));
+            }
             None => update(&mut out, b"absent"),
         }
     }
@@ -64,8 +66,9 @@ fn in_nothing(path: &ContentPath) -> Result<Option<blake3::Hash>> {
     if let Some(required) = path.required.first() {
         return Err(StoreError::PathNotFound(required.clone()));
     }
+    let is_root = pattern::clean(&rooted(&path.path)) == "/";
     if is_list(path) {
-        return Ok(Some(list_digest(&[])));
+        return Ok((has_wildcard(path) || is_root).then(|| list_digest(&[])));
     }
     Ok((pattern::clean(&rooted(&path.path)) == "/")
         .then(|| tagged(b"dir", &[tagged(b"entry", &[b""]).as_bytes()])))
@@ -80,10 +83,13 @@ fn one(hasher: &mut Hasher<'_>, path: &ContentPath) -> Result<Option<blake3::Has
         };
     }
     let (bases, prefix) = bases(hasher.view(), path)?;
+    if bases.is_empty() && !has_wildcard(path) {
+        return Ok(None);
+    }
     let selected = select(hasher, path, &bases)?;
     for required in &path.required {
-        let required = rooted(required);
-        if !selected.iter().any(|entry| entry.path.starts_with(required.as_bytes())) {
+        let required = pattern::clean(&rooted(required));
+        if !selected.iter().any(|entry| is_at_or_below(&entry.path, required.as_bytes())) {
             return Err(StoreError::PathNotFound(required));
         }
     }
@@ -122,12 +128,7 @@ type Start = (Vec<u8>, Node);
 fn bases(view: &LayerView, path: &ContentPath) -> Result<(Vec<Start>, String)> {
     let full = pattern::clean(&rooted(&path.path));
     if !has_wildcard(path) {
-        let start = view.resolve(full.as_bytes(), false)?;
-        // A symlink as the base stands for what it points to: patterns apply below it.
-        let start = match start {
-            Some(node) if node.kind() == FileType::Symlink => view.resolve(full.as_bytes(), true)?,
-            start => start,
-        };
+        let start = view.resolve(full.as_bytes(), path.follow_symlink)?;
         let full = if full == "/" { String::new() } else { full };
         return Ok((start.map(|node| (full.clone().into_bytes(), node)).into_iter().collect(), full));
     }
@@ -166,15 +167,13 @@ fn select(hasher: &mut Hasher<'_>, path: &ContentPath, bases: &[Start]) -> Resul
     let skip_header = !has_wildcard(path) && path.path.ends_with('/') && path.path.len() > 1;
     let mut out = Vec::new();
     for (base, node) in bases {
-        if node.kind() == FileType::Symlink && path.follow_symlink {
-            let (counts, _) = patterns.counts("", None);
-            let target = hasher.view().resolve(node.path(), true)?;
-            if counts && let Some(target) = target {
-                let digest = hasher.digest(&target)?;
-                out.push(Selected { path: base.clone(), digest });
-                continue;
-            }
-        }
+        // What a followed symlink leads to counts under the symlink's name; if that is nothing, the
+        // symlink itself counts.
+        let target = match node.kind() {
+            FileType::Symlink if path.follow_symlink => hasher.view().resolve(node.path(), true)?,
+            _ => None,
+        };
+        let node = target.as_ref().unwrap_or(node);
         let items = hasher.walk(node)?;
         let (paths, mut counting) = patterns.choose(base, items, skip_header || base.is_empty());
         hasher.read_contents(&mut counting)?;
@@ -282,6 +281,10 @@ impl Patterns {
 
 fn rooted(path: &str) -> String {
     format!("/{}", path.trim_start_matches('/'))
+}
+
+fn is_at_or_below(path: &[u8], dir: &[u8]) -> bool {
+    path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest[0] == b'/' || dir.ends_with(b"/"))
 }
 
 fn base_name(path: &[u8]) -> &[u8] {

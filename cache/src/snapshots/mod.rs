@@ -118,7 +118,7 @@ impl Snapshots {
         record.filled = true;
         let _guard = self.shared.dependent()?;
         self.install(staged, &id)?;
-        record.epoch = self.shared.stamp();
+        record.epoch = self.shared.epochs.stamp();
         self.create(id, record, Base::Layer(parent))
     }
 
@@ -148,7 +148,7 @@ impl Snapshots {
         record.bases = kept.iter().map(|layer| layer.id().to_owned()).collect();
         record.stack = true;
         let _guard = self.shared.dependent()?;
-        record.epoch = self.shared.stamp();
+        record.epoch = self.shared.epochs.stamp();
         self.create(id, record, Base::Stack(kept))
     }
 
@@ -170,7 +170,7 @@ impl Snapshots {
         record.bases = parent.iter().map(|parent| parent.id().to_owned()).collect();
         record.lazy = Some(layer);
         let _guard = self.shared.dependent()?;
-        record.epoch = self.shared.stamp();
+        record.epoch = self.shared.epochs.stamp();
         self.create(id, record, Base::Layer(parent.cloned()))
     }
 
@@ -196,10 +196,10 @@ impl Snapshots {
         let mut record = layer.load_record()?;
         self.install(staged, layer.id())?;
         record.filled = true;
-        record.epoch = self.shared.stamp();
+        record.epoch = self.shared.epochs.stamp();
         let mut batch = Batch::new();
         record.save(&mut batch, layer.id());
-        self.shared.kv.write(batch)?;
+        self.shared.commit(batch)?;
         inner.filled.store(true, Ordering::Release);
         Ok(())
     }
@@ -257,7 +257,7 @@ impl Snapshots {
     fn create(&self, id: String, record: Record, base: Base) -> Result<SnapshotRef> {
         let mut batch = Batch::new();
         record.save_new(&mut batch, &id);
-        if let Err(error) = self.shared.kv.write(batch) {
+        if let Err(error) = self.shared.commit(batch) {
             self.shared.discard(&self.shared.root.join("snapshots").join(&id));
             return Err(error);
         }

@@ -1,0 +1,70 @@
+//! The key store, on both engines, and what it says to damaged records.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use kiln_cache::kv::{Batch, Cf, Kv, MemKv, RocksKv};
+use kiln_cache::{KeyRecord, KeyStorage, KeyStore, StoreError};
+
+fn record() -> KeyRecord {
+    KeyRecord {
+        results: vec!["abc".into(), String::new()],
+        vertex: "sha256:00".into(),
+        name: "[2/2] RUN true".into(),
+        created: SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789),
+        duration: Duration::from_micros(1234),
+        output_content: vec![Some([7; 32]), None],
+        content_key: Some([9; 32]),
+    }
+}
+
+fn on_each(test: impl Fn(KeyStore)) {
+    test(KeyStore::new(Arc::new(MemKv::new())));
+    let dir = tempfile::tempdir().unwrap();
+    test(KeyStore::new(Arc::new(RocksKv::open(dir.path()).unwrap())));
+}
+
+#[test]
+fn one_record_is_found_under_all_its_keys() {
+    on_each(|store| {
+        store.put(&[[1; 32], [2; 32]], &record()).unwrap();
+        assert_eq!(store.get(&[1; 32]).unwrap(), Some(record()));
+        assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
+        assert_eq!(store.get(&[3; 32]).unwrap(), None);
+        store.remove(&[1; 32]).unwrap();
+        assert_eq!(store.get(&[1; 32]).unwrap(), None);
+        assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
+    });
+}
+
+#[test]
+fn followers_and_durations_are_told_apart() {
+    on_each(|store| {
+        assert!(!store.followers(&[1; 32]).unwrap());
+        assert_eq!(store.duration(&[1; 32]).unwrap(), None);
+        store.set_duration(&[1; 32], Duration::from_millis(5)).unwrap();
+        assert!(!store.followers(&[1; 32]).unwrap());
+        store.mark_follower(&[1; 32]).unwrap();
+        store.mark_follower(&[1; 32]).unwrap();
+        assert!(store.followers(&[1; 32]).unwrap());
+        assert_eq!(store.duration(&[1; 32]).unwrap(), Some(Duration::from_millis(5)));
+        assert!(!store.followers(&[2; 32]).unwrap());
+    });
+}
+
+#[test]
+fn a_damaged_record_is_an_error_that_names_it() {
+    let kv = Arc::new(MemKv::new());
+    let store = KeyStore::new(kv.clone());
+    for (value, wanted) in [(&b""[..], "empty"), (&[9, 1][..], "version 9"), (&[1, 0xff][..], "key")] {
+        let mut batch = Batch::new();
+        batch.put(Cf::Keys, [5; 32], value);
+        kv.write(batch).unwrap();
+        let error = store.get(&[5; 32]).unwrap_err();
+        assert!(matches!(error, StoreError::Corrupt { .. }));
+        assert!(
+            error.to_string().contains(wanted) && error.to_string().contains(&"05".repeat(32)),
+            "{error}"
+        );
+    }
+}

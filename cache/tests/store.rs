@@ -1,0 +1,178 @@
+//! Opening, closing, crashing, and what is still there afterwards.
+
+mod common;
+
+use common::*;
+use kiln_cache::kv::{Batch, Cf, Kv, RocksKv};
+use kiln_cache::{KeyStorage, LayerBlob, LazyLayer, MutableKind, SnapshotMeta, Store, StoreError};
+
+#[test]
+fn a_second_owner_is_refused_and_told_who_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = open(dir.path());
+    let error = Store::open(dir.path(), options()).err().unwrap();
+    assert!(
+        matches!(&error, StoreError::Locked { pid: Some(pid), .. } if *pid == std::process::id()),
+        "{error}"
+    );
+    assert!(error.to_string().contains("in use by another daemon"), "{error}");
+    drop(first);
+    open(dir.path());
+}
+
+#[test]
+fn a_newer_schema_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()));
+    let kv = RocksKv::open(&dir.path().join("meta")).unwrap();
+    let mut batch = Batch::new();
+    batch.put(Cf::Meta, *b"schema", 99u32.to_le_bytes());
+    kv.write(batch).unwrap();
+    drop(kv);
+    let error = Store::open(dir.path(), options()).err().unwrap();
+    assert!(matches!(error, StoreError::Schema { found: 99, .. }), "{error}");
+}
+
+#[test]
+fn everything_survives_a_clean_restart_and_a_reboot() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (base, top) = {
+        let base = layer(&store, None, |fs| write(fs, "a", "1"));
+        let top = layer(&store, Some(&base), |fs| write(fs, "b", "2"));
+        top.set_kv("name", b"value").unwrap();
+        (base.id().to_owned(), top.id().to_owned())
+    };
+    let blob = store.blobs().put(b"content").unwrap().digest().to_owned();
+    store.values().put("git", "url", b"commit").unwrap();
+    store
+        .keys()
+        .put(
+            &[[1; 32]],
+            &kiln_cache::KeyRecord {
+                results: vec![top.clone()],
+                vertex: String::new(),
+                name: String::new(),
+                created: std::time::SystemTime::UNIX_EPOCH,
+                duration: Default::default(),
+                output_content: vec![None],
+                content_key: None,
+            },
+        )
+        .unwrap();
+    store.close().unwrap();
+    assert!(matches!(store.snapshots().stage(None), Err(StoreError::Closed)));
+    drop(store);
+
+    let store = open_on_boot(dir.path(), "boot-2");
+    let found = store.snapshots().get(&top).unwrap().unwrap();
+    assert_eq!(found.parent().unwrap().id(), base);
+    assert_eq!(found.kv("name").unwrap().as_deref(), Some(&b"value"[..]));
+    assert_eq!(std::fs::read(found.dir().join("b")).unwrap(), b"2");
+    assert_eq!(store.blobs().get(&blob).unwrap().unwrap().read(100).unwrap(), b"content");
+    assert_eq!(store.values().list("git").unwrap(), [("url".to_owned(), b"commit".to_vec())]);
+    assert_eq!(store.keys().get(&[1; 32]).unwrap().unwrap().results, [top]);
+}
+
+#[test]
+fn after_a_kill_nothing_committed_is_lost_and_nothing_unfinished_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let done = layer(&store, None, |fs| write(fs, "a", "1"));
+    let blob = store.blobs().put(b"content").unwrap();
+    let staged = store.snapshots().stage(Some(&done)).unwrap();
+    write(staged.fs(), "deep/er/unfinished", "x");
+    let mut writer = store.blobs().writer().unwrap();
+    std::io::Write::write_all(&mut writer, b"half").unwrap();
+    // A directory that was moved into place, but whose record was not written any more.
+    std::fs::create_dir_all(dir.path().join("snapshots/orphan/fs")).unwrap();
+
+    let image = crash_image(dir.path());
+    let store = open(image.path());
+    assert!(store.snapshots().get(done.id()).unwrap().is_some());
+    assert!(store.blobs().exists(blob.digest()).unwrap());
+    assert!(is_empty_dir(&image.path().join("staging")));
+    assert!(!image.path().join("snapshots/orphan").exists());
+    eventually("emptying the trash", || is_empty_dir(&image.path().join("trash")));
+}
+
+#[test]
+fn after_a_power_cut_only_what_was_synced_is_trusted() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let old = layer(&store, None, |fs| write(fs, "a", "1")).id().to_owned();
+    let old_blob = store.blobs().put(b"old").unwrap().digest().to_owned();
+    store.close().unwrap();
+    drop(store);
+
+    let store = open(dir.path());
+    let on_old =
+        layer(&store, Some(&store.snapshots().get(&old).unwrap().unwrap()), |fs| write(fs, "b", "2"));
+    let on_new = layer(&store, Some(&on_old), |_| {});
+    let blob = store.blobs().put(b"new").unwrap();
+    let mount = store.mutable().open(MutableKind::Local, "key", "").unwrap();
+    let pulled = LazyLayer {
+        blob: LayerBlob {
+            digest: "sha256:1".into(),
+            size: 1,
+            media_type: "m".into(),
+            diff_id: "sha256:2".into(),
+        },
+        chain_id: "sha256:2".into(),
+        sources: vec!["docker.io/library/x".into()],
+    };
+    let lazy = store.snapshots().lazy_layer(None, pulled, SnapshotMeta::new("pulled")).unwrap();
+    let staged = store.snapshots().stage(None).unwrap();
+    store.snapshots().fill(&lazy, staged).unwrap();
+    let image = crash_image(dir.path());
+
+    // The same machine, still running: all is there.
+    let same = open(image.path());
+    assert!(same.snapshots().get(on_new.id()).unwrap().unwrap().is_materialized());
+    drop(same);
+
+    let image = crash_image(dir.path());
+    let later = open_on_boot(image.path(), "boot-2");
+    assert!(later.snapshots().get(&old).unwrap().is_some());
+    assert!(later.blobs().exists(&old_blob).unwrap());
+    assert!(later.snapshots().get(on_old.id()).unwrap().is_none());
+    assert!(later.snapshots().get(on_new.id()).unwrap().is_none());
+    assert!(!image.path().join("snapshots").join(on_old.id()).exists());
+    assert!(!later.blobs().exists(blob.digest()).unwrap());
+    assert_ne!(later.mutable().open(MutableKind::Local, "key", "").unwrap().id(), mount.id());
+    let lazy = later.snapshots().get(lazy.id()).unwrap().unwrap();
+    assert!(!lazy.is_filled(), "a pulled layer is kept, to be pulled again");
+    assert_eq!(later.snapshots().by_chain_id("sha256:2").unwrap().unwrap(), lazy);
+}
+
+#[test]
+fn the_background_sync_makes_commits_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    let quick = kiln_cache::StoreOptions { sync_interval: std::time::Duration::ZERO, ..options() };
+    let store = Store::open(dir.path(), quick).unwrap();
+    let kept = layer(&store, None, |fs| write(fs, "a", "1"));
+    eventually("the sync", || {
+        let image = crash_image(dir.path());
+        open_on_boot(image.path(), "boot-2").snapshots().get(kept.id()).unwrap().is_some()
+    });
+}
+
+#[test]
+fn a_snapshot_that_lost_its_directory_goes_with_all_that_stands_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let ids: Vec<String> = {
+        let base = layer(&store, None, |_| {});
+        let lost = layer(&store, Some(&base), |_| {});
+        let child = layer(&store, Some(&lost), |_| {});
+        let beside = layer(&store, Some(&base), |_| {});
+        let stack = store.snapshots().stack(&[beside.clone(), child.clone()], SnapshotMeta::new("")).unwrap();
+        let on_stack = layer(&store, Some(&stack), |_| {});
+        [base, lost, child, beside, stack, on_stack].iter().map(|s| s.id().to_owned()).collect()
+    };
+    drop(store);
+    std::fs::remove_dir_all(dir.path().join("snapshots").join(&ids[1])).unwrap();
+    let store = open(dir.path());
+    let there: Vec<bool> = ids.iter().map(|id| store.snapshots().get(id).unwrap().is_some()).collect();
+    assert_eq!(there, [true, false, false, true, false, false]);
+}
