@@ -19,6 +19,7 @@ mod plan;
 pub mod seccomp;
 pub mod spec;
 mod sys;
+mod syscalls;
 mod wire;
 pub mod zygote;
 

@@ -230,7 +230,7 @@ fn process(params: &SpecParams, cwd: &str) -> Result<Process, SandboxError> {
 fn held_capabilities() -> Result<Capabilities, SandboxError> {
     let held = caps::read(None, caps::CapSet::Permitted)
         .map_err(|e| SandboxError::Setup(format!("reading the daemon's capabilities: {e}")))?;
-    Ok(held.into_iter().filter_map(|c| c.to_string().parse::<Capability>().ok()).collect())
+    Ok(held.into_iter().filter_map(|c| c.to_string().trim_start_matches("CAP_").parse::<Capability>().ok()).collect())
 }
 
 fn rlimit(limit: &Ulimit) -> Result<PosixRlimit, SandboxError> {
@@ -368,7 +368,7 @@ fn linux(params: &SpecParams, insecure: bool) -> Result<Linux, SandboxError> {
         linux = linux
             .masked_paths(MASKED_PATHS.map(str::to_owned).to_vec())
             .readonly_paths(READONLY_PATHS.map(str::to_owned).to_vec())
-            .seccomp(seccomp::default_profile(&DEFAULT_CAPABILITIES));
+            .seccomp(seccomp::default_profile(&DEFAULT_CAPABILITIES)?);
     }
     oci(linux.build())
 }

@@ -1,0 +1,644 @@
+//! Control groups of sandboxes, on hosts with version 2, version 1, both (hybrid) or none.
+//!
+//! Used by the zygote only, which is single-threaded. A sandbox gets its own version 2 group where that exists; a
+//! version 1 controller is joined only for a limit, because moving processes there is slow. Device rules are set
+//! once: on a version 1 group the zygote itself lives in, or on the version 2 parent of all confined sandboxes.
+//!
+//! Directories are named after the daemon (`kiln-<pid>-<start time>`), so that what a killed one left behind is
+//! recognised and removed.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::devices;
+use super::mounts::CgroupView;
+use super::plan::{CgroupPlan, Limits};
+
+const PREFIX: &str = "kiln-";
+
+/// One hierarchy: where it is mounted, and the directory of this process's group in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    mount: PathBuf,
+    own: PathBuf,
+}
+
+/// The hierarchies of the host as this process sees them.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Layout {
+    v2: Option<Hierarchy>,
+    /// By controller; `name=systemd` and the like under their name.
+    v1: BTreeMap<String, Hierarchy>,
+}
+
+impl Layout {
+    /// Reads `/proc/self/mountinfo` and `/proc/self/cgroup`.
+    fn parse(mountinfo: &str, own: &str) -> Self {
+        let mut groups: BTreeMap<&str, &str> = BTreeMap::new();
+        for line in own.lines() {
+            let mut fields = line.splitn(3, ':');
+            if let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) {
+                for controller in controllers.split(',') {
+                    groups.insert(controller, path);
+                }
+            }
+        }
+        let mut layout = Self::default();
+        for line in mountinfo.lines() {
+            let Some((before, after)) = line.split_once(" - ") else { continue };
+            let before: Vec<&str> = before.split(' ').collect();
+            let after: Vec<&str> = after.split(' ').collect();
+            let (Some(root), Some(mount), Some(&fstype)) = (before.get(3), before.get(4), after.first()) else {
+                continue;
+            };
+            let hierarchy = |path: &str| {
+                // A mount may show only a part of the hierarchy, as in a container.
+                let inside = Path::new(path).strip_prefix(root).unwrap_or(Path::new("")).to_owned();
+                let own = Path::new(mount).join(inside.strip_prefix("/").unwrap_or(&inside));
+                Hierarchy { mount: PathBuf::from(mount), own }
+            };
+            match fstype {
+                "cgroup2" => {
+                    if let Some(path) = groups.get("") {
+                        layout.v2.get_or_insert_with(|| hierarchy(path));
+                    }
+                }
+                "cgroup" => {
+                    for option in after.get(2).unwrap_or(&"").split(',') {
+                        if let Some(path) = groups.get(option) {
+                            layout.v1.entry(option.to_owned()).or_insert_with(|| hierarchy(path));
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        layout
+    }
+}
+
+/// The groups of one running sandbox.
+#[derive(Debug, Default)]
+pub(super) struct Placement {
+    /// Version 2 group to start the process in.
+    pub(super) into: Option<OwnedFd>,
+    /// Version 1 `tasks` files the process writes itself to.
+    pub(super) tasks: Vec<PathBuf>,
+    /// What the process is shown under `/sys/fs/cgroup`.
+    pub(super) view: CgroupView,
+    /// No cgroup confines its devices although the plan asks for it.
+    pub(super) devices_open: bool,
+    /// Directories to remove afterwards, children before parents.
+    remove: Vec<PathBuf>,
+    memory: Option<PathBuf>,
+}
+
+/// All that the zygote knows about control groups.
+#[derive(Debug)]
+pub(super) struct Cgroups {
+    layout: Layout,
+    /// `kiln-<pid>-<start time>`.
+    name: String,
+    /// Version 1 device rules hold for this process and its children.
+    devices_v1: Option<Hierarchy>,
+    /// Version 2 directories that have the device rules.
+    confined_v2: HashSet<PathBuf>,
+    /// Parents made for our groups, removed at the end.
+    parents: Vec<PathBuf>,
+    /// Groups that were still busy when their sandbox ended.
+    busy: Vec<PathBuf>,
+}
+
+impl Cgroups {
+    /// Finds the hierarchies, removes what dead daemons left, and confines this process's devices on version 1.
+    /// `daemon` is the process id that names our directories, in terms of the mounted `/proc`.
+    pub(super) fn open(daemon: u32) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let layout = Layout::parse(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
+        let name = format!("{PREFIX}{daemon}-{}", start_time(daemon).unwrap_or(0));
+        let mut this = Self {
+            layout,
+            name,
+            devices_v1: None,
+            confined_v2: HashSet::new(),
+            parents: Vec::new(),
+            busy: Vec::new(),
+        };
+        this.sweep();
+        this.devices_v1 = this.confine_v1().ok().flatten();
+        this
+    }
+
+    fn confine_v1(&mut self) -> io::Result<Option<Hierarchy>> {
+        let Some(devices) = self.layout.v1.get("devices").cloned() else { return Ok(None) };
+        let dir = devices.own.join(&self.name);
+        make(&dir)?;
+        self.parents.push(dir.clone());
+        fs::write(dir.join("devices.deny"), "a")?;
+        for line in devices::v1_lines(devices::CONFINED) {
+            fs::write(dir.join("devices.allow"), line)?;
+        }
+        fs::write(dir.join("tasks"), "0")?;
+        Ok(Some(devices))
+    }
+
+    /// Makes the groups of one sandbox.
+    pub(super) fn place(&mut self, id: &str, plan: &CgroupPlan) -> io::Result<Placement> {
+        let mut placement = Placement::default();
+        if plan.by_runtime {
+            if let (Some(devices), Some(_)) = (&self.devices_v1, &plan.path) {
+                placement.tasks.push(devices.own.join("tasks"));
+            }
+            placement.remove = plan.path.iter().flat_map(|p| self.everywhere(p)).collect();
+            return Ok(placement);
+        }
+        let made = self.fill(id, plan, &mut placement);
+        if let Err(error) = made {
+            self.release(placement);
+            return Err(error);
+        }
+        Ok(placement)
+    }
+
+    fn fill(&mut self, id: &str, plan: &CgroupPlan, placement: &mut Placement) -> io::Result<()> {
+        let wanted = wanted(&plan.limits);
+        let (on_v1, on_v2): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|w| self.layout.v1.contains_key(w.controller()));
+        let needs_v2 = !on_v2.is_empty() || plan.path.is_some();
+        let mut confined = !plan.confine_devices;
+
+        match self.v2_group(id, plan, &on_v2) {
+            Ok(Some((dir, has_rules))) => {
+                placement.remove.push(dir.clone());
+                confined |= has_rules;
+                for setting in &on_v2 {
+                    setting.apply_v2(&dir)?;
+                }
+                if on_v2.iter().any(|s| s.controller() == "memory") {
+                    placement.memory = Some(dir.join("memory.events"));
+                }
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                placement.into = Some(rustix::fs::open(&dir, flags, Mode::empty())?);
+            }
+            Ok(None) if on_v2.is_empty() => {}
+            Ok(None) => {
+                let names: Vec<_> = on_v2.iter().map(Setting::controller).collect();
+                return Err(io::Error::other(format!("no cgroup controller for limits: {}", names.join(", "))));
+            }
+            // Without a limit to enforce, a group of its own is a convenience only.
+            Err(_) if !needs_v2 => {}
+            Err(error) => return Err(error),
+        }
+
+        // A path asked for by name means all of its limits, whatever they are.
+        let mut controllers: Vec<String> = on_v1.iter().map(|s| s.controller().to_owned()).collect();
+        if plan.path.is_some() {
+            controllers.extend(self.layout.v1.keys().filter(|c| *c != "devices").cloned());
+        }
+        controllers.sort();
+        controllers.dedup();
+        let mut done = HashSet::new();
+        for controller in &controllers {
+            let hierarchy = self.layout.v1[controller].clone();
+            let dir = match &plan.path {
+                Some(path) => hierarchy.mount.join(relative(path)),
+                None => hierarchy.own.join(&self.name).join(id),
+            };
+            if done.insert(dir.clone()) {
+                for parent in missing_parents(&dir, &hierarchy.mount) {
+                    make(&parent)?;
+                    inherit_cpuset(&parent)?;
+                    if plan.path.is_none() && parent != dir {
+                        self.parents.push(parent.clone());
+                    }
+                }
+                placement.remove.push(dir.clone());
+                placement.tasks.push(dir.join("tasks"));
+            }
+            for setting in on_v1.iter().filter(|s| s.controller() == controller) {
+                setting.apply_v1(&dir)?;
+            }
+            if controller == "memory" && plan.limits.memory.is_some() {
+                placement.memory = Some(dir.join("memory.oom_control"));
+            }
+        }
+
+        if let Some(devices) = &self.devices_v1 {
+            confined = true;
+            if !plan.confine_devices {
+                placement.tasks.push(devices.own.join("tasks"));
+            }
+        }
+        placement.devices_open = !confined;
+        placement.view = self.view(&placement.tasks);
+        Ok(())
+    }
+
+    /// The version 2 group of a sandbox, and whether the device rules hold in it.
+    fn v2_group(
+        &mut self,
+        id: &str,
+        plan: &CgroupPlan,
+        limits: &[Setting],
+    ) -> io::Result<Option<(PathBuf, bool)>> {
+        let Some(v2) = self.layout.v2.clone() else { return Ok(None) };
+        let rules = plan.confine_devices && self.devices_v1.is_none();
+        let mut controllers: Vec<&str> = limits.iter().map(Setting::controller).collect();
+        controllers.sort_unstable();
+        controllers.dedup();
+        if let Some(path) = &plan.path {
+            let dir = v2.mount.join(relative(path));
+            for parent in missing_parents(&dir, &v2.mount) {
+                make(&parent)?;
+            }
+            enable(&dir, &v2.mount, &controllers)?;
+            let has_rules = rules && self.attach(&dir).is_ok();
+            return Ok(Some((dir, has_rules)));
+        }
+        // Beneath our own group first, where the daemon's own limits hold as well. A group with processes cannot hand
+        // controllers down, though; then beside it, at the top.
+        let mut result = Err(io::Error::other("no place for a cgroup"));
+        let kind = if rules { "confined" } else { "open" };
+        for base in [v2.own.clone(), v2.mount.clone()] {
+            let parent = base.join(&self.name).join(kind);
+            let dir = parent.join(id);
+            result = self.v2_beneath(&base, &parent, &dir, &controllers, rules);
+            if let Ok(has_rules) = result {
+                return Ok(Some((dir, has_rules)));
+            }
+            let _ = fs::remove_dir(&dir);
+            if base == v2.mount {
+                break;
+            }
+        }
+        result.map(|_| None)
+    }
+
+    fn v2_beneath(
+        &mut self,
+        base: &Path,
+        parent: &Path,
+        dir: &Path,
+        controllers: &[&str],
+        rules: bool,
+    ) -> io::Result<bool> {
+        for missing in missing_parents(parent, base) {
+            make(&missing)?;
+            self.parents.push(missing);
+        }
+        let has_rules = rules && (self.confined_v2.contains(parent) || self.attach(parent).is_ok());
+        if has_rules {
+            self.confined_v2.insert(parent.to_owned());
+        }
+        make(dir)?;
+        enable(dir, base, controllers)?;
+        Ok(has_rules)
+    }
+
+    fn attach(&self, dir: &Path) -> io::Result<()> {
+        let fd = rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        devices::attach_v2(fd.as_fd(), devices::CONFINED)
+    }
+
+    fn view(&self, joined: &[PathBuf]) -> CgroupView {
+        if self.layout.v1.is_empty() {
+            return if self.layout.v2.is_some() { CgroupView::Unified } else { CgroupView::None };
+        }
+        let mut seen = HashSet::new();
+        let mut list = Vec::new();
+        for (controller, hierarchy) in &self.layout.v1 {
+            let Some(name) = hierarchy.mount.file_name().and_then(|n| n.to_str()) else { continue };
+            if !seen.insert(hierarchy.mount.clone()) {
+                continue;
+            }
+            let group = match joined.iter().find(|t| t.starts_with(&hierarchy.mount)) {
+                Some(tasks) => tasks.parent().unwrap_or(&hierarchy.own).to_owned(),
+                None if controller == "devices" && self.devices_v1.is_some() => hierarchy.own.join(&self.name),
+                None => hierarchy.own.clone(),
+            };
+            list.push((name.to_owned(), group));
+        }
+        CgroupView::Split(list)
+    }
+
+    /// A path in every hierarchy.
+    fn everywhere(&self, path: &Path) -> Vec<PathBuf> {
+        let all = self.layout.v1.values().chain(&self.layout.v2);
+        let mut dirs: Vec<_> = all.map(|h| h.mount.join(relative(path))).collect();
+        dirs.sort();
+        dirs.dedup();
+        dirs
+    }
+
+    /// Whether the device rules hold for every process the zygote starts.
+    pub(super) fn confines_all(&self) -> bool {
+        self.devices_v1.is_some()
+    }
+
+    /// Whether the kernel killed something for its memory limit.
+    pub(super) fn oom_killed(placement: &Placement) -> bool {
+        let Some(file) = &placement.memory else { return false };
+        let text = fs::read_to_string(file).unwrap_or_default();
+        text.lines().filter_map(|l| l.strip_prefix("oom_kill ")).any(|n| n.trim() != "0")
+    }
+
+    /// Removes the groups of a sandbox whose processes are gone.
+    pub(super) fn release(&mut self, placement: Placement) {
+        self.busy.extend(placement.remove);
+        self.retry();
+    }
+
+    /// Tries again what was busy. True when something is left to try.
+    pub(super) fn retry(&mut self) -> bool {
+        self.busy.retain(|dir| match fs::remove_dir(dir) {
+            Ok(()) => false,
+            Err(e) => e.raw_os_error() == Some(libc::EBUSY),
+        });
+        !self.busy.is_empty()
+    }
+
+    /// Leaves and removes everything, at the end of the daemon.
+    pub(super) fn close(&mut self) {
+        if let Some(devices) = &self.devices_v1 {
+            let _ = fs::write(devices.own.join("tasks"), "0");
+        }
+        self.retry();
+        for dir in self.parents.drain(..).rev() {
+            let _ = fs::remove_dir(dir);
+        }
+    }
+
+    /// Removes the groups of daemons that are gone.
+    fn sweep(&self) {
+        let mut places: Vec<&Path> = Vec::new();
+        for hierarchy in self.layout.v1.values().chain(&self.layout.v2) {
+            places.push(&hierarchy.own);
+            places.push(&hierarchy.mount);
+        }
+        places.sort_unstable();
+        places.dedup();
+        for place in places {
+            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let Some(owner) = name.to_str().and_then(parse_name) else { continue };
+                if start_time(owner.0) != Some(owner.1) {
+                    remove_tree(&entry.path());
+                }
+            }
+        }
+    }
+}
+
+/// Daemon process id and its start time, of a directory name.
+fn parse_name(name: &str) -> Option<(u32, u64)> {
+    let (pid, start) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    Some((pid.parse().ok()?, start.parse().ok()?))
+}
+
+/// When a process started, in clock ticks since boot; tells a process id from its next use.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may contain anything.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Kills what is in a group tree (version 2) and removes its directories, deepest first.
+fn remove_tree(top: &Path) {
+    let _ = fs::write(top.join("cgroup.kill"), "1");
+    let mut all = vec![top.to_owned()];
+    let mut at = 0;
+    while at < all.len() {
+        for entry in fs::read_dir(&all[at]).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                all.push(entry.path());
+            }
+        }
+        at += 1;
+    }
+    for dir in all.iter().rev() {
+        let _ = fs::remove_dir(dir);
+    }
+}
+
+fn relative(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
+}
+
+fn make(dir: &Path) -> io::Result<()> {
+    match fs::create_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(|e| io::Error::new(e.kind(), format!("cgroup {}: {e}", dir.display()))),
+    }
+}
+
+/// The directories from below `base` to `dir` that do not exist, outermost first.
+fn missing_parents(dir: &Path, base: &Path) -> Vec<PathBuf> {
+    let mut list: Vec<PathBuf> =
+        dir.ancestors().take_while(|a| *a != base).filter(|a| !a.exists()).map(Path::to_owned).collect();
+    list.reverse();
+    list
+}
+
+/// Hands controllers down from `base` to the parent of `dir`.
+fn enable(dir: &Path, base: &Path, controllers: &[&str]) -> io::Result<()> {
+    if controllers.is_empty() {
+        return Ok(());
+    }
+    let mut chain: Vec<&Path> = dir.ancestors().skip(1).take_while(|a| a.starts_with(base)).collect();
+    chain.reverse();
+    for group in chain {
+        let file = group.join("cgroup.subtree_control");
+        let now = fs::read_to_string(&file)?;
+        for controller in controllers {
+            if !now.split_ascii_whitespace().any(|c| c == *controller) {
+                fs::write(&file, format!("+{controller}")).map_err(|e| {
+                    io::Error::new(e.kind(), format!("cgroup controller {controller} in {}: {e}", group.display()))
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A version 1 cpuset takes no process before it has processors and memory nodes.
+fn inherit_cpuset(dir: &Path) -> io::Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let ours = dir.join(file);
+        let Ok(now) = fs::read_to_string(&ours) else { continue };
+        if let (true, Some(parent)) = (now.trim().is_empty(), dir.parent()) {
+            fs::write(&ours, fs::read_to_string(parent.join(file))?)?;
+        }
+    }
+    Ok(())
+}
+
+/// One limit, in the terms of each version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Setting {
+    Memory(i64),
+    /// Memory and swap together, and the memory limit.
+    Swap(i64, Option<i64>),
+    Shares(u64),
+    /// Quota and period in microseconds.
+    Quota(Option<i64>, Option<u64>),
+    Cpus(String),
+    Mems(String),
+    Pids(i64),
+}
+
+fn wanted(limits: &Limits) -> Vec<Setting> {
+    let mut list = Vec::new();
+    list.extend(limits.memory.map(Setting::Memory));
+    list.extend(limits.memory_swap.map(|s| Setting::Swap(s, limits.memory)));
+    list.extend(limits.cpu_shares.map(Setting::Shares));
+    if limits.cpu_quota.is_some() || limits.cpu_period.is_some() {
+        list.push(Setting::Quota(limits.cpu_quota, limits.cpu_period));
+    }
+    list.extend(limits.cpus.clone().map(Setting::Cpus));
+    list.extend(limits.mems.clone().map(Setting::Mems));
+    list.extend(limits.pids.map(Setting::Pids));
+    list
+}
+
+const DEFAULT_PERIOD: u64 = 100_000;
+
+impl Setting {
+    fn controller(&self) -> &'static str {
+        match self {
+            Self::Memory(_) | Self::Swap(..) => "memory",
+            Self::Shares(_) | Self::Quota(..) => "cpu",
+            Self::Cpus(_) | Self::Mems(_) => "cpuset",
+            Self::Pids(_) => "pids",
+        }
+    }
+
+    /// File and value on version 2.
+    fn v2(&self) -> (&'static str, String) {
+        let max = |n: i64| if n < 0 { "max".to_owned() } else { n.to_string() };
+        match self {
+            Self::Memory(n) => ("memory.max", max(*n)),
+            // Version 2 counts swap alone.
+            Self::Swap(n, memory) => {
+                ("memory.swap.max", if *n < 0 { max(-1) } else { max((*n - memory.unwrap_or(0)).max(0)) })
+            }
+            // Both scales, 2 to 262144 and 1 to 10000, mapped end to end.
+            Self::Shares(n) => {
+                ("cpu.weight", (1 + (n.clamp(&2, &262_144) - 2) * 9999 / 262_142).to_string())
+            }
+            Self::Quota(quota, period) => {
+                ("cpu.max", format!("{} {}", max(quota.unwrap_or(-1)), period.unwrap_or(DEFAULT_PERIOD)))
+            }
+            Self::Cpus(list) => ("cpuset.cpus", list.clone()),
+            Self::Mems(list) => ("cpuset.mems", list.clone()),
+            Self::Pids(n) => ("pids.max", max(*n)),
+        }
+    }
+
+    /// Files and values on version 1, in the order they are written.
+    fn v1(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Memory(n) => vec![("memory.limit_in_bytes", n.to_string())],
+            Self::Swap(n, _) => vec![("memory.memsw.limit_in_bytes", n.to_string())],
+            Self::Shares(n) => vec![("cpu.shares", n.to_string())],
+            Self::Quota(quota, period) => {
+                let mut list = Vec::new();
+                list.extend(period.map(|p| ("cpu.cfs_period_us", p.to_string())));
+                list.extend(quota.map(|q| ("cpu.cfs_quota_us", q.to_string())));
+                list
+            }
+            Self::Cpus(list) => vec![("cpuset.cpus", list.clone())],
+            Self::Mems(list) => vec![("cpuset.mems", list.clone())],
+            Self::Pids(n) => vec![("pids.max", if *n < 0 { "max".to_owned() } else { n.to_string() })],
+        }
+    }
+
+    fn apply_v2(&self, dir: &Path) -> io::Result<()> {
+        let (file, value) = self.v2();
+        write(dir, file, &value)
+    }
+
+    fn apply_v1(&self, dir: &Path) -> io::Result<()> {
+        self.v1().into_iter().try_for_each(|(file, value)| write(dir, file, &value))
+    }
+}
+
+fn write(dir: &Path, file: &str, value: &str) -> io::Result<()> {
+    fs::write(dir.join(file), value)
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot set {file} to {value}: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_of_all_kinds_are_understood() {
+        let v2 = Layout::parse(
+            "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n",
+            "0::/system.slice/kiln.service\n",
+        );
+        let own = v2.v2.unwrap().own;
+        assert_eq!(own, Path::new("/sys/fs/cgroup/system.slice/kiln.service"));
+        assert!(v2.v1.is_empty());
+
+        let hybrid = Layout::parse(
+            "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+             36 31 0:33 / /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices\n\
+             41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+            "3:devices:/a\n2:cpu,cpuacct:/\n0::/u\n",
+        );
+        assert_eq!(hybrid.v1["cpu"], hybrid.v1["cpuacct"]);
+        assert_eq!(hybrid.v1["devices"].own, Path::new("/sys/fs/cgroup/devices/a"));
+        assert_eq!(hybrid.v2.unwrap().own, Path::new("/sys/fs/cgroup/unified/u"));
+
+        // In a container whose mount shows its own part of the hierarchy.
+        let inner = Layout::parse(
+            "9 8 0:33 /docker/x /sys/fs/cgroup/devices ro - cgroup cgroup rw,devices\n",
+            "3:devices:/docker/x/y\n",
+        );
+        assert_eq!(inner.v1["devices"].own, Path::new("/sys/fs/cgroup/devices/y"));
+
+        assert_eq!(Layout::parse("1 1 0:1 / / rw - ext4 /dev/vda rw\nnonsense\n", "x\n"), Layout::default());
+    }
+
+    #[test]
+    fn limits_in_both_versions() {
+        let limits = Limits {
+            memory: Some(64 << 20),
+            memory_swap: Some(96 << 20),
+            cpu_shares: Some(1024),
+            cpu_quota: Some(50_000),
+            pids: Some(-1),
+            ..Limits::default()
+        };
+        let v2: Vec<_> = wanted(&limits).iter().map(Setting::v2).collect();
+        let text = |s: &str| s.to_owned();
+        assert_eq!(
+            v2,
+            [
+                ("memory.max", (64u64 << 20).to_string()),
+                ("memory.swap.max", (32u64 << 20).to_string()),
+                ("cpu.weight", text("39")),
+                ("cpu.max", text("50000 100000")),
+                ("pids.max", text("max")),
+            ]
+        );
+        let v1: Vec<_> = wanted(&limits).iter().flat_map(Setting::v1).collect();
+        assert_eq!(v1[1], ("memory.memsw.limit_in_bytes", (96u64 << 20).to_string()));
+        assert_eq!(v1[3], ("cpu.cfs_quota_us", text("50000")));
+        assert_eq!(Setting::Swap(-1, Some(5)).v2().1, "max");
+    }
+
+    #[test]
+    fn names_tell_whose_group_it_is() {
+        assert_eq!(parse_name("kiln-12-345"), Some((12, 345)));
+        assert_eq!(parse_name("kiln-x-1"), None);
+        assert_eq!(parse_name("other"), None);
+        assert!(start_time(std::process::id()).is_some());
+    }
+}

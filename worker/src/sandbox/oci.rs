@@ -1,0 +1,280 @@
+//! The executor that hands sandboxes to an OCI runtime, `runc` or `crun`.
+//!
+//! The zygote's child mounts the root in a private mount namespace of its own and runs the runtime there, so the
+//! bundle's mounts exist for that runtime only and vanish with it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use oci_spec::runtime::{Mount, MountBuilder, Root, Spec};
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+
+use super::lean::{Helper, blocking, watch};
+use super::plan::{self, CgroupPlan, Limits, Plan, RuntimePlan, Task, depth};
+use super::{Executor, ExitOutcome, SandboxError, SandboxRequest};
+
+/// Parent cgroup of sandboxes whose spec names none.
+const CGROUP_PARENT: &str = "/kiln";
+
+/// Runs sandboxes with an OCI runtime binary.
+#[derive(Debug)]
+pub struct OciRuntimeExecutor {
+    helper: Arc<Helper>,
+    settings: Arc<Settings>,
+    name: String,
+}
+
+#[derive(Debug)]
+struct Settings {
+    binary: PathBuf,
+    state: PathBuf,
+}
+
+impl OciRuntimeExecutor {
+    /// Uses `binary` (a path, or a name in `PATH`). `state` becomes this executor's own directory: leftovers of an
+    /// earlier one are removed.
+    pub fn new(binary: &Path, state: &Path) -> Result<Self, SandboxError> {
+        let binary = find(binary)
+            .ok_or_else(|| SandboxError::Setup(format!("OCI runtime {} not found", binary.display())))?;
+        let name = binary.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        match fs::remove_dir_all(state) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(SandboxError::io(format!("clearing {}", state.display()), e));
+            }
+            _ => {}
+        }
+        let what = |e| SandboxError::io(format!("runtime state in {}", state.display()), e);
+        fs::create_dir_all(state).map_err(what)?;
+        let state = state.canonicalize().map_err(what)?;
+        Ok(Self { helper: Arc::new(Helper::new()?), settings: Arc::new(Settings { binary, state }), name })
+    }
+}
+
+fn find(binary: &Path) -> Option<PathBuf> {
+    if depth(binary) > 1 || binary.is_absolute() {
+        return binary.canonicalize().ok();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|dir| dir.join(binary)).find(|c| c.is_file())
+}
+
+impl Executor for OciRuntimeExecutor {
+    fn run(
+        &self,
+        request: SandboxRequest,
+        cancel: CancellationToken,
+    ) -> BoxFuture<'_, Result<ExitOutcome, SandboxError>> {
+        let (helper, settings) = (Arc::clone(&self.helper), Arc::clone(&self.settings));
+        async move {
+            if cancel.is_cancelled() {
+                return Err(SandboxError::Cancelled);
+            }
+            let (status, bundle) = blocking(move || {
+                plan::check(&request)?;
+                let mut bundle = Bundle::new(&settings, &request.id)?;
+                let plan = bundle.plan(&settings, &request)?;
+                let status = helper.start(&plan, &[], [&request.stdin, &request.stdout, &request.stderr])?;
+                Ok((status, bundle))
+            })
+            .await?;
+            let result = watch(status, cancel).await;
+            blocking(move || {
+                let outcome = result?;
+                // The runtime's own failure has the same exit statuses as a program's.
+                match bundle.failure() {
+                    Some(error) if outcome.code != 0 => Err(error),
+                    _ => Ok(outcome),
+                }
+            })
+            .await
+        }
+        .boxed()
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// The directory of one container; removed with it.
+#[derive(Debug)]
+struct Bundle {
+    dir: PathBuf,
+    /// What the runtime keeps about the container while it runs, and leaves when it is killed.
+    container: PathBuf,
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        for dir in [&self.dir, &self.container] {
+            match fs::remove_dir_all(dir) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(dir = %dir.display(), error = %e, "runtime state not removed");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Bundle {
+    fn new(settings: &Settings, id: &str) -> Result<Self, SandboxError> {
+        let dir = settings.state.join("bundles").join(id);
+        let container = settings.state.join("runtime").join(id);
+        fs::create_dir_all(dir.join("rootfs"))
+            .and_then(|()| fs::create_dir_all(settings.state.join("runtime")))
+            .map_err(|e| SandboxError::io(format!("bundle {}", dir.display()), e))?;
+        Ok(Self { dir, container })
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("log.json")
+    }
+
+    /// Writes the bundle and says what the zygote has to do for it.
+    fn plan(&mut self, settings: &Settings, request: &SandboxRequest) -> Result<Plan, SandboxError> {
+        let io = |what: &Path| {
+            let what = what.display().to_string();
+            move |e: io::Error| SandboxError::io(what, e)
+        };
+        let mut spec = request.spec.clone();
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        let mut layered = Vec::new();
+        for (number, mount) in request.layered_mounts.iter().enumerate() {
+            let place = self.dir.join(format!("m{number}"));
+            if is_file(mount.selector.as_deref(), &mount.source) {
+                fs::write(&place, "").map_err(io(&place))?;
+            } else {
+                fs::create_dir(&place).map_err(io(&place))?;
+            }
+            mounts.push(bind(&mount.dest, &place, mount.readonly)?);
+            layered.push((place, mount.source.clone(), mount.selector.clone()));
+        }
+        mounts.sort_by_key(|m| depth(m.destination()));
+        let targets = targets(&mounts);
+        spec.set_mounts(Some(mounts));
+
+        let rootfs = self.dir.join("rootfs");
+        let mut root = Root::default();
+        root.set_path(rootfs.clone());
+        root.set_readonly(spec.root().as_ref().and_then(Root::readonly));
+        spec.set_root(Some(root));
+        let cgroup = cgroup_path(&mut spec, &request.id);
+        let config = self.dir.join("config.json");
+        spec.save(&config).map_err(|e| SandboxError::Invalid(format!("{}: {e}", config.display())))?;
+
+        let Some(process) = spec.process() else { return Err(SandboxError::Invalid("no process in the spec".into())) };
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let command = vec![
+            text(&settings.binary),
+            "--root".into(),
+            text(&settings.state.join("runtime")),
+            "--log".into(),
+            text(&self.log()),
+            "--log-format".into(),
+            "json".into(),
+            "run".into(),
+            "--bundle".into(),
+            text(&self.dir),
+            request.id.clone(),
+        ];
+        let crun = settings.binary.file_name().is_some_and(|n| n.to_string_lossy().contains("crun"));
+        Ok(Plan {
+            id: request.id.clone(),
+            namespaces: (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64,
+            cgroup: CgroupPlan {
+                path: Some(cgroup),
+                confine_devices: false,
+                namespace: false,
+                by_runtime: true,
+                limits: Limits::default(),
+            },
+            task: Task::Runtime(RuntimePlan {
+                command,
+                rootfs,
+                root: request.rootfs.clone(),
+                layered,
+                targets,
+                cwd: (process.cwd().clone(), process.user().uid(), process.user().gid()),
+                hide_unified: crun,
+            }),
+        })
+    }
+
+    /// What the runtime logged as an error, if it did.
+    fn failure(&self) -> Option<SandboxError> {
+        #[derive(Deserialize)]
+        struct Line {
+            level: String,
+            msg: String,
+        }
+        let text = fs::read_to_string(self.log()).ok()?;
+        let lines = text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok());
+        let message = lines.filter(|l| matches!(l.level.as_str(), "error" | "fatal")).last()?.msg;
+        match message.find("exec: ").or_else(|| message.find("executable file")) {
+            Some(at) => Some(SandboxError::Exec(message[at..].to_owned())),
+            None => Some(SandboxError::Setup(message)),
+        }
+    }
+}
+
+/// Whether a selector names something other than a directory, looked up layer by layer from the top.
+fn is_file(selector: Option<&Path>, source: &super::RootSource) -> bool {
+    use super::RootSource as R;
+    let Some(selector) = selector else { return false };
+    let dirs: Vec<&PathBuf> = match source {
+        R::Dir(dir) => vec![dir],
+        R::Overlay { lowers, upper, .. } => upper.iter().chain(lowers).collect(),
+    };
+    for dir in dirs {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let Ok(dir) = rustix::fs::open(dir, flags, rustix::fs::Mode::empty()) else { continue };
+        if let Ok(found) = super::sys::open_in(std::os::fd::AsFd::as_fd(&dir), selector, flags) {
+            let directory = rustix::fs::fstat(&found)
+                .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory);
+            return !directory;
+        }
+    }
+    false
+}
+
+fn bind(dest: &Path, source: &Path, readonly: bool) -> Result<Mount, SandboxError> {
+    let access = if readonly { "ro" } else { "rw" };
+    MountBuilder::default()
+        .destination(dest)
+        .typ("bind")
+        .source(source)
+        .options(vec!["rbind".to_owned(), access.to_owned()])
+        .build()
+        .map_err(|e| SandboxError::Invalid(e.to_string()))
+}
+
+/// The mount points in the root itself, and the source of binds.
+fn targets(mounts: &[Mount]) -> Vec<(PathBuf, Option<PathBuf>)> {
+    let below_another = |m: &Mount| {
+        let dest = m.destination();
+        mounts.iter().any(|o| o.destination() != dest && dest.starts_with(o.destination()))
+    };
+    mounts
+        .iter()
+        .filter(|m| !below_another(m))
+        .map(|m| {
+            let options = m.options().as_deref().unwrap_or_default();
+            let bind = m.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
+            (m.destination().clone(), bind.then(|| m.source().clone()).flatten())
+        })
+        .collect()
+}
+
+fn cgroup_path(spec: &mut Spec, id: &str) -> PathBuf {
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    let path = linux.cgroups_path().clone().unwrap_or_else(|| Path::new(CGROUP_PARENT).join(id));
+    linux.set_cgroups_path(Some(path.clone()));
+    spec.set_linux(Some(linux));
+    path
+}

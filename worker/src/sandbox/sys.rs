@@ -1,0 +1,411 @@
+//! The mount calls a sandbox is assembled with, behind a trait so that their order can be tested without root.
+//!
+//! Everything is descriptor based: a mount is made detached, gets its attributes, and is attached to a directory
+//! that was resolved beneath the sandbox's root. Paths from images never reach a call that could leave that root.
+
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags,
+};
+
+use super::plan::DevicePlan;
+
+/// What a mount point must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TargetKind {
+    Dir,
+    File,
+}
+
+/// Mount and file calls of sandbox assembly. `Fd` is a descriptor, or a number in the test double.
+pub(super) trait Sys {
+    type Fd;
+
+    /// Stops all propagation between this mount namespace and others.
+    fn make_private(&self) -> io::Result<()>;
+    /// A new file system, detached.
+    fn new_fs(&self, fstype: &str, options: &[(String, Option<String>)], attrs: u32) -> io::Result<Self::Fd>;
+    /// An overlay, detached; lowers topmost first.
+    fn overlay(&self, lowers: &[PathBuf], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<Self::Fd>;
+    /// A detached copy of the mount at a host path.
+    fn clone_tree(&self, path: &Path, recursive: bool) -> io::Result<Self::Fd>;
+    /// A detached copy of the mount tree from this file or directory on.
+    fn clone_at(&self, at: &Self::Fd, recursive: bool) -> io::Result<Self::Fd>;
+    /// Sets `MOUNT_ATTR_*` bits of a mount.
+    fn set_attrs(&self, mount: &Self::Fd, attrs: u32, recursive: bool) -> io::Result<()>;
+    /// Opens a path of the host, without access to what it names.
+    fn open_host(&self, path: &Path) -> io::Result<Self::Fd>;
+    /// Opens a path with `root` as its `/`, following links inside it.
+    fn lookup(&self, root: &Self::Fd, path: &Path) -> io::Result<Self::Fd>;
+    /// Like `lookup`, but makes what is missing: directories, and a last component of the kind asked for. What was
+    /// made is appended to `made` as symlink-free paths.
+    fn make_target(
+        &self,
+        root: &Self::Fd,
+        path: &Path,
+        kind: TargetKind,
+        made: &mut Vec<PathBuf>,
+    ) -> io::Result<Self::Fd>;
+    /// Whether an open file is a directory.
+    fn is_dir(&self, fd: &Self::Fd) -> io::Result<bool>;
+    /// Attaches a detached mount.
+    fn attach(&self, mount: &Self::Fd, target: &Self::Fd) -> io::Result<()>;
+    /// Attaches a mount on top of the old root, where no path leads to it: it belongs to this namespace then.
+    fn park(&self, mount: &Self::Fd) -> io::Result<()>;
+    /// Makes a device node or pipe.
+    fn make_node(&self, dir: &Self::Fd, name: &OsStr, device: &DevicePlan) -> io::Result<()>;
+    /// Makes a symbolic link.
+    fn symlink(&self, dir: &Self::Fd, name: &str, target: &str) -> io::Result<()>;
+    /// Changes owner and group.
+    fn chown(&self, root: &Self::Fd, path: &Path, uid: u32, gid: u32) -> io::Result<()>;
+    /// Writes a value to an existing file.
+    fn write(&self, root: &Self::Fd, path: &Path, value: &str) -> io::Result<()>;
+    /// Makes a mount the root of the process and drops everything else.
+    fn pivot(&self, root: &Self::Fd) -> io::Result<()>;
+}
+
+/// The kernel.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Kernel;
+
+/// Most lower layers one overlay takes.
+pub(super) const MAX_LOWERS: usize = 500;
+
+/// Longest string `fsconfig` takes, without its end.
+const MAX_CONFIG_STRING: usize = 255;
+
+/// Symbolic links followed in one mount point, as the kernel's own limit.
+const MAX_LINKS: usize = 40;
+
+impl Sys for Kernel {
+    type Fd = OwnedFd;
+
+    fn make_private(&self) -> io::Result<()> {
+        Ok(rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
+    }
+
+    fn new_fs(&self, fstype: &str, options: &[(String, Option<String>)], attrs: u32) -> io::Result<OwnedFd> {
+        let fs = rustix::mount::fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        for (key, value) in options {
+            match value {
+                Some(value) => rustix::mount::fsconfig_set_string(&fs, key.as_str(), value.as_str()),
+                None => rustix::mount::fsconfig_set_flag(&fs, key.as_str()),
+            }
+            .map_err(|e| explain(&fs, e))?;
+        }
+        create(&fs, attrs)
+    }
+
+    fn overlay(&self, lowers: &[PathBuf], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
+        // Of more layers than fit, the bottom ones are merged first: nothing lies beneath them that their
+        // whiteouts could still hide.
+        let merged;
+        let mut lowers = lowers.iter().map(PathBuf::as_path).collect::<Vec<_>>();
+        let bottom;
+        if lowers.len() > MAX_LOWERS {
+            let tail = lowers.split_off(MAX_LOWERS - 1);
+            if tail.len() > MAX_LOWERS {
+                return Err(io::Error::other(format!(
+                    "unsupported: a file system of {} layers (at most {})",
+                    lowers.len() + tail.len(),
+                    2 * MAX_LOWERS - 1
+                )));
+            }
+            bottom = overlay_once(&tail, None, attrs)?;
+            self.park(&bottom)?;
+            merged = PathBuf::from(format!("/proc/self/fd/{}", bottom.as_raw_fd()));
+            lowers.push(&merged);
+        }
+        overlay_once(&lowers, upper, attrs)
+    }
+
+    fn clone_tree(&self, path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+        Ok(rustix::mount::open_tree(CWD, path, flags)?)
+    }
+
+    fn clone_at(&self, at: &OwnedFd, recursive: bool) -> io::Result<OwnedFd> {
+        let mut flags =
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+        Ok(rustix::mount::open_tree(at, "", flags)?)
+    }
+
+    fn set_attrs(&self, mount: &OwnedFd, attrs: u32, recursive: bool) -> io::Result<()> {
+        let attr = libc::mount_attr { attr_set: u64::from(attrs), attr_clr: 0, propagation: 0, userns_fd: 0 };
+        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+        // SAFETY: the path is a constant C string and `attr` a struct of the given size; both are only read.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                mount.as_raw_fd(),
+                c"".as_ptr(),
+                flags,
+                std::ptr::from_ref(&attr),
+                size_of::<libc::mount_attr>(),
+            )
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn open_host(&self, path: &Path) -> io::Result<OwnedFd> {
+        Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    fn lookup(&self, root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+        open_in(root.as_fd(), path, OFlags::PATH)
+    }
+
+    fn make_target(
+        &self,
+        root: &OwnedFd,
+        path: &Path,
+        kind: TargetKind,
+        made: &mut Vec<PathBuf>,
+    ) -> io::Result<OwnedFd> {
+        match self.lookup(root, path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            done => return done,
+        }
+        let mut rest: VecDeque<OsString> = names(path).collect();
+        let mut done = PathBuf::new();
+        let mut links = 0;
+        while let Some(name) = rest.pop_front() {
+            if name == ".." {
+                done.pop();
+                continue;
+            }
+            let next = done.join(&name);
+            match open_in(root.as_fd(), &next, OFlags::PATH | OFlags::NOFOLLOW) {
+                Ok(fd) if file_type(&fd)? == FileType::Symlink => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(Errno::LOOP.into());
+                    }
+                    let target = rustix::fs::readlinkat(&fd, "", Vec::new())?;
+                    let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                    if target.is_absolute() {
+                        done = PathBuf::new();
+                    }
+                    for name in names(&target).collect::<Vec<_>>().into_iter().rev() {
+                        rest.push_front(name);
+                    }
+                }
+                Ok(_) => done = next,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    let parent = open_in(root.as_fd(), &done, OFlags::PATH | OFlags::DIRECTORY)?;
+                    if rest.is_empty() && kind == TargetKind::File {
+                        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::WRONLY;
+                        drop(rustix::fs::openat(&parent, &name, flags, Mode::from_raw_mode(0o755))?);
+                    } else {
+                        rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
+                    }
+                    made.push(Path::new("/").join(&next));
+                    done = next;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        self.lookup(root, &done)
+    }
+
+    fn is_dir(&self, fd: &OwnedFd) -> io::Result<bool> {
+        Ok(file_type(fd)? == FileType::Directory)
+    }
+
+    fn attach(&self, mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        Ok(rustix::mount::move_mount(mount, "", target, "", flags)?)
+    }
+
+    fn park(&self, mount: &OwnedFd) -> io::Result<()> {
+        Ok(rustix::mount::move_mount(mount, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    }
+
+    fn make_node(&self, dir: &OwnedFd, name: &OsStr, device: &DevicePlan) -> io::Result<()> {
+        let kind = match device.kind {
+            'b' => FileType::BlockDevice,
+            'p' => FileType::Fifo,
+            _ => FileType::CharacterDevice,
+        };
+        let number = rustix::fs::makedev(device.major, device.minor);
+        rustix::fs::mknodat(dir, name, kind, Mode::from_raw_mode(device.mode & 0o7777), number)?;
+        if device.uid != 0 || device.gid != 0 {
+            let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
+            rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        Ok(())
+    }
+
+    fn symlink(&self, dir: &OwnedFd, name: &str, target: &str) -> io::Result<()> {
+        Ok(rustix::fs::symlinkat(target, dir, name)?)
+    }
+
+    fn chown(&self, root: &OwnedFd, path: &Path, uid: u32, gid: u32) -> io::Result<()> {
+        let fd = self.lookup(root, path)?;
+        Ok(rustix::fs::chownat(&fd, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)?)
+    }
+
+    fn write(&self, root: &OwnedFd, path: &Path, value: &str) -> io::Result<()> {
+        let file = open_in(root.as_fd(), path, OFlags::WRONLY)?;
+        io::Write::write_all(&mut std::fs::File::from(file), value.as_bytes())
+    }
+
+    fn pivot(&self, root: &OwnedFd) -> io::Result<()> {
+        let old = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::process::fchdir(root)?;
+        rustix::process::pivot_root(".", ".")?;
+        rustix::process::fchdir(&old)?;
+        rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+        rustix::process::chdir("/")?;
+        Ok(())
+    }
+}
+
+/// Path components that mean something, without the leading slash.
+fn names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
+    path.components().filter_map(|c| match c {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    })
+}
+
+/// Opens a path with `root` as its `/`; never leaves it.
+pub(super) fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    // The kernel asks for a retry when a rename elsewhere raced with `..`.
+    let mut tries = 0;
+    loop {
+        let opened =
+            rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT);
+        match opened {
+            Err(Errno::AGAIN) if tries < 100 => tries += 1,
+            other => return Ok(other?),
+        }
+    }
+}
+
+fn file_type(fd: &OwnedFd) -> io::Result<FileType> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode))
+}
+
+fn create(fs: &OwnedFd, attrs: u32) -> io::Result<OwnedFd> {
+    rustix::mount::fsconfig_create(fs).map_err(|e| explain(fs, e))?;
+    let attrs = MountAttrFlags::from_bits_retain(attrs);
+    Ok(rustix::mount::fsmount(fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)
+}
+
+/// Adds what the kernel logged about a failed mount.
+fn explain(fs: &OwnedFd, error: Errno) -> io::Error {
+    let mut texts = Vec::new();
+    let mut buffer = [0u8; 512];
+    while let Ok(n @ 1..) = rustix::io::read(fs, &mut buffer) {
+        let text = String::from_utf8_lossy(&buffer[..n]).trim().to_owned();
+        // Lines start with a severity letter.
+        texts.push(text.get(2..).unwrap_or(&text).to_owned());
+    }
+    let error = io::Error::from(error);
+    if texts.is_empty() { error } else { io::Error::new(error.kind(), format!("{error} ({})", texts.join("; "))) }
+}
+
+/// An overlay of at most [`MAX_LOWERS`] lower directories.
+fn overlay_once(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
+    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let mut held = Vec::new();
+    for (at, lower) in lowers.iter().enumerate() {
+        let text = short(lower, &mut held)?;
+        match rustix::mount::fsconfig_set_string(&fs, "lowerdir+", text.as_path()) {
+            // Kernels before 6.5 know only the old form.
+            Err(Errno::INVAL) if at == 0 => return overlay_by_mount(lowers, upper, attrs),
+            other => other.map_err(|e| explain(&fs, e))?,
+        }
+    }
+    let mut options: Vec<(&str, &str)> = vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
+    if let Some((upper, work)) = upper {
+        for (key, path) in [("upperdir", upper), ("workdir", work)] {
+            let text = short(path, &mut held)?;
+            rustix::mount::fsconfig_set_string(&fs, key, text.as_path()).map_err(|e| explain(&fs, e))?;
+        }
+        options.push(("index", "off"));
+        // What a sandbox wrote is made durable by the store, once for many; a step must not wait for the disk.
+        rustix::mount::fsconfig_set_flag(&fs, "volatile").map_err(|e| explain(&fs, e))?;
+    }
+    for (key, value) in options {
+        rustix::mount::fsconfig_set_string(&fs, key, value).map_err(|e| explain(&fs, e))?;
+    }
+    create(&fs, attrs)
+}
+
+/// A name for a directory that needs no escaping and fits into the kernel's limit.
+fn short(path: &Path, held: &mut Vec<OwnedFd>) -> io::Result<PathBuf> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.len() <= MAX_CONFIG_STRING && !bytes.iter().any(|b| matches!(b, b'\\' | b':' | b',')) {
+        return Ok(path.to_owned());
+    }
+    by_descriptor(path, held)
+}
+
+fn by_descriptor(path: &Path, held: &mut Vec<OwnedFd>) -> io::Result<PathBuf> {
+    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let text = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    held.push(fd);
+    Ok(text)
+}
+
+/// The same through mount(2), for kernels before 6.5: mounted on one of its own directories (this mount namespace is
+/// private), copied as a detached mount, and taken away again.
+fn overlay_by_mount(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
+    let mut held = Vec::new();
+    let mut data = OsString::from("lowerdir=");
+    for (at, lower) in lowers.iter().enumerate() {
+        if at > 0 {
+            data.push(":");
+        }
+        data.push(by_descriptor(lower, &mut held)?);
+    }
+    data.push(",redirect_dir=nofollow,metacopy=off,xino=off");
+    if let Some((upper, work)) = upper {
+        data.push(",upperdir=");
+        data.push(by_descriptor(upper, &mut held)?);
+        data.push(",workdir=");
+        data.push(by_descriptor(work, &mut held)?);
+        data.push(",index=off,volatile");
+    }
+    // The old interface takes one page.
+    if data.len() >= 4096 {
+        return Err(io::Error::other(format!(
+            "unsupported: a file system of {} layers on a kernel older than 6.5",
+            lowers.len()
+        )));
+    }
+    let data = std::ffi::CString::new(data.into_vec())?;
+    let place = upper.map_or(lowers[0], |(_, work)| work);
+    rustix::mount::mount("overlay", place, "overlay", MountFlags::empty(), Some(data.as_c_str()))?;
+    let copied = rustix::mount::open_tree(
+        CWD,
+        place,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    );
+    rustix::mount::unmount(place, UnmountFlags::DETACH)?;
+    let copied = copied?;
+    Kernel.set_attrs(&copied, attrs, false)?;
+    Ok(copied)
+}
+
+/// Reads a small file completely, or as much as `limit`.
+pub(super) fn read_limited(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::from(fd).take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,402 @@
+//! The zygote: a single-threaded copy of the binary that starts sandboxes for the multi-threaded daemon.
+//!
+//! Forking a threaded process and then running more than a few calls in the child is not safe; a process that never
+//! had a second thread has no such limit, and being small it forks fast. It is the init of a pid namespace, so that
+//! the kernel ends every sandbox with it, and it ends when the daemon's socket closes.
+//!
+//! Protocol: [`wire`]. It takes orders only from the daemon that started it.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Signal, WaitId, WaitIdOptions};
+
+use super::SandboxError;
+use super::cgroup::{Cgroups, Placement};
+use super::init::{self, Streams};
+use super::plan::{Limits, Plan};
+use super::wire::{self, FailureKind, Hello, START_FDS, Status};
+
+/// Name the binary is started under to become the zygote.
+const ARGV0: &str = "kiln-zygote";
+
+/// Set for the zygote, so that a program that does not call [`run_if_requested`] cannot start itself for ever.
+const MARK: &str = "KILN_ZYGOTE";
+
+/// How long the zygote may take to answer.
+const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the end of the zygote is waited for.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// Pause between attempts to remove a cgroup that is still busy.
+const RETRY_PAUSE: Duration = Duration::from_millis(2);
+
+/// Becomes the zygote when the daemon started this process as one; returns otherwise.
+///
+/// Every binary that opens an executor calls this first thing in `main`, before any thread exists.
+pub fn run_if_requested() {
+    if std::env::args_os().next().as_deref() == Some(OsStr::new(ARGV0)) && std::env::var_os(MARK).is_some() {
+        launch()
+    }
+}
+
+/// Descriptor the daemon passes its socket as, and where it is kept.
+const HANDED: i32 = 0;
+const CONTROL: i32 = 3;
+
+fn launch() -> ! {
+    // SAFETY: descriptor 0 is ours alone this early; 3 and above hold nothing this process uses.
+    let control = unsafe {
+        libc::dup2(HANDED, CONTROL);
+        libc::fcntl(CONTROL, libc::F_SETFD, libc::FD_CLOEXEC);
+        libc::syscall(libc::SYS_close_range, CONTROL as u32 + 1, u32::MAX, 0u32);
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 {
+            libc::dup2(null, HANDED);
+            libc::close(null);
+        }
+        OwnedFd::from_raw_fd(CONTROL)
+    };
+    let daemon = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get() as u32);
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    let code = match clone(libc::CLONE_NEWPID as u64, None) {
+        Ok(Cloned::Child) => serve(control, daemon),
+        // The zygote goes on without this parent, which only made its pid namespace.
+        Ok(Cloned::Parent(_)) => 0,
+        Err(error) => {
+            let text = format!("making a pid namespace: {error}");
+            let _ = wire::send_json(&control, &Hello::Failed(text));
+            1
+        }
+    };
+    std::process::exit(code)
+}
+
+/// Wider than the C library's constant of that name can say.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+enum Cloned {
+    Child,
+    Parent(OwnedFd),
+}
+
+/// `clone3` as a fork into new namespaces, with a pidfd for the parent.
+fn clone(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    let mut pidfd: i32 = -1;
+    // SAFETY: an all-zero clone_args is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = namespaces | libc::CLONE_PIDFD as u64;
+    args.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: without CLONE_VM the child has a copy of everything, and this process has one thread, so the child may
+    // go on as any program would.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_mut(&mut args), size_of::<libc::clone_args>()) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Cloned::Child),
+        // SAFETY: the kernel stored a new descriptor that nobody else owns.
+        _ => Ok(Cloned::Parent(unsafe { OwnedFd::from_raw_fd(pidfd) })),
+    }
+}
+
+/// One sandbox that runs.
+struct Running {
+    pidfd: OwnedFd,
+    status: OwnedFd,
+    placement: Placement,
+    killed: bool,
+}
+
+impl Running {
+    fn kill(&mut self) {
+        self.killed = true;
+        // Gone already is fine.
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+struct Server {
+    control: Option<OwnedFd>,
+    running: Vec<Running>,
+    cgroups: Cgroups,
+}
+
+fn serve(control: OwnedFd, daemon: u32) -> ! {
+    let _ = rustix::thread::set_name(c"kiln-zygote");
+    let cgroups = Cgroups::open(daemon);
+    if wire::send_json(&control, &Hello::Ready).is_err() {
+        std::process::exit(1);
+    }
+    let mut server = Server { control: Some(control), running: Vec::new(), cgroups };
+    server.run();
+    server.cgroups.close();
+    std::process::exit(0)
+}
+
+impl Server {
+    /// Until the daemon is gone and with it every sandbox.
+    fn run(&mut self) {
+        while self.control.is_some() || !self.running.is_empty() {
+            let pause = self.cgroups.retry().then(|| timespec(RETRY_PAUSE));
+            let Ok(ready) = self.wait(pause.as_ref()) else { continue };
+            let (control, sandboxes) = ready;
+            for at in sandboxes.into_iter().rev() {
+                match at {
+                    (at, Event::Ended) => self.finish(at),
+                    (at, Event::Abandoned) => self.running[at].kill(),
+                }
+            }
+            if control {
+                self.order();
+            }
+        }
+    }
+
+    /// Whether the daemon says something, and what happened to which sandbox.
+    fn wait(&self, timeout: Option<&Timespec>) -> io::Result<(bool, Vec<(usize, Event)>)> {
+        let mut fds = Vec::with_capacity(1 + 2 * self.running.len());
+        for sandbox in &self.running {
+            fds.push(PollFd::new(&sandbox.pidfd, PollFlags::IN));
+            // Once killed, only its end is of interest.
+            let flags = if sandbox.killed { PollFlags::empty() } else { PollFlags::IN | PollFlags::RDHUP };
+            fds.push(PollFd::new(&sandbox.status, flags));
+        }
+        if let Some(control) = &self.control {
+            fds.push(PollFd::new(control, PollFlags::IN));
+        }
+        rustix::event::poll(&mut fds, timeout)?;
+        let mut events = Vec::new();
+        for (at, sandbox) in self.running.iter().enumerate() {
+            if !fds[2 * at].revents().is_empty() {
+                events.push((at, Event::Ended));
+            } else if !sandbox.killed && !fds[2 * at + 1].revents().is_empty() {
+                events.push((at, Event::Abandoned));
+            } else if sandbox.killed && fds[2 * at + 1].revents().contains(PollFlags::HUP) {
+                // A hung-up socket cannot be masked; do not spin while the kernel takes the processes down.
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        let control = self.control.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty());
+        Ok((control, events))
+    }
+
+    fn finish(&mut self, at: usize) {
+        let sandbox = self.running.swap_remove(at);
+        let ended = rustix::io::retry_on_intr(|| {
+            rustix::process::waitid(WaitId::PidFd(sandbox.pidfd.as_fd()), WaitIdOptions::EXITED)
+        });
+        let code = match ended {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => code as u32,
+                (None, signal) => 128 + signal.unwrap_or(0) as u32,
+            },
+            _ => 255,
+        };
+        let oom_killed = Cgroups::oom_killed(&sandbox.placement);
+        self.cgroups.release(sandbox.placement);
+        // The daemon may have stopped listening.
+        let _ = wire::send_json(&sandbox.status, &Status::Exited { code, oom_killed });
+    }
+
+    fn order(&mut self) {
+        let Some(control) = &self.control else { return };
+        match wire::receive(control) {
+            Ok(Some((_, fds))) => self.start(fds),
+            Ok(None) | Err(_) => {
+                self.control = None;
+                self.running.iter_mut().for_each(Running::kill);
+            }
+        }
+    }
+
+    fn start(&mut self, fds: Vec<OwnedFd>) {
+        let Ok([plan, status, stdin, stdout, stderr]) = <[OwnedFd; START_FDS]>::try_from(fds) else { return };
+        if let Err(message) = self.try_start(&plan, &status, [stdin, stdout, stderr]) {
+            let _ = wire::send_json(&status, &Status::Failed { kind: FailureKind::Setup, message });
+            let _ = wire::send_json(&status, &Status::Exited { code: 255, oom_killed: false });
+        }
+    }
+
+    fn try_start(&mut self, file: &OwnedFd, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Result<(), String> {
+        let (json, programs) = wire::read_plan_file(file).map_err(|e| format!("reading the plan: {e}"))?;
+        let plan: Plan = wire::parse(&json).map_err(|e| format!("reading the plan: {e}"))?;
+        let programs = unpack(&programs).ok_or("malformed seccomp programs")?;
+        let mut placement = self.cgroups.place(&plan.id, &plan.cgroup).map_err(|e| e.to_string())?;
+        let ours = status.try_clone().map_err(|e| e.to_string())?;
+        let mut cloned = clone(plan.namespaces, placement.into.as_ref().map(AsFd::as_fd));
+        let optional = plan.cgroup.path.is_none() && plan.cgroup.limits == Limits::default();
+        if cloned.is_err() && placement.into.is_some() && optional {
+            // Some containers forbid joining even groups that could be made.
+            placement.into = None;
+            placement.devices_open = plan.cgroup.confine_devices && !self.cgroups.confines_all();
+            cloned = clone(plan.namespaces, None);
+        }
+        match cloned {
+            Ok(Cloned::Child) => {
+                // Held copies would keep other sandboxes' sockets, and the daemon's, from closing.
+                self.control = None;
+                self.running.clear();
+                let Ok(status) = status.try_clone() else { std::process::exit(255) };
+                init::run(&plan, &programs, &placement, Streams { status, stdio })
+            }
+            Ok(Cloned::Parent(pidfd)) => {
+                placement.into = None;
+                self.running.push(Running { pidfd, status: ours, placement, killed: false });
+                Ok(())
+            }
+            Err(error) => {
+                self.cgroups.release(placement);
+                Err(format!("starting a process: {error}"))
+            }
+        }
+    }
+}
+
+enum Event {
+    Ended,
+    Abandoned,
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as _, tv_nsec: duration.subsec_nanos() as _ }
+}
+
+/// Seccomp programs as bytes: each a count of instructions, then the instructions in the kernel's layout.
+pub(super) fn pack(programs: &[seccompiler::BpfProgram]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for program in programs {
+        bytes.extend((program.len() as u32).to_le_bytes());
+        for i in program {
+            bytes.extend(i.code.to_le_bytes());
+            bytes.extend([i.jt, i.jf]);
+            bytes.extend(i.k.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+fn unpack(mut bytes: &[u8]) -> Option<Vec<Vec<libc::sock_filter>>> {
+    let mut programs = Vec::new();
+    while !bytes.is_empty() {
+        let (count, rest) = bytes.split_first_chunk::<4>()?;
+        let length = (u32::from_le_bytes(*count) as usize).checked_mul(8)?;
+        let (body, rest) = rest.split_at_checked(length)?;
+        let instruction = |i: &[u8]| libc::sock_filter {
+            code: u16::from_le_bytes([i[0], i[1]]),
+            jt: i[2],
+            jf: i[3],
+            k: u32::from_le_bytes([i[4], i[5], i[6], i[7]]),
+        };
+        programs.push(body.chunks_exact(8).map(instruction).collect());
+        bytes = rest;
+    }
+    Some(programs)
+}
+
+/// The daemon's end.
+#[derive(Debug)]
+pub(super) struct Zygote {
+    control: OwnedFd,
+}
+
+impl Zygote {
+    /// Starts the zygote and waits until it is ready.
+    pub(super) fn spawn() -> Result<Self, SandboxError> {
+        if std::env::var_os(MARK).is_some() {
+            return Err(SandboxError::Helper(format!("{MARK} is set, but main did not become the helper")));
+        }
+        let (ours, theirs) = wire::pair(false).map_err(|e| SandboxError::io("socket for the sandbox helper", e))?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0(ARGV0)
+            .env(MARK, "1")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| SandboxError::io("starting the sandbox helper", e))?;
+        let hello = Self::hello(&ours);
+        if hello.is_err() {
+            let _ = child.kill();
+        }
+        // It ends as soon as the zygote is forked off.
+        let _ = child.wait();
+        hello.map(|()| Self { control: ours })
+    }
+
+    fn hello(control: &OwnedFd) -> Result<(), SandboxError> {
+        if !readable(control, START_LIMIT) {
+            let text = "no answer; does the program call zygote::run_if_requested first?";
+            return Err(SandboxError::Helper(text.into()));
+        }
+        match wire::receive(control).map_err(|e| SandboxError::io("answer of the sandbox helper", e))? {
+            None => Err(SandboxError::Helper("ended at once".into())),
+            Some((bytes, _)) => match wire::parse(&bytes) {
+                Ok(Hello::Ready) => Ok(()),
+                Ok(Hello::Failed(text)) => Err(SandboxError::Helper(text)),
+                Err(e) => Err(SandboxError::io("answer of the sandbox helper", e)),
+            },
+        }
+    }
+
+    /// Starts a sandbox; its answers come on the returned socket, which does not block. Closing or shutting that
+    /// down kills the sandbox. An error means that the zygote is gone.
+    pub(super) fn start(&self, plan: &[u8], programs: &[u8], stdio: [BorrowedFd<'_>; 3]) -> io::Result<OwnedFd> {
+        let file = wire::plan_file(plan, programs)?;
+        let (ours, theirs) = wire::pair(false)?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        let [stdin, stdout, stderr] = stdio;
+        wire::send(&self.control, b"start", &[file.as_fd(), theirs.as_fd(), stdin, stdout, stderr])?;
+        Ok(ours)
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        // Its end closes the socket: then all sandboxes are gone and their cgroups removed.
+        let _ = rustix::net::shutdown(&self.control, rustix::net::Shutdown::Write);
+        let until = Instant::now() + END_LIMIT;
+        while readable(&self.control, until.saturating_duration_since(Instant::now())) {
+            if !matches!(wire::receive(&self.control), Ok(Some(_))) {
+                break;
+            }
+        }
+    }
+}
+
+fn readable(fd: &OwnedFd, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        let left = timespec(until.saturating_duration_since(Instant::now()));
+        match rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => return matches!(other, Ok(1..)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_survive_the_trip() {
+        let i = |code, k| seccompiler::sock_filter { code, jt: 1, jf: 2, k };
+        let programs = vec![vec![i(6, 7), i(0x15, 0xffff_0000)], vec![i(5, 1)]];
+        let back = unpack(&pack(&programs)).unwrap();
+        assert_eq!(back.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
+        assert_eq!((back[0][1].code, back[0][1].jt, back[0][1].jf, back[0][1].k), (0x15, 1, 2, 0xffff_0000));
+        assert!(unpack(&[1, 0, 0, 0, 9]).is_none());
+        assert!(unpack(&[255, 255, 255, 255]).is_none());
+    }
+}
