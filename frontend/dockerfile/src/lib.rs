@@ -1,1 +1,123 @@
-//! placeholder
+//! The Dockerfile compiler: text in, LLB out. Pure: configurations of base images come through
+//! [`ImageResolver`], and nothing here reads files or the network.
+
+mod compile;
+mod copy;
+mod dispatch;
+mod error;
+mod expand;
+mod expose;
+mod flags;
+mod giturl;
+mod gofmt;
+mod graph;
+mod image;
+mod instruction;
+mod lint;
+mod mount;
+mod options;
+mod run;
+mod source;
+mod stage;
+mod suggest;
+
+use futures::future::BoxFuture;
+use kiln_proto::pb;
+
+pub use compile::compile;
+pub use error::{CompileError, ResolveError};
+pub use lint::LintWarning;
+pub use options::{Options, OptionsError, ResolveMode};
+
+/// Resolves names of images to what they stand for.
+pub trait ImageResolver: Send + Sync {
+    /// The digest and configuration of the image `reference` (normalised, with a tag or digest) for
+    /// `platform`. `log_name` is the progress vertex's name,
+    /// e.g. `[internal] load metadata for docker.io/library/alpine:latest`. The error's text is
+    /// shown after the name in the Dockerfile.
+    fn resolve<'a>(
+        &'a self,
+        reference: &'a str,
+        platform: &'a pb::Platform,
+        mode: ResolveMode,
+        log_name: &'a str,
+    ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>>;
+}
+
+/// An image as a resolver found it.
+#[derive(Debug, Clone)]
+pub struct ResolvedImage {
+    /// Digest of the manifest or index that the name stands for; empty if it has none.
+    pub digest: String,
+    /// The image configuration, JSON.
+    pub config: Vec<u8>,
+    /// The reference to use from now on (a policy may have changed it); usually the one asked for.
+    pub reference: String,
+}
+
+/// Where COPY and ADD read from.
+#[derive(Debug, Clone)]
+pub enum ContextSource {
+    /// A directory of the client.
+    Local {
+        /// The session's name for it, usually `context`.
+        name: String,
+        /// Id of the session that serves it.
+        session: String,
+        /// Part of the key of incremental transfers, usually the name.
+        shared_key_hint: String,
+    },
+    /// The result of a definition (git, an unpacked archive, another build); an empty one is an empty directory.
+    Definition(pb::Definition),
+}
+
+/// What is compiled.
+#[derive(Debug, Clone)]
+pub struct CompileInput<'a> {
+    /// The file's bytes.
+    pub dockerfile: &'a [u8],
+    /// Its name, for messages and the source map.
+    pub filename: &'a str,
+    /// What the client asked for.
+    pub options: &'a Options,
+    /// Patterns of the context's `.dockerignore`, as [`kiln_proto::pattern::parse_ignore_file`] gives them.
+    pub ignore_patterns: Option<Vec<String>>,
+    /// The build context.
+    pub context: ContextSource,
+    /// The platform that steps run on where the file says nothing else, usually [`kiln_proto::platform::host`].
+    pub build_platform: pb::Platform,
+    /// The definition that the file was read with, for the source map.
+    pub dockerfile_definition: Option<pb::Definition>,
+}
+
+/// A compiled Dockerfile.
+#[derive(Debug, Clone)]
+pub struct Compiled {
+    /// One for each platform, in the order of [`Options::platforms`].
+    pub targets: Vec<CompiledTarget>,
+    /// Findings for the first platform.
+    pub warnings: Vec<LintWarning>,
+}
+
+/// The result for one platform.
+#[derive(Debug, Clone)]
+pub struct CompiledTarget {
+    /// What the image is for.
+    pub platform: pb::Platform,
+    /// The file system; `None` for an empty one.
+    pub definition: Option<pb::Definition>,
+    /// The image configuration, JSON. Its `rootfs` still holds what the base image had, and
+    /// `created` is missing: the exporter knows them.
+    pub image_config: Vec<u8>,
+    /// The base image's configuration as it was, if there is one.
+    pub base_config: Option<Vec<u8>>,
+    /// `SOURCE_DATE_EPOCH` in effect, seconds.
+    pub epoch: Option<i64>,
+    /// Some step of this result must not be taken from the cache.
+    pub ignores_cache: bool,
+}
+
+/// The frontend image named by the file's `# syntax=` directive, if any.
+pub fn syntax_directive(dockerfile: &[u8]) -> Option<String> {
+    source::syntax(dockerfile)
+}
