@@ -210,9 +210,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             .map_err(|error| SolveError::load(Some(&digest), &name, error))?;
 
         let below = |edge: &Edge| &self.graph[edge.vertex];
-        // Without what an input depends on, no key can be made here either.
+        // Without an input's keys none can be made here either.
         let hopeless = inputs.iter().find_map(|edge| match &below(edge).step {
-            Step::Failed(error) if below(edge).map().is_none() => Some(error.clone()),
+            Step::Failed(error) if below(edge).definition == Definition::Unknown => Some(error.clone()),
             _ => None,
         });
         let fresh = ignore_cache || inputs.iter().any(|edge| below(edge).fresh);
