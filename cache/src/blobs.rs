@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use dashmap::DashMap;
 use sha2::{Digest, Sha256};
 
 use crate::codec;
@@ -16,18 +15,6 @@ use crate::error::{Result, StoreError};
 use crate::fsx;
 use crate::kv::{Batch, Cf};
 use crate::store::Shared;
-
-/// Held blobs by digest.
-#[derive(Default)]
-pub(crate) struct BlobTable {
-    live: DashMap<String, Weak<Inner>>,
-}
-
-impl BlobTable {
-    pub(crate) fn is_held(&self, digest: &str) -> bool {
-        self.live.get(digest).is_some_and(|weak| weak.strong_count() > 0)
-    }
-}
 
 /// Access to blobs. Cheap to clone.
 #[derive(Clone)]
@@ -66,7 +53,7 @@ pub struct BlobRef {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     shared: Arc<Shared>,
     digest: String,
     size: u64,
@@ -283,28 +270,13 @@ impl std::fmt::Debug for BlobRef {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.usage.touch(&self.digest);
-        self.shared.blobs.live.remove_if(&self.digest, |_, weak| weak.strong_count() == 0);
+        self.shared.blobs.release(&self.digest);
     }
 }
 
 fn adopt(shared: &Arc<Shared>, digest: &str, size: u64) -> BlobRef {
-    use dashmap::mapref::entry::Entry;
-    let made =
-        BlobRef { inner: Arc::new(Inner { shared: Arc::clone(shared), digest: digest.to_owned(), size }) };
-    let winner = match shared.blobs.live.entry(digest.to_owned()) {
-        Entry::Occupied(mut entry) => match entry.get().upgrade() {
-            Some(inner) => Some(BlobRef { inner }),
-            None => {
-                entry.insert(Arc::downgrade(&made.inner));
-                None
-            }
-        },
-        Entry::Vacant(entry) => {
-            entry.insert(Arc::downgrade(&made.inner));
-            None
-        }
-    };
-    winner.unwrap_or(made)
+    let made = Inner { shared: Arc::clone(shared), digest: digest.to_owned(), size };
+    BlobRef { inner: shared.blobs.adopt(digest, Arc::new(made)) }
 }
 
 pub(crate) fn load(shared: &Shared, digest: &str) -> Result<Option<Record>> {

@@ -72,9 +72,8 @@ pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     };
     let mut pending = Vec::new();
     for (name, kind) in names(&top)? {
-        match unlink_or_dir(&top, &name, kind)? {
-            true => pending.push(name),
-            false => {}
+        if unlink_or_dir(&top, &name, kind)? {
+            pending.push(name);
         }
     }
     let mut counter = 0u64;
@@ -90,25 +89,36 @@ pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
             let moved = loop {
                 counter += 1;
                 let candidate = CString::new(format!(".{counter}.removed"))?;
-                match rustix::fs::statat(&top, &candidate, AtFlags::SYMLINK_NOFOLLOW) {
-                    Err(Errno::NOENT) => break candidate,
-                    Err(error) => return Err(error.into()),
-                    Ok(_) => {}
+                if !exists(&top, &candidate)? {
+                    break candidate;
                 }
             };
-            if rustix::fs::renameat(&dir, &child, &top, &moved) == Err(Errno::ACCESS) {
-                // Moving a directory changes its `..`, for which only its owner's bits count.
-                rustix::fs::chmodat(&dir, &child, Mode::RWXU, AtFlags::empty())?;
-                rustix::fs::renameat(&dir, &child, &top, &moved)?;
-            } else if let Err(error) = rustix::fs::statat(&top, &moved, AtFlags::SYMLINK_NOFOLLOW) {
-                return Err(error.into());
-            }
+            move_dir(&dir, &child, &top, &moved)?;
             pending.push(moved);
         }
         rustix::fs::unlinkat(&top, &name, AtFlags::REMOVEDIR)?;
     }
     drop(top);
     std::fs::remove_dir(path)
+}
+
+fn exists(dir: &OwnedFd, name: &CStr) -> Result<bool, Errno> {
+    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn move_dir(from: &OwnedFd, name: &CStr, to: &OwnedFd, new_name: &CStr) -> Result<(), Errno> {
+    match rustix::fs::renameat(from, name, to, new_name) {
+        // Moving a directory changes its `..`, which its own mode may forbid.
+        Err(Errno::ACCESS) => {
+            rustix::fs::chmodat(from, name, Mode::RWXU, AtFlags::empty())?;
+            rustix::fs::renameat(from, name, to, new_name)
+        }
+        other => other,
+    }
 }
 
 fn writable_dir(parent: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {

@@ -17,6 +17,9 @@ use crate::snapshots::SnapshotRef;
 /// Symlinks followed in one path before it counts as a loop.
 const MAX_LINKS: usize = 255;
 
+/// Extended attributes: names and values.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A merged tree.
 pub struct LayerView {
     /// Top first.
@@ -167,13 +170,13 @@ impl LayerView {
         let mut trail = vec![self.root()?];
         let mut links = 0;
         while let Some(name) = pending.pop() {
+            let Some(current) = trail.last().filter(|node| node.is_dir()) else { return Ok(None) };
             if name == b".." {
                 if trail.len() > 1 {
                     trail.pop();
                 }
                 continue;
             }
-            let Some(current) = trail.last() else { return Ok(None) };
             let Some(node) = self.child(current, &name)? else { return Ok(None) };
             if node.kind() == FileType::Symlink && (follow_last || !pending.is_empty()) {
                 links += 1;
@@ -207,7 +210,7 @@ impl LayerView {
     }
 
     /// Extended attributes in byte order, without those that belong to the overlay itself.
-    pub fn xattrs(&self, node: &Node) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    pub fn xattrs(&self, node: &Node) -> Result<Xattrs> {
         let layer = node.layers[0];
         xattrs(&self.full_path(layer, &node.path))
             .map_err(|e| self.failed("read attributes of", layer, &node.path, e))
@@ -316,7 +319,7 @@ pub fn is_opaque(dir: &Path) -> std::io::Result<bool> {
 }
 
 /// Extended attributes of a file (not of a symlink's target), sorted by name, without the overlay's own.
-pub fn xattrs(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub fn xattrs(path: &Path) -> Result<Xattrs, Errno> {
     let mut list = vec![0; 256];
     let length = loop {
         match rustix::fs::llistxattr(path, &mut list) {

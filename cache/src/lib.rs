@@ -14,6 +14,7 @@ mod filter;
 mod fsx;
 mod gc;
 mod keys;
+mod leases;
 mod maintenance;
 mod mutable;
 mod scratch;

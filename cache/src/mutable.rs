@@ -2,12 +2,9 @@
 //! copies of clients' directories. Who may use one at the same time as whom is the caller's affair.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::SystemTime;
-
-use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
 
 use crate::codec;
 use crate::error::{Result, StoreError};
@@ -16,18 +13,6 @@ use crate::kv::{Batch, Cf, Kv};
 use crate::snapshots::RecordType;
 use crate::store::Shared;
 use crate::values;
-
-/// Held directories by id.
-#[derive(Default)]
-pub(crate) struct MutableTable {
-    live: DashMap<String, Weak<Inner>>,
-}
-
-impl MutableTable {
-    pub(crate) fn is_held(&self, id: &str) -> bool {
-        self.live.get(id).is_some_and(|weak| weak.strong_count() > 0)
-    }
-}
 
 /// What a mutable directory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,7 +44,7 @@ pub struct MutableDir {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     shared: Arc<Shared>,
     id: String,
     fs: PathBuf,
@@ -118,7 +103,7 @@ impl MutableDirs {
         let mut batch = Batch::new();
         erase(self.shared.kv.as_ref(), &mut batch, &record_key, &record.id)?;
         self.shared.kv.write(batch)?;
-        let held = self.shared.mutable.live.get(&record.id).and_then(|weak| weak.upgrade());
+        let held = self.shared.mutable.get(&record.id);
         match held {
             Some(inner) => inner.removed.store(true, Ordering::Release),
             None => self.shared.discard(&dir_path(&self.shared.root, &record.id)),
@@ -149,32 +134,13 @@ impl MutableDirs {
         // The directory is about to change; its size has to be found out again.
         batch.delete(Cf::Values, crate::usage::size_key(&record.id));
         self.shared.commit(batch)?;
-        Ok(self.adopt(record.id, fs))
-    }
-
-    fn adopt(&self, id: String, fs: PathBuf) -> MutableDir {
-        let made = MutableDir {
-            inner: Arc::new(Inner {
-                shared: Arc::clone(&self.shared),
-                id: id.clone(),
-                fs,
-                removed: AtomicBool::new(false),
-            }),
+        let made = Inner {
+            shared: Arc::clone(&self.shared),
+            id: record.id.clone(),
+            fs,
+            removed: AtomicBool::new(false),
         };
-        let winner = match self.shared.mutable.live.entry(id) {
-            Entry::Occupied(mut entry) => match entry.get().upgrade() {
-                Some(inner) => Some(MutableDir { inner }),
-                None => {
-                    entry.insert(Arc::downgrade(&made.inner));
-                    None
-                }
-            },
-            Entry::Vacant(entry) => {
-                entry.insert(Arc::downgrade(&made.inner));
-                None
-            }
-        };
-        winner.unwrap_or(made)
+        Ok(MutableDir { inner: self.shared.mutable.adopt(&record.id, Arc::new(made)) })
     }
 }
 
@@ -212,7 +178,7 @@ impl std::fmt::Debug for MutableDir {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.usage.touch(&self.id);
-        self.shared.mutable.live.remove_if(&self.id, |_, weak| weak.strong_count() == 0);
+        self.shared.mutable.release(&self.id);
         if *self.removed.get_mut() {
             self.shared.discard(&dir_path(&self.shared.root, &self.id));
         }

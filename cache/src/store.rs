@@ -14,22 +14,23 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::blobs::{BlobTable, Blobs};
+use crate::blobs::Blobs;
 use crate::contenthash::ContentCache;
 use crate::epoch::{self, Epochs};
 use crate::error::{Result, StoreError};
 use crate::keys::KeyStore;
 use crate::kv::{Batch, Cf, Kv, RocksKv};
+use crate::leases::Leases;
 use crate::maintenance::Maintenance;
-use crate::mutable::{MutableDirs, MutableTable};
+use crate::mutable::MutableDirs;
 use crate::scratch::ScratchDir;
-use crate::snapshots::{SnapshotTable, Snapshots};
+use crate::snapshots::Snapshots;
 use crate::usage::UsageTracker;
 use crate::values::Values;
 use crate::{fsx, sweep};
@@ -66,9 +67,11 @@ pub(crate) struct Shared {
     pub(crate) epochs: Epochs,
     /// Held shared while a record comes to depend on another, exclusively while one is removed.
     pub(crate) gate: RwLock<()>,
-    pub(crate) snapshots: SnapshotTable,
-    pub(crate) blobs: BlobTable,
-    pub(crate) mutable: MutableTable,
+    pub(crate) snapshots: Leases<crate::snapshots::Inner>,
+    pub(crate) blobs: Leases<crate::blobs::Inner>,
+    pub(crate) mutable: Leases<crate::mutable::Inner>,
+    /// Held while it is decided whether a chain id needs a new record.
+    pub(crate) chains: Mutex<()>,
     pub(crate) usage: UsageTracker,
     pub(crate) content: ContentCache,
     pub(crate) signal: Arc<crate::maintenance::Signal>,
@@ -101,9 +104,10 @@ impl Store {
             kv: Arc::clone(&kv),
             epochs: startup.epochs,
             gate: RwLock::new(()),
-            snapshots: SnapshotTable::default(),
-            blobs: BlobTable::default(),
-            mutable: MutableTable::default(),
+            snapshots: Leases::default(),
+            blobs: Leases::default(),
+            mutable: Leases::default(),
+            chains: Mutex::new(()),
             usage: UsageTracker::default(),
             content: ContentCache::default(),
             signal: Arc::default(),

@@ -116,7 +116,7 @@ fn rocks_keeps_what_was_written_without_a_clean_close() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(24) })]
     #[test]
     fn engines_agree_with_a_sorted_map(
         changes in prop::collection::vec((prop::collection::vec(prop::sample::select(vec![0u8, 1, 0x7f, 0xfe, 0xff]), 0..4), prop::option::of(any::<u8>())), 0..60),

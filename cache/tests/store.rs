@@ -176,3 +176,61 @@ fn a_snapshot_that_lost_its_directory_goes_with_all_that_stands_on_it() {
     let there: Vec<bool> = ids.iter().map(|id| store.snapshots().get(id).unwrap().is_some()).collect();
     assert_eq!(there, [true, false, false, true, false, false]);
 }
+
+/// A small file system of its own, unmounted at the end. RocksDB resumes after a full disk only when as
+/// much as all its write buffers is free, so it can't be much smaller.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", dir.path(), "tmpfs", flags, Some(c"size=96m")).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let detach = rustix::mount::UnmountFlags::DETACH;
+        rustix::mount::unmount(self.0.path(), detach).unwrap();
+    }
+}
+
+#[test]
+fn a_full_disk_fails_what_is_written_and_nothing_else() {
+    if !is_root() {
+        return;
+    }
+    let disk = SmallDisk::new();
+    let root = disk.0.path().join("store");
+    let store = open(&root);
+    let before = layer(&store, None, |fs| write(fs, "a", "1"));
+    let filler = disk.0.path().join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+
+    let mut writer = store.blobs().writer().unwrap();
+    let full = std::io::Write::write_all(&mut writer, &[1; 1 << 16]).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(28));
+    drop(writer);
+    // Until something fails, since the database has written ahead of itself.
+    let mut failed = None;
+    for i in 0..20_000 {
+        if let Err(error) = store.values().put("n", &i.to_string(), &[0; 1000]) {
+            failed = Some(error);
+            break;
+        }
+    }
+    let failed = failed.expect("the database can't have found room for this").to_string();
+    assert!(failed.to_lowercase().contains("no space"), "{failed}");
+    assert!(store.snapshots().get(before.id()).unwrap().is_some(), "reading goes on");
+
+    drop(file);
+    std::fs::remove_file(filler).unwrap();
+    eventually("writing after room was made", || store.values().put("n", "again", b"1").is_ok());
+    let after = layer(&store, Some(&before), |fs| write(fs, "b", "2"));
+    let image = crash_image(&root);
+    let reopened = open(image.path());
+    assert!(reopened.snapshots().get(after.id()).unwrap().is_some());
+}

@@ -10,10 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-
-use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use record::{LayerBlob, LazyLayer, RecordType, SnapshotMeta};
 
@@ -24,20 +21,6 @@ use crate::kv::{Batch, Cf};
 use crate::scratch::ScratchDir;
 use crate::store::Shared;
 use record::Record;
-
-/// Live handles by id.
-#[derive(Default)]
-pub(crate) struct SnapshotTable {
-    live: DashMap<String, Weak<Inner>>,
-    /// Held while it is decided whether a chain id needs a new record.
-    chains: Mutex<()>,
-}
-
-impl SnapshotTable {
-    pub(crate) fn is_held(&self, id: &str) -> bool {
-        self.live.get(id).is_some_and(|weak| weak.strong_count() > 0)
-    }
-}
 
 /// Makes and finds snapshots. Cheap to clone.
 #[derive(Clone)]
@@ -77,7 +60,7 @@ pub struct SnapshotRef {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     shared: Arc<Shared>,
     id: String,
     base: Base,
@@ -160,7 +143,7 @@ impl Snapshots {
         layer: LazyLayer,
         meta: SnapshotMeta,
     ) -> Result<SnapshotRef> {
-        let _deciding = lock(&self.shared.snapshots.chains);
+        let _deciding = lock(&self.shared.chains);
         if let Some(known) = self.by_chain_id(&layer.chain_id)? {
             known.add_sources(layer)?;
             return Ok(known);
@@ -199,7 +182,10 @@ impl Snapshots {
         record.epoch = self.shared.epochs.stamp();
         let mut batch = Batch::new();
         record.save(&mut batch, layer.id());
-        self.shared.commit(batch)?;
+        if let Err(error) = self.shared.commit(batch) {
+            self.shared.discard(&self.shared.root.join("snapshots").join(layer.id()));
+            return Err(error);
+        }
         inner.filled.store(true, Ordering::Release);
         Ok(())
     }
@@ -227,7 +213,8 @@ impl Snapshots {
                     true => Base::Stack(bases),
                     false => Base::Layer(bases.pop()),
                 };
-                ready.insert(id.clone(), self.adopt(id, &record, base));
+                let made = self.adopt(&id, &record, base);
+                ready.insert(id, made);
                 continue;
             }
             match Record::load(self.shared.kv.as_ref(), &id)? {
@@ -244,8 +231,7 @@ impl Snapshots {
     }
 
     fn live(&self, id: &str) -> Option<SnapshotRef> {
-        let inner = self.shared.snapshots.live.get(id)?.upgrade()?;
-        Some(SnapshotRef { inner })
+        Some(SnapshotRef { inner: self.shared.snapshots.get(id)? })
     }
 
     /// Moves a staged directory to its final place.
@@ -261,37 +247,21 @@ impl Snapshots {
             self.shared.discard(&self.shared.root.join("snapshots").join(&id));
             return Err(error);
         }
-        Ok(self.adopt(id, &record, base))
+        Ok(self.adopt(&id, &record, base))
     }
 
     /// Makes the handle of a record, or gives the one that another thread made first.
-    fn adopt(&self, id: String, record: &Record, base: Base) -> SnapshotRef {
-        let made = SnapshotRef {
-            inner: Arc::new(Inner {
-                shared: Arc::clone(&self.shared),
-                id: id.clone(),
-                base,
-                meta: record.meta(),
-                chain_id: record.lazy.as_ref().map(|lazy| lazy.chain_id.clone()),
-                filled: AtomicBool::new(record.filled),
-                change: Mutex::new(()),
-            }),
+    fn adopt(&self, id: &str, record: &Record, base: Base) -> SnapshotRef {
+        let made = Inner {
+            shared: Arc::clone(&self.shared),
+            id: id.to_owned(),
+            base,
+            meta: record.meta(),
+            chain_id: record.lazy.as_ref().map(|lazy| lazy.chain_id.clone()),
+            filled: AtomicBool::new(record.filled),
+            change: Mutex::new(()),
         };
-        // A handle's drop looks into the same table: none may be dropped while the entry is held.
-        let winner = match self.shared.snapshots.live.entry(id) {
-            Entry::Occupied(mut entry) => match entry.get().upgrade() {
-                Some(inner) => Some(SnapshotRef { inner }),
-                None => {
-                    entry.insert(Arc::downgrade(&made.inner));
-                    None
-                }
-            },
-            Entry::Vacant(entry) => {
-                entry.insert(Arc::downgrade(&made.inner));
-                None
-            }
-        };
-        winner.unwrap_or(made)
+        SnapshotRef { inner: self.shared.snapshots.adopt(id, Arc::new(made)) }
     }
 }
 
@@ -458,7 +428,7 @@ impl std::fmt::Debug for SnapshotRef {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.usage.touch(&self.id);
-        self.shared.snapshots.live.remove_if(&self.id, |_, weak| weak.strong_count() == 0);
+        self.shared.snapshots.release(&self.id);
         // The last handle to a long chain must not drop its parents one inside the other.
         let mut pending = take_bases(&mut self.base);
         while let Some(base) = pending.pop() {
