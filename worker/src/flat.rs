@@ -77,8 +77,8 @@ fn gather(
     snapshots.commit(staged, meta).map_err(|err| fail(err.to_string()))
 }
 
-/// Applies one layer directory to a tree that has no whiteouts.
-fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
+/// Applies one layer directory to a tree that has no whiteouts. Files are linked, not copied.
+pub(crate) fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
     struct Frame {
         src: OwnedFd,
         dst: OwnedFd,
@@ -120,7 +120,8 @@ fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
-fn is_opaque(dir: BorrowedFd<'_>) -> bool {
+/// Whether a directory of a layer hides what is below it.
+pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
     OPAQUE.iter().any(|name| {
         let mut value = [0u8; 1];
         matches!(rustix::fs::fgetxattr(dir, *name, &mut value[..]), Ok(1)) && value == *b"y"

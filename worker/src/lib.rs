@@ -4,6 +4,7 @@ pub mod export;
 mod flat;
 pub mod image;
 pub mod layer;
+mod lenders;
 pub mod ops;
 pub mod registry;
 pub mod sandbox;

@@ -20,12 +20,15 @@ use tokio_util::sync::CancellationToken;
 use super::file::FileError;
 use super::file::root::{Root, lstat, open_child, read_names};
 use super::file::transfer::Transfer;
+use super::BuildContext;
 use super::keys::KeyBuilder;
+use crate::registry::Credentials;
 use crate::worker::{Layers, Worker};
 
 /// A diff operation of one vertex.
 pub(crate) struct DiffOp {
     worker: Arc<Worker>,
+    credentials: Arc<dyn Credentials>,
     lower: Option<usize>,
     upper: Option<usize>,
     inputs: usize,
@@ -33,11 +36,18 @@ pub(crate) struct DiffOp {
 }
 
 impl DiffOp {
-    pub(crate) fn new(worker: Arc<Worker>, op: &pb::DiffOp, inputs: usize, name: &str) -> Result<Self, OpError> {
+    pub(crate) fn new(
+        worker: Arc<Worker>,
+        context: &BuildContext,
+        op: &pb::DiffOp,
+        inputs: usize,
+        name: &str,
+    ) -> Result<Self, OpError> {
         let side = |input: Option<i64>| super::operand(input.unwrap_or(-1), inputs);
         let lower = side(op.lower.as_ref().map(|lower| lower.input))?;
         let upper = side(op.upper.as_ref().map(|upper| upper.input))?;
-        Ok(Self { worker, lower, upper, inputs, name: name.into() })
+        let credentials = context.credentials.clone();
+        Ok(Self { worker, credentials, lower, upper, inputs, name: name.into() })
     }
 }
 
@@ -66,7 +76,7 @@ impl Op<Ref> for DiffOp {
                 let stack = layers.snapshots().stack(&above, meta).map_err(|err| OpError::new(err.to_string()))?;
                 return Ok(vec![Some(stack)]);
             }
-            self.worker.materialize_all(&inputs, Some(&ctx.progress)).await?;
+            self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
             let _cancelled_when_dropped = cancel.clone().drop_guard();
             let name = self.name.clone();

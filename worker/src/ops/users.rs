@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 
 use kiln_proto::pb;
 use rustix::fs::{FileType, OFlags};
@@ -64,22 +65,27 @@ fn group(text: &str) -> impl Iterator<Item = Group<'_>> {
 }
 
 /// Content of a file of the root; empty where there is none.
-fn read(root: Root<'_>, path: &str) -> Result<String, PathError> {
+pub(crate) fn read(root: Root<'_>, path: &str) -> Result<String, PathError> {
     let failed = |errno| PathError::new("open", path, errno);
     let fd = match root.open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, 0) {
         Ok(fd) => fd,
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(String::new()),
         Err(errno) => return Err(failed(errno)),
     };
-    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    read_fd(fd).map_err(failed)
+}
+
+/// Content of an open file of foreign origin; empty if it is no regular file.
+pub(crate) fn read_fd(fd: OwnedFd) -> Result<String, Errno> {
+    let stat = rustix::fs::fstat(&fd)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Ok(String::new());
     }
     let mut bytes = Vec::new();
     let read = File::from(fd).take(MAX_BYTES + 1).read_to_end(&mut bytes);
-    read.map_err(|err| failed(Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
+    read.map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(failed(Errno::FBIG));
+        return Err(Errno::FBIG);
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
@@ -117,17 +123,15 @@ pub(crate) fn action_owner(
     Ok(Some(owner))
 }
 
-/// Resolves `name|uid[:group|gid]` (empty is root) for a process in `root`.
-pub(crate) fn process_user(root: Root<'_>, spec: &str) -> Result<ProcessUser, String> {
+/// Resolves `name|uid[:group|gid]` (empty is root) by the texts of the two user files.
+pub(crate) fn process_user(passwd_text: &str, group_text: &str, spec: &str) -> Result<ProcessUser, String> {
     let (user, group_spec) = match spec.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (spec, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    let passwd_text = read(root, "/etc/passwd").map_err(|err| err.to_string())?;
-    let group_text = read(root, "/etc/group").map_err(|err| err.to_string())?;
     let id: Option<u32> = user.parse().ok();
-    let entry = passwd(&passwd_text).find(|entry| entry.name == user || id == Some(entry.uid));
+    let entry = passwd(passwd_text).find(|entry| entry.name == user || id == Some(entry.uid));
     let mut found = match (&entry, id) {
         (Some(entry), _) => ProcessUser { uid: entry.uid, gid: entry.gid, groups: Vec::new(), home: entry.home.into() },
         (None, Some(uid)) => ProcessUser { uid, gid: 0, groups: Vec::new(), home: String::new() },
@@ -139,7 +143,7 @@ pub(crate) fn process_user(root: Root<'_>, spec: &str) -> Result<ProcessUser, St
     match group_spec {
         Some(name) => {
             let id: Option<u32> = name.parse().ok();
-            let listed = group(&group_text).find(|entry| entry.name == name || id == Some(entry.gid));
+            let listed = group(group_text).find(|entry| entry.name == name || id == Some(entry.gid));
             found.gid = match (listed, id) {
                 (Some(entry), _) => entry.gid,
                 (None, Some(gid)) => gid,
@@ -149,9 +153,39 @@ pub(crate) fn process_user(root: Root<'_>, spec: &str) -> Result<ProcessUser, St
         None => {
             if let Some(entry) = &entry {
                 let member = |group: &Group<'_>| group.members.split(',').any(|member| member.trim() == entry.name);
-                found.groups = group(&group_text).filter(member).map(|group| group.gid).collect();
+                found.groups = group(group_text).filter(member).map(|group| group.gid).collect();
             }
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n# note\nbad line\napp:x:1000:1001:App:/home/app:/bin/sh\n";
+    const GROUP: &str = "root:x:0:\nwheel:x:10:root,app\napp:x:1001:\nvideo:x:44:app\n";
+
+    fn user(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {
+        process_user(PASSWD, GROUP, spec).map(|user| (user.uid, user.gid, user.groups, user.home))
+    }
+
+    #[test]
+    fn finds_users_by_name_and_number() {
+        let app = (1000, 1001, vec![10, 44], "/home/app".to_owned());
+        assert_eq!(user("app"), Ok(app.clone()));
+        assert_eq!(user("1000"), Ok(app));
+        assert_eq!(user(""), Ok((0, 0, vec![10], "/root".to_owned())));
+        assert_eq!(user("app:video"), Ok((1000, 44, vec![], "/home/app".to_owned())));
+        assert_eq!(user("77:88"), Ok((77, 88, vec![], "/".to_owned())));
+        assert_eq!(user("nobody").unwrap_err(), "unable to find user nobody: no matching entries in passwd file");
+        assert_eq!(user("app:none").unwrap_err(), "unable to find group none: no matching entries in group file");
+    }
+
+    #[test]
+    fn root_needs_no_files() {
+        let user = process_user("", "", "").expect("root");
+        assert_eq!((user.uid, user.gid, user.home.as_str()), (0, 0, "/"));
+    }
 }

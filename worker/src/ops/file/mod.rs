@@ -15,6 +15,7 @@ pub(crate) mod transfer;
 mod unpack;
 mod wildcard;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -30,12 +31,15 @@ pub use actions::FileError;
 use engine::Engine;
 use plan::{Operand, Plan};
 
+use super::BuildContext;
 use super::keys::KeyBuilder;
+use crate::registry::Credentials;
 use crate::worker::Worker;
 
 /// A file operation of one vertex.
 pub(crate) struct FileOp {
     worker: Arc<Worker>,
+    credentials: Arc<dyn Credentials>,
     actions: Arc<Vec<pb::FileAction>>,
     plan: Arc<Plan>,
     inputs: usize,
@@ -44,9 +48,16 @@ pub(crate) struct FileOp {
 
 impl FileOp {
     /// Checks the operation of a vertex with `inputs` inputs.
-    pub(crate) fn new(worker: Arc<Worker>, op: pb::FileOp, inputs: usize, name: &str) -> Result<Self, OpError> {
-        let plan = Plan::new(&op, inputs).map_err(OpError::new)?;
-        Ok(Self { worker, actions: Arc::new(op.actions), plan: Arc::new(plan), inputs, name: name.into() })
+    pub(crate) fn new(
+        worker: Arc<Worker>,
+        context: &BuildContext,
+        op: pb::FileOp,
+        inputs: usize,
+        name: &str,
+    ) -> Result<Self, OpError> {
+        let plan = Arc::new(Plan::new(&op, inputs).map_err(OpError::new)?);
+        let credentials = context.credentials.clone();
+        Ok(Self { worker, credentials, actions: Arc::new(op.actions), plan, inputs, name: name.into() })
     }
 
     fn key(&self) -> CacheMap {
@@ -101,6 +112,20 @@ fn content_path(copy: &pb::FileActionCopy) -> ContentPath {
     }
 }
 
+/// Copies everything in one root to another, as it is.
+pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), FileError> {
+    let action = pb::FileActionCopy {
+        src: "/".into(),
+        dest: "/".into(),
+        mode: -1,
+        timestamp: -1,
+        dir_copy_contents: true,
+        create_dest_path: true,
+        ..Default::default()
+    };
+    copy::copy(root::Root(from), root::Root(to), &action, None, &CancellationToken::new())
+}
+
 /// The whole action counts; what people read is a summary of it.
 fn describe(key: &mut KeyBuilder, action: &pb::FileAction) {
     let summary = match &action.action {
@@ -121,7 +146,7 @@ impl Op<Ref> for FileOp {
 
     fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
-            self.worker.materialize_all(&inputs, Some(&ctx.progress)).await?;
+            self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
             let _cancelled_when_dropped = cancel.clone().drop_guard();
             let (layers, actions, plan) = (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());

@@ -1,0 +1,141 @@
+//! Who may use a cache mount's directory at the same time as whom.
+//!
+//! `shared` users of a key share its directory, a `locked` one has it alone, a `private` one takes a
+//! directory of that key which nobody has open.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use dashmap::DashMap;
+use kiln_cache::{MutableDir, MutableKind, Ref};
+use kiln_proto::pb;
+use kiln_solver::op::OpError;
+use tokio::sync::{Mutex, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
+use tokio_util::sync::CancellationToken;
+
+use crate::ops::file;
+use crate::view::View;
+use crate::worker::{Layers, Worker};
+
+/// Name of the mark on a directory that has its initial content.
+const FILLED: &str = "filled";
+
+/// Locks by key, kept while somebody holds or waits for one.
+#[derive(Default)]
+pub(crate) struct CacheMountLocks {
+    keys: DashMap<String, Weak<KeyLock>>,
+}
+
+#[derive(Default)]
+struct KeyLock {
+    users: Arc<RwLock<()>>,
+    filling: Mutex<()>,
+}
+
+enum Guard {
+    Shared { _guard: OwnedRwLockReadGuard<()> },
+    Alone { _guard: OwnedRwLockWriteGuard<()> },
+    Private,
+}
+
+/// A cache mount in use.
+pub(crate) struct CacheMount {
+    dir: MutableDir,
+    _lock: Arc<KeyLock>,
+    _guard: Guard,
+}
+
+impl CacheMount {
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+}
+
+/// A cache mount that a step wants.
+pub(crate) struct Wanted {
+    /// Names the directory.
+    pub(crate) key: String,
+    /// How it is shared.
+    pub(crate) sharing: pb::CacheSharingOpt,
+    /// What it holds at first.
+    pub(crate) initial: Ref,
+    /// For people.
+    pub(crate) description: String,
+}
+
+impl CacheMountLocks {
+    fn lock(&self, key: &str) -> Arc<KeyLock> {
+        self.keys.retain(|_, lock| lock.strong_count() > 0);
+        let mut entry = self.keys.entry(key.to_owned()).or_default();
+        entry.upgrade().unwrap_or_else(|| {
+            let lock = Arc::new(KeyLock::default());
+            *entry = Arc::downgrade(&lock);
+            lock
+        })
+    }
+}
+
+/// Opens the directories of all cache mounts of one step, in their order. `fresh` forgets what they held.
+pub(crate) async fn open_all(
+    worker: &Worker,
+    wanted: &[Wanted],
+    fresh: bool,
+    cancel: &CancellationToken,
+) -> Result<Vec<Arc<CacheMount>>, OpError> {
+    // One order for all steps, and each key once, so that no two steps wait for each other.
+    let mut by_key: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (index, mount) in wanted.iter().enumerate() {
+        by_key.entry(&mount.key).or_default().push(index);
+    }
+    let mut opened: Vec<Option<Arc<CacheMount>>> = wanted.iter().map(|_| None).collect();
+    for (key, indices) in by_key {
+        let rank = |index: &usize| match wanted[*index].sharing {
+            pb::CacheSharingOpt::Locked => 0,
+            pb::CacheSharingOpt::Private => 1,
+            pb::CacheSharingOpt::Shared => 2,
+        };
+        let Some(&strictest) = indices.iter().min_by_key(|index| rank(index)) else { continue };
+        let mount = tokio::select! {
+            mount = open(worker, &wanted[strictest], key, fresh) => Arc::new(mount?),
+            () = cancel.cancelled() => return Err(OpError::new("context canceled")),
+        };
+        for index in indices {
+            opened[index] = Some(mount.clone());
+        }
+    }
+    Ok(opened.into_iter().flatten().collect())
+}
+
+async fn open(worker: &Worker, wanted: &Wanted, key: &str, fresh: bool) -> Result<CacheMount, OpError> {
+    let failed = |err: &dyn std::fmt::Display| OpError::new(format!("cache mount {key}: {err}"));
+    let lock = worker.cache_mounts.lock(key);
+    let guard = match wanted.sharing {
+        pb::CacheSharingOpt::Locked => Guard::Alone { _guard: lock.users.clone().write_owned().await },
+        pb::CacheSharingOpt::Shared => Guard::Shared { _guard: lock.users.clone().read_owned().await },
+        pb::CacheSharingOpt::Private => Guard::Private,
+    };
+    let _filling = lock.filling.lock().await;
+    let dirs = worker.store().mutable();
+    if fresh {
+        dirs.remove(MutableKind::CacheMount, key).map_err(|err| failed(&err))?;
+    }
+    let dir = match guard {
+        Guard::Private => dirs.open_alone(MutableKind::CacheMount, key, &wanted.description),
+        _ => dirs.open(MutableKind::CacheMount, key, &wanted.description),
+    };
+    let dir = dir.map_err(|err| failed(&err))?;
+    if wanted.initial.is_some() && dir.kv(FILLED).map_err(|err| failed(&err))?.is_none() {
+        let (layers, initial, target) = (worker.layers().clone(), wanted.initial.clone(), dir.clone());
+        let filled = tokio::task::spawn_blocking(move || fill(&layers, &initial, &target)).await;
+        filled.map_err(|err| failed(&err))?.map_err(|err| failed(&err))?;
+    }
+    drop(_filling);
+    Ok(CacheMount { dir, _lock: lock, _guard: guard })
+}
+
+fn fill(layers: &Layers, initial: &Ref, dir: &MutableDir) -> Result<(), String> {
+    let source = layers.view(initial).map_err(|err| err.to_string())?;
+    let target = View::directory(dir.path(), Vec::new()).map_err(|err| err.to_string())?;
+    file::copy_tree(source.fd(), target.fd()).map_err(|err| err.to_string())?;
+    dir.set_kv(FILLED, b"1").map_err(|err| err.to_string())
+}

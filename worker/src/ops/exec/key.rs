@@ -1,0 +1,111 @@
+//! What an exec operation's result depends on.
+//!
+//! Left out are values that must not matter: proxies, values of secrets, addresses of extra hosts, and the names
+//! of cache mounts where they were chosen on purpose.
+
+use kiln_proto::{pb, platform};
+use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, OpError, OpVertex};
+use prost::Message;
+
+use super::mounts;
+use crate::ops::file::root::clean;
+use crate::ops::keys::KeyBuilder;
+
+pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> Result<CacheMap, OpError> {
+    let inputs = inputs(op, vertex.op.inputs.len())?;
+    let mut key = KeyBuilder::new("kiln.exec.v1");
+    for arg in &meta.args {
+        key.part("arg", arg);
+    }
+    for variable in &meta.env {
+        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+        key.part(format!("env {name}"), value);
+    }
+    key.part("cwd", &meta.cwd);
+    key.part("user", &meta.user);
+    key.part("hostname", &meta.hostname);
+    for host in &meta.extra_hosts {
+        key.part("extra host", &host.host);
+    }
+    for limit in &meta.ulimit {
+        key.part(format!("ulimit {}", limit.name), format!("{}:{}", limit.soft, limit.hard));
+    }
+    key.part("cgroup parent", &meta.cgroup_parent);
+    for code in &meta.valid_exit_codes {
+        key.part("valid exit code", code.to_string());
+    }
+    key.part("mount stubs removed recursively", meta.remove_mount_stubs_recursive.to_string());
+    key.part("network", op.network().as_str_name());
+    key.part("security", op.security().as_str_name());
+    for secret in &op.secretenv {
+        key.part(format!("secret env {}", secret.name), format!("{} optional={}", secret.id, secret.optional));
+    }
+    for device in &op.cdi_devices {
+        key.part("device", &device.name);
+    }
+    for mount in &op.mounts {
+        key.bytes(format!("mount {}", mount.dest), &keyed_mount(mount).encode_to_vec());
+    }
+    let platform = vertex.op.platform.clone().unwrap_or_else(platform::host);
+    key.part("platform", platform::format(&platform::normalized(&platform)));
+    Ok(key.finish(inputs, true))
+}
+
+/// A mount without what the inputs' own keys say, and without names that do not matter.
+fn keyed_mount(mount: &pb::Mount) -> pb::Mount {
+    let mut keyed = mount.clone();
+    keyed.selector.clear();
+    if let Some(cache) = &mut keyed.cache_opt {
+        // A cache named after its place, perhaps in a namespace, is what is meant where none is named.
+        let named = cache.id.split_once('/').map(|(_, rest)| rest);
+        let by_place = cache.id == mount.dest || named == Some(mount.dest.as_str());
+        if !by_place || cache.sharing() != pb::CacheSharingOpt::Shared {
+            cache.id.clear();
+            cache.sharing = 0;
+        }
+    }
+    keyed
+}
+
+/// How each input counts. Content may stand for an input where the step can't hand on what it did not select.
+fn inputs(op: &pb::ExecOp, count: usize) -> Result<Vec<InputMap>, OpError> {
+    let mut selectors: Vec<Vec<String>> = vec![Vec::new(); count];
+    let mut by_content: Vec<Option<bool>> = vec![None; count];
+    for mount in &op.mounts {
+        if matches!(mount.mount_type(), pb::MountType::Secret | pb::MountType::Ssh | pb::MountType::Tmpfs) {
+            continue;
+        }
+        let Some(index) = crate::ops::operand(mount.input, count)? else { continue };
+        let selector = clean(&mount.selector);
+        let safe = mount.output == -1 || mount.readonly || selector == "/";
+        let content = match mount.content_cache() {
+            pb::MountContentCache::Off => false,
+            pb::MountContentCache::On if !safe => {
+                return Err(OpError::new(format!("invalid mount cache content for {}", mount.dest)));
+            }
+            pb::MountContentCache::On => true,
+            pb::MountContentCache::Default => safe && !mounts::is_root(mount),
+        };
+        selectors[index].push(selector);
+        // Every use of the input has to allow it.
+        by_content[index] = Some(by_content[index].unwrap_or(true) && content);
+    }
+    let map = |(mut selectors, content): (Vec<String>, Option<bool>)| {
+        if selectors.is_empty() {
+            return InputMap::default();
+        }
+        let selector = Some(selectors.join("\0"));
+        selectors.sort_unstable();
+        selectors.dedup();
+        // What lies below another selected directory is in its digest.
+        let all = selectors.clone();
+        let covered = |path: &String| {
+            all.iter().any(|other| other != path && path.starts_with(&format!("{}/", other.trim_end_matches('/'))))
+        };
+        selectors.retain(|path| !covered(path));
+        let path = |path: String| ContentPath { path, follow_symlink: true, must_exist: true, ..Default::default() };
+        let content = content.unwrap_or(false).then(|| ContentQuery { paths: selectors.into_iter().map(path).collect() });
+        InputMap { selector, content }
+    };
+    Ok(selectors.into_iter().zip(by_content).map(map).collect())
+}

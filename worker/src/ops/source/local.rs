@@ -1,0 +1,220 @@
+//! The local source: a client's directory, through its session.
+//!
+//! A copy of the directory is kept by the client's shared key and brought up to date by what changed. The
+//! snapshot links the copy's files; the transfer replaces files and never writes into them. Where nothing
+//! changed the former snapshot is the result.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use kiln_cache::{MutableDir, MutableKind, RecordType, Ref, SnapshotMeta};
+use kiln_proto::pb;
+use kiln_session::fsutil::{ReceiveMode, ReceiveOptions};
+use kiln_session::{FileSyncRequest, Session};
+use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::progress::StatusHandle;
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::AsFd;
+
+use super::{flag, strings};
+use crate::flat;
+use crate::ops::keys::KeyBuilder;
+use crate::ops::{BuildContext, SessionGroup, sessions};
+use crate::worker::{Layers, Worker};
+
+/// Name under which a directory remembers the snapshot that shows its present state.
+const SNAPSHOT: &str = "snapshot";
+/// Progress is told at most this often.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+pub(super) struct LocalSource {
+    worker: Arc<Worker>,
+    sessions: SessionGroup,
+    session: Option<String>,
+    unique: String,
+    hint: String,
+    request: FileSyncRequest,
+    every_file: bool,
+}
+
+impl LocalSource {
+    pub(super) fn new(
+        worker: Arc<Worker>,
+        context: &BuildContext,
+        op: &pb::SourceOp,
+        name: &str,
+    ) -> Result<Self, OpError> {
+        if flag(op, "local.metadatatransfer") {
+            return Err(OpError::new("unsupported: local.metadatatransfer"));
+        }
+        let attr = |key: &str| op.attrs.get(key).cloned().unwrap_or_default();
+        let every_file = match attr("local.differ").as_str() {
+            "" | "metadata" => false,
+            "none" => true,
+            other => return Err(OpError::new(format!("invalid local.differ {other:?}"))),
+        };
+        let request = FileSyncRequest {
+            dir_name: name.to_owned(),
+            include_patterns: strings(op, "local.includepattern")?,
+            exclude_patterns: strings(op, "local.excludepatterns")?,
+            follow_paths: strings(op, "local.followpaths")?,
+        };
+        Ok(Self {
+            worker,
+            sessions: context.sessions.clone(),
+            session: op.attrs.get("local.session").cloned().filter(|id| !id.is_empty()),
+            unique: attr("local.unique"),
+            hint: attr("local.sharedkeyhint"),
+            request,
+            every_file,
+        })
+    }
+
+    /// Asks the build's sessions in turn.
+    async fn receive(&self, ctx: &OpContext) -> Result<Ref, OpError> {
+        let mut refused = None;
+        for session in self.sessions.attached(self.session.as_deref()).await? {
+            match self.receive_from(&session, ctx).await {
+                Err(Refusal::NotShared(err)) => refused = Some(err),
+                Err(Refusal::Failed(err)) => return Err(err),
+                Ok(snapshot) => return Ok(snapshot),
+            }
+        }
+        Err(refused.unwrap_or_else(|| OpError::new("no active sessions")))
+    }
+
+    async fn receive_from(&self, session: &Session, ctx: &OpContext) -> Result<Ref, Refusal> {
+        let failed = |err: &dyn std::fmt::Display| {
+            Refusal::Failed(OpError::new(format!("local directory {}: {err}", self.request.dir_name)))
+        };
+        // Without a shared key two clients' directories can't be told apart: metadata proves nothing then.
+        let mode = match self.every_file || session.shared_key().is_empty() {
+            true => ReceiveMode::MirrorAll,
+            false => ReceiveMode::Mirror,
+        };
+        let key = format!("{}\0{}\0{}", self.request.dir_name, self.hint, session.shared_key());
+        let description = format!("local source for {}", self.request.dir_name);
+        let dirs = self.worker.store().mutable();
+        let dir = dirs.open_alone(MutableKind::Local, &key, &description).map_err(|err| failed(&err))?;
+        let known = dir.kv(SNAPSHOT).map_err(|err| failed(&err))?;
+
+        let status = format!("transferring {}:", self.request.dir_name);
+        let meter = Arc::new(Meter::new(ctx.progress.status(&status, "transferring", 0)));
+        let reporting = meter.clone();
+        let (changing, mut noted) = (dir.clone(), false);
+        let options = ReceiveOptions {
+            mode,
+            progress: Some(Arc::new(move |bytes| reporting.update(bytes))),
+            // If this transfer breaks off, the next one must not take the former snapshot for the present state.
+            on_change: Some(Box::new(move |_| {
+                if !noted {
+                    noted = changing.set_kv(SNAPSHOT, b"").is_ok();
+                }
+            })),
+            guard: Some(Box::new(dir.clone())),
+            ..ReceiveOptions::default()
+        };
+        let received = session.file_sync(&self.request, dir.path(), options).await;
+        meter.done();
+        let received = received.map_err(|err| match err.is_not_found() {
+            true => Refusal::NotShared(sessions::error(&err)),
+            false => Refusal::Failed(sessions::error(&err)),
+        })?;
+
+        let layers = self.worker.layers().clone();
+        if !received.changed()
+            && let Some(id) = known.and_then(|id| String::from_utf8(id).ok()).filter(|id| !id.is_empty())
+            && let Ok(Some(snapshot)) = layers.snapshots().get(&id)
+        {
+            return Ok(Some(snapshot));
+        }
+        let taken = tokio::task::spawn_blocking(move || snapshot(&layers, &dir, &description)).await;
+        taken.map_err(|err| failed(&err))?.map_err(|err| failed(&err))
+    }
+}
+
+/// Why a session did not give the directory.
+enum Refusal {
+    /// It has no such directory; another may.
+    NotShared(OpError),
+    Failed(OpError),
+}
+
+/// Links the present state of the directory into a snapshot.
+fn snapshot(layers: &Layers, dir: &MutableDir, description: &str) -> Result<Ref, String> {
+    let text = |err: &dyn std::fmt::Display| err.to_string();
+    let staged = layers.snapshots().stage(None).map_err(|err| text(&err))?;
+    let open = |path: &std::path::Path| {
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|err| format!("{}: {err}", path.display()))
+    };
+    let target = open(staged.fs())?;
+    flat::overlay_onto(open(dir.path())?, target.as_fd()).map_err(|err| text(&err))?;
+    let meta = SnapshotMeta::of_type(RecordType::LocalSource, description);
+    let snapshot = layers.snapshots().commit(staged, meta).map_err(|err| text(&err))?;
+    dir.set_kv(SNAPSHOT, snapshot.id().as_bytes()).map_err(|err| text(&err))?;
+    Ok(Some(snapshot))
+}
+
+/// Tells how many bytes have come, now and then.
+struct Meter {
+    state: Mutex<(Option<StatusHandle>, Instant, u64)>,
+}
+
+impl Meter {
+    fn new(status: StatusHandle) -> Self {
+        Self { state: Mutex::new((Some(status), Instant::now(), 0)) }
+    }
+
+    fn update(&self, bytes: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.2 = bytes;
+        if state.1.elapsed() >= INTERVAL {
+            state.1 = Instant::now();
+            if let Some(status) = &mut state.0 {
+                status.update(i64::try_from(bytes).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
+    fn done(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = state.2;
+        if let Some(mut status) = state.0.take() {
+            status.update(i64::try_from(bytes).unwrap_or(i64::MAX));
+            status.done();
+        }
+    }
+}
+
+impl Op<Ref> for LocalSource {
+    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
+        Box::pin(async {
+            let mut key = KeyBuilder::new("kiln.local.v1");
+            key.part("directory", &self.request.dir_name);
+            key.part("session", self.session.clone().unwrap_or_else(|| self.sessions.ids().join(",")));
+            key.part("unique", &self.unique);
+            key.part("shared key hint", &self.hint);
+            key.part("every file", self.every_file.to_string());
+            for (name, patterns) in [
+                ("include", &self.request.include_patterns),
+                ("exclude", &self.request.exclude_patterns),
+                ("follow", &self.request.follow_paths),
+            ] {
+                for pattern in patterns {
+                    key.part(name, pattern);
+                }
+            }
+            Ok(key.finish(Vec::new(), false))
+        })
+    }
+
+    fn execute<'a>(&'a self, ctx: &'a OpContext, _inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+        Box::pin(async move { Ok(vec![self.receive(ctx).await?]) })
+    }
+
+    fn class(&self) -> OpClass {
+        OpClass::Io
+    }
+}

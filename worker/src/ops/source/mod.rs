@@ -1,0 +1,43 @@
+//! Sources: where a build's files come from. One module for each scheme of the identifier.
+
+mod image;
+mod local;
+
+use std::sync::Arc;
+
+use kiln_cache::Ref;
+use kiln_proto::pb;
+use kiln_solver::op::{Op, OpError, OpVertex};
+
+use super::BuildContext;
+use crate::worker::Worker;
+
+/// Makes the operation of a source, by the scheme of its identifier.
+pub(super) fn make(
+    worker: Arc<Worker>,
+    context: &BuildContext,
+    vertex: &OpVertex,
+    op: &pb::SourceOp,
+) -> Result<Arc<dyn Op<Ref>>, OpError> {
+    let Some((scheme, rest)) = op.identifier.split_once("://") else {
+        return Err(OpError::new(format!("failed to parse identifier {:?}", op.identifier)));
+    };
+    match scheme {
+        "docker-image" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest)?)),
+        "local" => Ok(Arc::new(local::LocalSource::new(worker, context, op, rest)?)),
+        other => Err(OpError::new(format!("unsupported: source scheme {other} ({})", op.identifier))),
+    }
+}
+
+/// A flag among the attributes of a source.
+fn flag(op: &pb::SourceOp, name: &str) -> bool {
+    op.attrs.get(name).is_some_and(|value| value == "true")
+}
+
+/// A JSON array of strings among the attributes of a source.
+fn strings(op: &pb::SourceOp, name: &str) -> Result<Vec<String>, OpError> {
+    let Some(text) = op.attrs.get(name).filter(|text| !text.is_empty()) else { return Ok(Vec::new()) };
+    let parsed: Option<Vec<String>> =
+        serde_json::from_str(text).map_err(|err| OpError::new(format!("invalid {name} {text:?}: {err}")))?;
+    Ok(parsed.unwrap_or_default())
+}

@@ -1,0 +1,282 @@
+//! The worker: what all builds of one daemon share to run their steps, and how results are found again.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::future::BoxFuture;
+use kiln_cache::contenthash;
+use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
+use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
+use kiln_solver::progress::VertexProgress;
+
+use crate::flat;
+use crate::image::{Access, Images};
+use crate::lenders::Lenders;
+use crate::ops::run_dir::RunDir;
+use crate::ops::{BuildContext, CacheMountLocks, Factory};
+use crate::registry::Credentials;
+use crate::sandbox::spec::NetworkMode;
+use crate::sandbox::{self, Executor, ExecutorChoice};
+use crate::view::{View, ViewError};
+
+/// Name of the empty result in key records.
+const SCRATCH: &str = "scratch";
+
+/// How a worker is set up.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    /// Where everything is kept.
+    pub store: Arc<Store>,
+    /// Where images come from.
+    pub images: Arc<Images>,
+    /// What runs processes.
+    pub executor: ExecutorChoice,
+    /// Network of steps that ask for none in particular.
+    pub network: NetworkMode,
+    /// Directory for sockets, secrets and generated files of running steps, made if missing; it should be on
+    /// a memory-backed file system. What a killed daemon left in it is removed.
+    pub run_dir: PathBuf,
+}
+
+/// Why a worker could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The directory for running steps could not be made.
+    #[error("{}: {source}", path.display())]
+    RunDir {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Runs steps. Shared by all builds of a daemon.
+pub struct Worker {
+    id: String,
+    store: Arc<Store>,
+    images: Arc<Images>,
+    layers: Layers,
+    choice: ExecutorChoice,
+    network: NetworkMode,
+    run_dir: RunDir,
+    executor: Mutex<Option<Arc<dyn Executor>>>,
+    pub(crate) cache_mounts: CacheMountLocks,
+    pub(crate) lenders: Lenders,
+}
+
+impl Worker {
+    /// Opens the worker on a store. Starts no process; the executor is started by the first step that needs it.
+    ///
+    /// # Errors
+    /// If the store or the run directory can't be used.
+    pub fn open(config: WorkerConfig) -> Result<Arc<Self>, WorkerError> {
+        let WorkerConfig { store, images, executor, network, run_dir } = config;
+        let values = store.values();
+        let id = match values.get("worker", "id")? {
+            Some(id) => String::from_utf8_lossy(&id).into_owned(),
+            None => {
+                let id = kiln_session::new_id();
+                values.put("worker", "id", id.as_bytes())?;
+                id
+            }
+        };
+        let layers = Layers { snapshots: store.snapshots(), empty: Arc::new(store.scratch()?) };
+        let run_dir =
+            RunDir::open(&run_dir).map_err(|source| WorkerError::RunDir { path: run_dir.clone(), source })?;
+        Ok(Arc::new(Self {
+            id,
+            store,
+            images,
+            layers,
+            choice: executor,
+            network,
+            run_dir,
+            executor: Mutex::new(None),
+            cache_mounts: CacheMountLocks::default(),
+            lenders: Lenders::default(),
+        }))
+    }
+
+    /// The worker's name, kept for the life of the store.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The store that the worker works on.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Where images come from.
+    pub fn images(&self) -> &Arc<Images> {
+        &self.images
+    }
+
+    /// Access to snapshots as directories.
+    pub fn layers(&self) -> &Layers {
+        &self.layers
+    }
+
+    /// Network of steps that ask for none in particular.
+    pub(crate) fn network(&self) -> NetworkMode {
+        self.network
+    }
+
+    pub(crate) fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
+    /// Makes the operations of one build.
+    pub fn factory(self: &Arc<Self>, context: BuildContext) -> Arc<dyn OpFactory<Ref>> {
+        Arc::new(Factory::new(self.clone(), context))
+    }
+
+    /// The executor, started if this is its first use. Blocking.
+    pub(crate) fn executor(&self) -> Result<Arc<dyn Executor>, sandbox::SandboxError> {
+        let mut slot = self.executor.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(executor) = &*slot {
+            return Ok(executor.clone());
+        }
+        let executor = sandbox::open(&self.choice, &self.store.root().join("executor"))?;
+        *slot = Some(executor.clone());
+        Ok(executor)
+    }
+
+    /// Brings the files of a result here: downloads and unpacks layers that are still in a registry.
+    ///
+    /// # Errors
+    /// What failed while pulling.
+    pub async fn materialize(&self, result: &Ref, access: &Access) -> Result<(), OpError> {
+        match result {
+            Some(snapshot) if !snapshot.is_materialized() => {
+                self.images.materialize(result, access).await.map_err(|err| OpError::new(err.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// [`Worker::materialize`] for several results at once, on behalf of one build.
+    pub(crate) async fn materialize_all(
+        &self,
+        results: &[Ref],
+        credentials: &Arc<dyn Credentials>,
+        progress: &VertexProgress,
+    ) -> Result<(), OpError> {
+        let access = Access { credentials: credentials.clone(), progress: Some(progress.clone()) };
+        let all = results.iter().map(|result| self.materialize(result, &access));
+        futures::future::try_join_all(all).await.map(|_| ())
+    }
+
+    /// Access on behalf of whichever build is under way, for work that all builds share.
+    fn shared_access(&self) -> Access {
+        Access { credentials: Arc::new(self.lenders.current()), progress: None }
+    }
+
+    /// A read-only view of a result, brought here if need be.
+    ///
+    /// # Errors
+    /// What failed while pulling or mounting.
+    pub async fn view(&self, result: &Ref) -> Result<View, OpError> {
+        self.materialize(result, &self.shared_access()).await?;
+        let (layers, result) = (self.layers.clone(), result.clone());
+        let view = tokio::task::spawn_blocking(move || layers.view(&result)).await;
+        let view = view.map_err(|err| OpError::new(format!("opening a view failed: {err}")))?;
+        view.map_err(|err| OpError::new(err.to_string()))
+    }
+
+    /// How clients know a result: worker and snapshot.
+    fn ref_name(&self, result: &Ref) -> String {
+        format!("{}::{}", self.id, result.as_ref().map_or(SCRATCH, SnapshotRef::id))
+    }
+}
+
+/// Snapshots as directories to read and to write. Cheap to clone; its functions block.
+#[derive(Clone)]
+pub struct Layers {
+    snapshots: Snapshots,
+    empty: Arc<ScratchDir>,
+}
+
+impl Layers {
+    /// Makes and finds snapshots.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
+    }
+
+    /// An empty directory beside the snapshots.
+    pub fn empty_dir(&self) -> &Path {
+        self.empty.path()
+    }
+
+    /// The layers to mount for a result, bottom first, few enough for one overlay.
+    ///
+    /// # Errors
+    /// If a chain that is too long for one mount could not be flattened.
+    pub fn chain(&self, result: &Ref) -> Result<Vec<SnapshotRef>, ViewError> {
+        result.as_ref().map_or_else(|| Ok(Vec::new()), |top| flat::chain(&self.snapshots, top))
+    }
+
+    /// A read-only view of a result whose files are here.
+    ///
+    /// # Errors
+    /// If it can't be mounted.
+    pub fn view(&self, result: &Ref) -> Result<View, ViewError> {
+        let layers = self.chain(result)?;
+        match &layers[..] {
+            [] => View::directory(self.empty.path(), layers),
+            // Received from a client, who can't send whiteouts.
+            [only] if only.meta().record_type == kiln_cache::RecordType::LocalSource => {
+                View::directory(&only.dir(), layers)
+            }
+            _ => View::read_only(layers, self.empty.path()),
+        }
+    }
+}
+
+impl ResultStore<Ref> for Worker {
+    fn id(&self, result: &Ref) -> String {
+        result.as_ref().map_or(SCRATCH, SnapshotRef::id).to_owned()
+    }
+
+    fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Ref>, OpError>> {
+        let found = match id {
+            SCRATCH => Ok(Some(None)),
+            _ => match self.layers.snapshots.get(id) {
+                Ok(found) => Ok(found.map(Some)),
+                Err(StoreError::NotFound { .. }) => Ok(None),
+                Err(err) => Err(OpError::new(err.to_string())),
+            },
+        };
+        Box::pin(std::future::ready(found))
+    }
+
+    fn content_digest<'a>(
+        &'a self,
+        result: &'a Ref,
+        query: &'a ContentQuery,
+    ) -> BoxFuture<'a, Result<Key, OpError>> {
+        Box::pin(async move {
+            self.materialize(result, &self.shared_access()).await?;
+            let (snapshot, query) = (result.clone(), query.clone());
+            let hash = tokio::task::spawn_blocking(move || contenthash::content_digest(snapshot.as_ref(), &query)).await;
+            let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
+            hash.map_err(|err| {
+                OpError::new(format!("failed to calculate checksum of ref {}: {err}", self.ref_name(result)))
+            })
+        })
+    }
+
+    fn output_digest<'a>(&'a self, result: &'a Ref) -> BoxFuture<'a, Result<Key, OpError>> {
+        Box::pin(async move {
+            self.materialize(result, &self.shared_access()).await?;
+            let snapshot = result.clone();
+            let hash = tokio::task::spawn_blocking(move || contenthash::output_digest(snapshot.as_ref())).await;
+            let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
+            hash.map_err(|err| OpError::new(err.to_string()))
+        })
+    }
+}
