@@ -236,7 +236,8 @@ impl Snapshots {
 
     /// Moves a staged directory to its final place.
     fn install(&self, staged: Staged, id: &str) -> Result<()> {
-        fsx::remove_tree(&staged.work).map_err(|e| StoreError::io("remove", &staged.work, e))?;
+        // Removing directories may wait for the file system's journal; that is not for a commit.
+        self.shared.discard(&staged.work);
         staged.scratch.move_to(&self.shared.root.join("snapshots").join(id))
     }
 
