@@ -1,1 +1,25 @@
-//! placeholder
+//! The long-running server: BuildKit's gRPC services over one engine (store, solver, worker,
+//! sessions), the built-in frontends, build history and configuration. What the parts themselves do
+//! is in their crates; `engine` is the only module here that calls them.
+
+mod build;
+mod config;
+mod daemon;
+mod engine;
+mod error;
+mod frontends;
+mod gateway;
+mod history;
+mod jobs;
+mod progress;
+mod server;
+mod services;
+mod workers;
+
+pub use config::{
+    Config, ConfigError, DiskSpace, DnsConfig, GcConfig, GcPolicy, HistoryConfig, HostConfig, NetworkMode, RegistryConfig,
+    TlsFiles, default_root, default_socket,
+};
+pub use daemon::{DaemonError, run, serve};
+pub use error::BuildError;
+pub use workers::VERSION;

@@ -78,9 +78,9 @@ fn a_whole_file() {
     assert_eq!(config.gc.policies[0].keep_duration, Duration::from_secs(48 * 3600));
     assert_eq!(config.gc.policies[0].reserved, Some(DiskSpace::Bytes(512_000_000)));
     assert!(config.gc.policies[1].all);
-    assert_eq!(config.registries["docker.io"].mirrors, ["mirror.example:5000", "other.example"]);
-    let mirror = &config.registries["mirror.example:5000"];
-    assert_eq!((mirror.http, mirror.insecure, mirror.keypairs.len()), (Some(true), Some(true), 1));
+    assert_eq!(config.registries.hosts["docker.io"].mirrors, ["mirror.example:5000", "other.example"]);
+    let mirror = &config.registries.hosts["mirror.example:5000"];
+    assert_eq!((mirror.http, mirror.insecure, mirror.keypair.len()), (Some(true), Some(true), 1));
     assert_eq!(config.dns.expect("dns").search, ["example.com"]);
 }
 
@@ -101,7 +101,7 @@ fn what_is_not_there_is_refused_by_name() {
         ("[worker.oci]\nnetworkMode = \"cni\"", "unsupported: worker.oci.networkMode = cni in buildkitd.toml"),
         ("insecure-entitlements = [\"device\"]", "unsupported: insecure-entitlements device in buildkitd.toml"),
         ("[log]\nformat = \"json\"", "unsupported: log.format = json in buildkitd.toml"),
-        ("[registry.x]\nhttp = 1", "buildkitd.toml: registry.x.http: expected true or false"),
+        ("[registry.x]\nhttp = 1", "buildkitd.toml: registry.x: invalid type: integer `1`, expected a boolean"),
         ("[worker.oci]\nmax-parallelism = -1", "buildkitd.toml: worker.oci.max-parallelism: number out of range"),
         ("[worker.oci]\nreservedSpace = \"x\"", "buildkitd.toml: worker.oci.reservedSpace: expected bytes, or a text such as 512MB or 10%"),
         ("[grpc.tls]\ncert = \"/c\"", "buildkitd.toml: grpc.tls.cert: cert and key must be given together"),

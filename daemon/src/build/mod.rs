@@ -11,7 +11,7 @@ use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
 
 use crate::daemon::Daemon;
-use crate::engine::BuildScope;
+use crate::engine::{self, BuildScope};
 use crate::error::BuildError;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
@@ -77,7 +77,7 @@ async fn run(
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
     report_cache_imports(job, request);
-    exports::check(&request.exporters)?;
+    let planned = engine::plan(&request.exporters)?;
     let build = daemon.engine.begin(BuildScope {
         session: request.session.clone(),
         entitlements: request.entitlements.clone(),
@@ -113,7 +113,7 @@ async fn run(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
-    exports::run(&build, job, request, &result, &mut response).await?;
+    exports::run(&build, job, &planned, &request.session, &result, &mut response).await?;
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use toml::{Table, Value};
 
 use super::units::{DiskSpace, parse_duration};
-use super::{Config, DnsConfig, GcConfig, GcPolicy, NetworkMode, RegistryConfig, TlsFiles};
+use super::{Config, DnsConfig, GcConfig, GcPolicy, NetworkMode, TlsFiles};
 
 /// Why a configuration file was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -228,13 +228,14 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
         }
         worker.finish();
     }
-    if let Some(mut registries) = top.section("registry")? {
-        let hosts: Vec<String> = registries.table.keys().cloned().collect();
-        for host in hosts {
-            if let Some(section) = registries.section(&host)? {
-                let registry = read_registry(section)?;
-                config.registries.insert(host, registry);
-            }
+    if let Some(registries) = top.section("registry")? {
+        for (name, value) in registries.table {
+            let host = value.try_into().map_err(|error: toml::de::Error| ConfigError::Value {
+                path: path.to_owned(),
+                key: format!("registry.{name}"),
+                message: error.message().to_owned(),
+            })?;
+            config.registries.hosts.insert(name, host);
         }
     }
     if let Some(mut dns) = top.section("dns")? {
@@ -384,32 +385,4 @@ fn read_gc(oci: &mut Section<'_>, gc: &mut GcConfig) -> Result<(), ConfigError> 
         section.finish();
     }
     Ok(())
-}
-
-fn read_registry(mut section: Section<'_>) -> Result<RegistryConfig, ConfigError> {
-    let mut registry = RegistryConfig {
-        mirrors: section.strings("mirrors")?,
-        http: section.boolean("http")?,
-        insecure: section.boolean("insecure")?,
-        ca: section.strings("ca")?.into_iter().map(PathBuf::from).collect(),
-        keypairs: Vec::new(),
-    };
-    match section.take("keypair") {
-        None => {}
-        Some(Value::Array(pairs)) => {
-            for pair in pairs {
-                let Value::Table(table) = pair else { return section.wrong("keypair", "expected a table") };
-                let mut pair = Section { path: section.path, name: section.key("keypair"), table };
-                let (Some(key), Some(cert)) = (pair.string("key")?, pair.string("cert")?) else {
-                    return section.wrong("keypair", "key and cert must be given together");
-                };
-                pair.finish();
-                registry.keypairs.push((key.into(), cert.into()));
-            }
-        }
-        Some(_) => return section.wrong("keypair", "expected a list of tables"),
-    }
-    section.refuse(&["tlsconfigdir"])?;
-    section.finish();
-    Ok(registry)
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use file::ConfigError;
+pub use kiln_worker::registry::{HostConfig, RegistryConfig};
 pub use units::DiskSpace;
 
 /// Everything the daemon needs to start. Build it with [`Config::default`] or [`Config::load`] and
@@ -29,8 +30,8 @@ pub struct Config {
     pub idle_exit: Option<Duration>,
     /// Log more.
     pub debug: bool,
-    /// Registry settings by host name as it stands in image references (`docker.io`, `localhost:5000`).
-    pub registries: BTreeMap<String, RegistryConfig>,
+    /// Mirrors, plain HTTP, certificates and the like of registries.
+    pub registries: RegistryConfig,
     /// How many sandboxed processes may run at once over all builds; 0 is one for each CPU.
     pub max_parallelism: usize,
     /// Network of steps that ask for the default one.
@@ -63,7 +64,7 @@ impl Default for Config {
             tls: None,
             idle_exit: None,
             debug: false,
-            registries: BTreeMap::new(),
+            registries: RegistryConfig::default(),
             max_parallelism: 0,
             network: NetworkMode::Auto,
             runtime_binary: None,
@@ -108,21 +109,6 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Clients must show a certificate signed by this.
     pub client_ca: Option<PathBuf>,
-}
-
-/// One registry host.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RegistryConfig {
-    /// Hosts that are asked first, in order.
-    pub mirrors: Vec<String>,
-    /// Plain HTTP; `None` lets loopback hosts be plain.
-    pub http: Option<bool>,
-    /// Certificates are not verified.
-    pub insecure: Option<bool>,
-    /// PEM files of additional authorities.
-    pub ca: Vec<PathBuf>,
-    /// Client certificates: (key, certificate).
-    pub keypairs: Vec<(PathBuf, PathBuf)>,
 }
 
 /// Name resolution inside sandboxes.
@@ -217,13 +203,18 @@ pub fn default_root() -> PathBuf {
         .join("kiln")
 }
 
-/// `/run/kiln/kilnd.sock` for root, else `$XDG_RUNTIME_DIR/kiln/kilnd.sock`.
-pub fn default_socket() -> PathBuf {
+/// `/run/kiln` for root, else `$XDG_RUNTIME_DIR/kiln`: for sockets and short-lived files.
+pub(crate) fn runtime_dir() -> PathBuf {
     if rustix::process::geteuid().is_root() {
-        return PathBuf::from("/run/kiln/kilnd.sock");
+        return PathBuf::from("/run/kiln");
     }
     match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-        Some(dir) => Path::new(&dir).join("kiln/kilnd.sock"),
-        None => default_root().join("kilnd.sock"),
+        Some(dir) => Path::new(&dir).join("kiln"),
+        None => default_root(),
     }
+}
+
+/// `kilnd.sock` in `/run/kiln` for root, else in `$XDG_RUNTIME_DIR/kiln`.
+pub fn default_socket() -> PathBuf {
+    runtime_dir().join("kilnd.sock")
 }

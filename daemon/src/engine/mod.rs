@@ -1,7 +1,8 @@
 //! The machine under the services: store, solver, worker and sessions put together. The only module
 //! that calls those crates' operative parts, one file for each: `worker` (sources, views), `export`,
-//! `storage` (usage, garbage), `failure` (their errors).
+//! `credentials`, `storage` (usage, garbage), `failure` (their errors).
 
+mod credentials;
 mod export;
 mod failure;
 pub(crate) mod files;
@@ -18,7 +19,7 @@ use kiln_solver::progress::VertexProgress;
 use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
 use tonic::Code;
 
-pub(crate) use export::{ExportJob, ExportTarget};
+pub(crate) use export::{Built, ExportSource, PlannedExport, plan};
 pub(crate) use worker::ResolvedImage;
 
 use crate::config::Config;
@@ -56,11 +57,7 @@ pub(crate) struct Engine {
     worker: WorkerHandle,
     sessions: Arc<SessionManager>,
     collector: Collector,
-    worker_id: String,
 }
-
-/// Named value that holds the worker's id.
-const WORKER_ID: (&str, &str) = ("daemon", "worker-id");
 
 impl Engine {
     /// Opens the store and starts the worker.
@@ -69,7 +66,6 @@ impl Engine {
         let store = tokio::task::spawn_blocking(move || Store::open(&root, StoreOptions::default()))
             .await
             .map_err(|error| EngineError::Task(error.to_string()))??;
-        let worker_id = worker_id(&store.values())?;
         let sessions = SessionManager::new();
         let worker = WorkerHandle::open(config, &store, &sessions).await?;
         let limit = match config.max_parallelism {
@@ -79,7 +75,7 @@ impl Engine {
         let options = SolverOptions { max_parallelism: limit };
         let solver = Solver::new(store.keys(), worker.results(), options);
         let collector = Collector::new(&store, &config.gc);
-        Ok(Arc::new(Self { store, solver, worker, sessions, collector, worker_id }))
+        Ok(Arc::new(Self { store, solver, worker, sessions, collector }))
     }
 
     /// Attached clients.
@@ -94,7 +90,7 @@ impl Engine {
 
     /// The worker's id, the same for the life of the store.
     pub(crate) fn worker_id(&self) -> &str {
-        &self.worker_id
+        self.worker.id()
     }
 
     /// The rules by which the cache is cleaned, for the worker record.
@@ -120,23 +116,12 @@ impl Engine {
     pub(crate) async fn close(&self) -> Result<(), EngineError> {
         self.sessions.close_all();
         self.solver.idle().await;
-        self.worker.close().await;
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.close())
             .await
             .map_err(|error| EngineError::Task(error.to_string()))??;
         Ok(())
     }
-}
-
-fn worker_id(values: &Values) -> Result<String, StoreError> {
-    let (namespace, name) = WORKER_ID;
-    if let Some(id) = values.get(namespace, name)?.and_then(|bytes| String::from_utf8(bytes).ok()) {
-        return Ok(id);
-    }
-    let id = kiln_session::new_id();
-    values.put(namespace, name, id.as_bytes())?;
-    Ok(id)
 }
 
 /// What is particular to one build.
@@ -192,15 +177,6 @@ impl EngineBuild {
         progress: &VertexProgress,
     ) -> Result<ResolvedImage, BuildError> {
         self.worker.resolve_image(reference, platform, mode, progress).await
-    }
-
-    /// Writes a result to where the client wants it; gives the entries of the response.
-    pub(crate) async fn export(
-        &self,
-        job: ExportJob<'_>,
-        progress: &VertexProgress,
-    ) -> Result<Vec<(String, String)>, BuildError> {
-        export::run(&self.engine, &self.worker, &self.session, job, progress).await
     }
 }
 

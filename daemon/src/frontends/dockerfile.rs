@@ -5,13 +5,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kiln_proto::{llb, pattern, pb};
+use kiln_dockerfile::{Compiled, ContextSource, LintWarning, Options};
+use kiln_proto::{llb, pattern, pb, platform};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
 use serde_json::json;
+use tonic::Code;
 
-use super::compiler::{self, Output, Sources};
+use super::compiler;
 use crate::engine::files;
-use crate::error::{BuildError, frontend_detail, source_detail, subrequest_detail};
+use crate::error::{BuildError, subrequest_detail};
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, LazyRef, Refs};
 
 /// Local directory that holds the Dockerfile, unless `dockerfilekey` says otherwise.
@@ -29,53 +31,37 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     if let Some(remote) = request.opts.get(context_key) {
         return Err(BuildError::unsupported(format_args!("remote build context {remote}")));
     }
-    if let Some(name) = request.inputs.keys().next() {
-        return Err(BuildError::unsupported(format_args!("build context from frontend input {name}")));
-    }
-    let file = locals.dockerfile().await?;
-    let ignore = match &file.ignore {
-        Some(own) => Some(own.clone()),
-        None => locals.ignore_file(context_key).await?,
+    let options =
+        Options::from_attrs(&request.opts).map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
+    let mut file = locals.dockerfile().await?;
+    let given = request.inputs.get(context_key);
+    let ignore = match (file.ignore.take(), given) {
+        (Some(own), _) => Some(own),
+        (None, Some(_)) => None,
+        (None, None) => locals.ignore_file(context_key).await?,
     };
     let patterns = ignore.map(|bytes| pattern::parse_ignore_file(&bytes));
-    let sources = Sources {
-        dockerfile: &file.data,
-        filename: &file.name,
-        ignore: patterns,
-        context: context_key,
-        session: locals.session(context_key),
-        definition: &file.definition,
+    let context = match given {
+        Some(definition) => ContextSource::Definition(definition.clone()),
+        None => ContextSource::Local {
+            name: context_key.to_owned(),
+            session: locals.session(context_key),
+            shared_key_hint: context_key.to_owned(),
+        },
     };
-    let output = match compiler::compile(bridge, request, sources).await {
-        Ok(output) => output,
-        Err(failure) => return Err(explain(failure, &file)),
-    };
-    warn(bridge, &file, &output);
-    result(bridge, request, output).await
+    let compiled = compiler::compile(bridge, &options, &file.info, patterns, context).await?;
+    warn(bridge, &file, &compiled.warnings);
+    result(bridge, &options, compiled).await
 }
 
 /// The Dockerfile as it came from the client.
 struct Dockerfile {
-    /// Path within its directory.
-    name: String,
-    data: Vec<u8>,
+    /// Its path within its directory, its text, and how it was fetched.
+    info: pb::SourceInfo,
     /// Its own ignore file, which goes before the context's.
     ignore: Option<Vec<u8>>,
-    /// How it was fetched.
-    definition: pb::Definition,
     /// The vertex that fetched it; warnings are shown there.
     vertex: String,
-}
-
-impl Dockerfile {
-    fn info(&self) -> pb::SourceInfo {
-        pb::SourceInfo {
-            filename: self.name.clone(),
-            data: self.data.clone(),
-            definition: Some(self.definition.clone()),
-            language: "Dockerfile".into(),
-        }
-    }
 }
 
 /// The client's directories.
@@ -156,7 +142,13 @@ impl Locals<'_> {
             Ok((data, optional(files::read_file(root, &own_ignore, 0, 0))?))
         });
         let (data, ignore) = read.await.map_err(unread)?;
-        Ok(Dockerfile { name, data, ignore, definition, vertex })
+        let info = pb::SourceInfo {
+            filename: name,
+            data,
+            definition: Some(definition),
+            language: "Dockerfile".into(),
+        };
+        Ok(Dockerfile { info, ignore, vertex })
     }
 
     async fn ignore_file(&self, context: &str) -> Result<Option<Vec<u8>>, BuildError> {
@@ -183,56 +175,41 @@ fn optional(read: Result<Vec<u8>, BuildError>) -> Result<Option<Vec<u8>>, BuildE
     }
 }
 
-/// An error of the compiler, with the lines of the Dockerfile that it is about.
-fn explain(failure: compiler::Failure, file: &Dockerfile) -> BuildError {
-    let mut error = failure.error;
-    if !error.is_canceled() {
-        error = error.with(frontend_detail(super::DOCKERFILE, ""));
-        if !failure.ranges.is_empty() {
-            error = error.with(source_detail(&file.info(), &failure.ranges));
-        }
-    }
-    error
-}
-
-fn warn(bridge: &Bridge, file: &Dockerfile, output: &Output) {
-    for warning in &output.warnings {
+fn warn(bridge: &Bridge, file: &Dockerfile, warnings: &[LintWarning]) {
+    let position = |line: u32| Some(pb::Position { line: i32::try_from(line).unwrap_or(i32::MAX), character: 0 });
+    for warning in warnings {
         bridge.progress().event(Event::Warning(VertexWarning {
             vertex: file.vertex.clone(),
             level: 1,
-            short: warning.short.clone(),
-            detail: warning.detail.clone(),
+            short: warning.short(),
+            detail: vec![warning.description.to_owned()],
             url: warning.url.clone(),
-            info: Some(file.info()),
-            ranges: warning.ranges.clone(),
+            info: Some(file.info.clone()),
+            ranges: vec![pb::Range { start: position(warning.lines.0), end: position(warning.lines.1) }],
         }));
     }
 }
 
 /// Takes the compiled targets into the build. Their file systems are made on first use.
-async fn result(bridge: &Arc<Bridge>, request: &FrontendRequest, output: Output) -> Result<BuildResult, BuildError> {
-    let wanted = |key: &str| {
-        request.opts.get(key).is_some_and(|value| matches!(value.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True"))
-    };
-    let map = output.targets.len() > 1
-        || wanted("multi-platform")
-        || wanted("build-arg:BUILDKIT_MULTI_PLATFORM");
+async fn result(bridge: &Arc<Bridge>, options: &Options, compiled: Compiled) -> Result<BuildResult, BuildError> {
+    let map = options.multi_platform;
     let mut metadata = BTreeMap::new();
     let mut platforms = Vec::new();
     let mut refs = BTreeMap::new();
     let mut single = None;
-    for target in output.targets {
+    for target in compiled.targets {
         let reference = bridge.solve(target.definition.unwrap_or_default()).await?;
-        let suffix = if map { format!("/{}", target.id) } else { String::new() };
-        metadata.insert(format!("containerimage.config{suffix}"), target.config);
+        let id = platform::format_all(&target.platform);
+        let suffix = if map { format!("/{id}") } else { String::new() };
+        metadata.insert(format!("containerimage.config{suffix}"), target.image_config);
         if let Some(base) = target.base_config {
             metadata.insert(format!("containerimage.base.config{suffix}"), base);
         }
         if let Some(epoch) = target.epoch {
             metadata.insert(format!("source.date.epoch{suffix}"), epoch.to_string().into_bytes());
         }
-        platforms.push(json!({ "ID": target.id, "Platform": platform_json(&target.platform) }));
-        refs.insert(target.id, reference.clone());
+        platforms.push(json!({ "ID": id, "Platform": platform_json(&target.platform) }));
+        refs.insert(id, reference.clone());
         single = reference;
     }
     metadata.insert("refs.platforms".into(), json!({ "Platforms": platforms }).to_string().into_bytes());
@@ -241,7 +218,7 @@ async fn result(bridge: &Arc<Bridge>, request: &FrontendRequest, output: Output)
 }
 
 /// A platform in the form of the OCI specification.
-pub(crate) fn platform_json(platform: &pb::Platform) -> serde_json::Value {
+fn platform_json(platform: &pb::Platform) -> serde_json::Value {
     let mut value = json!({ "architecture": platform.architecture, "os": platform.os });
     if !platform.os_version.is_empty() {
         value["os.version"] = platform.os_version.as_str().into();

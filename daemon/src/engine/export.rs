@@ -1,0 +1,102 @@
+//! Exporters: their attributes are checked before a build starts, and its results handed to them
+//! when it has ended. What they send to the client goes through the client's session.
+
+use std::collections::BTreeMap;
+
+use kiln_cache::Ref;
+use kiln_proto::control;
+use kiln_solver::progress::VertexProgress;
+use kiln_worker::export::{ExportContext, ExportError, ExportInput, Exporter, Kind, NoOutput, Output, SessionOutput};
+use kiln_worker::image::Access;
+use tonic::Code;
+
+use super::EngineBuild;
+use crate::error::BuildError;
+
+/// An exporter that a client asked for.
+pub(crate) struct PlannedExport {
+    index: usize,
+    exporter: Exporter,
+}
+
+impl PlannedExport {
+    /// What progress streams call it.
+    pub(crate) fn title(&self) -> &'static str {
+        self.exporter.name()
+    }
+}
+
+fn failed(error: ExportError) -> BuildError {
+    let code = match &error {
+        ExportError::Attribute(_) => Code::InvalidArgument,
+        ExportError::Internal(_) => Code::Internal,
+        _ => Code::Unknown,
+    };
+    BuildError::new(code, error.to_string())
+}
+
+/// Checks the exporters of a request.
+///
+/// # Errors
+/// One is not known, or its attributes make no sense or ask for what is not there.
+pub(crate) fn plan(exporters: &[control::Exporter]) -> Result<Vec<PlannedExport>, BuildError> {
+    let checked = |(index, wanted): (usize, &control::Exporter)| {
+        let exporter = Exporter::new(&wanted.r#type, &wanted.attrs).map_err(failed)?;
+        Ok(PlannedExport { index, exporter })
+    };
+    exporters.iter().enumerate().map(checked).collect()
+}
+
+/// What a build came to.
+pub(crate) enum Built {
+    /// One file system.
+    Single(Ref),
+    /// One for each platform.
+    Map(BTreeMap<String, Ref>),
+}
+
+/// Results with their metadata, ready for any number of exporters.
+pub(crate) struct ExportSource(ExportInput);
+
+impl ExportSource {
+    /// # Errors
+    /// The metadata does not describe the results.
+    pub(crate) fn new(built: Built, metadata: BTreeMap<String, Vec<u8>>) -> Result<Self, BuildError> {
+        let input = match built {
+            Built::Single(result) => ExportInput::single(result, metadata),
+            Built::Map(results) => ExportInput::map(results, metadata),
+        };
+        input.map(Self).map_err(failed)
+    }
+}
+
+impl EngineBuild {
+    /// Writes results to where the client wants them; gives the entries of the response.
+    pub(crate) async fn export(
+        &self,
+        planned: &PlannedExport,
+        source: &ExportSource,
+        progress: &VertexProgress,
+    ) -> Result<BTreeMap<String, String>, BuildError> {
+        let worker = self.worker.worker();
+        let context = ExportContext {
+            images: worker.images().clone(),
+            store: worker.store().clone(),
+            access: Access { credentials: self.worker.credentials().clone(), progress: Some(progress.clone()) },
+        };
+        let output: Box<dyn Output> = match planned.exporter.attributes().kind {
+            Kind::Image => Box::new(NoOutput),
+            _ => Box::new(self.client(planned.index).await?),
+        };
+        planned.exporter.export(&context, &source.0, &*output).await.map_err(failed)
+    }
+
+    async fn client(&self, exporter: usize) -> Result<SessionOutput, BuildError> {
+        if self.session.is_empty() {
+            return Err(BuildError::build("this output goes to the client, which attached no session"));
+        }
+        let session = self.engine.sessions.get(&self.session).await;
+        let session = session.map_err(|error| BuildError::new(Code::NotFound, error.to_string()))?;
+        Ok(SessionOutput { session, exporter })
+    }
+}

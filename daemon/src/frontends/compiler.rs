@@ -1,0 +1,123 @@
+//! The Dockerfile compiler as the frontend uses it: its input from the request, images through the
+//! build, its errors in the daemon's form.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use kiln_dockerfile::{
+    CompileError, CompileInput, Compiled, ContextSource, ImageResolver, Options, ResolveError, ResolveMode, ResolvedImage,
+};
+use kiln_proto::{pb, platform};
+use tonic::Code;
+
+use crate::error::{BuildError, frontend_detail, source_detail};
+use crate::gateway::Bridge;
+
+/// Frontend images whose language is the one that is built in, without tag and digest.
+const BUILTIN: &[&str] = &[
+    "dockerfile.v0",
+    "docker/dockerfile",
+    "docker/dockerfile-upstream",
+    "docker.io/docker/dockerfile",
+    "docker.io/docker/dockerfile-upstream",
+];
+
+/// Whether a frontend image is the built-in frontend under another name.
+pub(super) fn is_builtin(source: &str) -> bool {
+    let name = source.split('@').next().unwrap_or(source);
+    let name = match name.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => name,
+        _ => name,
+    };
+    BUILTIN.contains(&name)
+}
+
+/// Compiles `file`, which was read with `file.definition`.
+pub(super) async fn compile(
+    bridge: &Arc<Bridge>,
+    options: &Options,
+    file: &pb::SourceInfo,
+    ignore_patterns: Option<Vec<String>>,
+    context: ContextSource,
+) -> Result<Compiled, BuildError> {
+    let syntax = match options.build_args.get("BUILDKIT_SYNTAX").filter(|image| !image.is_empty()) {
+        Some(image) => Some(image.clone()),
+        None => kiln_dockerfile::syntax_directive(&file.data),
+    };
+    if let Some(image) = syntax.as_deref().and_then(|line| line.split_whitespace().next())
+        && !is_builtin(image)
+    {
+        return Err(BuildError::unsupported(format_args!("frontend image {image}")));
+    }
+    let input = CompileInput {
+        dockerfile: &file.data,
+        filename: &file.filename,
+        options,
+        ignore_patterns,
+        context,
+        build_platform: platform::normalized(&platform::host()),
+        dockerfile_definition: file.definition.clone(),
+    };
+    let resolver = Resolver(bridge);
+    kiln_dockerfile::compile(input, &resolver).await.map_err(|error| explain(error, file))
+}
+
+/// An error of the compiler, with the lines of the Dockerfile that it is about.
+fn explain(error: CompileError, file: &pb::SourceInfo) -> BuildError {
+    let CompileError { message, ranges, cause, .. } = error;
+    let cause = cause.and_then(|cause| cause.downcast::<BuildError>().ok());
+    let mut error = match cause {
+        Some(cause) => BuildError { message, ..*cause },
+        None => BuildError::build(message),
+    };
+    if error.code == Code::Cancelled {
+        return error;
+    }
+    error = error.with(frontend_detail(super::DOCKERFILE, ""));
+    if !ranges.is_empty() {
+        error = error.with(source_detail(file, &ranges));
+    }
+    error
+}
+
+/// Images as the build finds them.
+struct Resolver<'a>(&'a Arc<Bridge>);
+
+impl ImageResolver for Resolver<'_> {
+    fn resolve<'a>(
+        &'a self,
+        reference: &'a str,
+        platform: &'a pb::Platform,
+        mode: ResolveMode,
+        log_name: &'a str,
+    ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
+        Box::pin(async move {
+            match self.0.resolve_image(reference, platform, mode.as_str(), log_name).await {
+                Ok(image) => Ok(ResolvedImage {
+                    digest: image.digest,
+                    config: image.config,
+                    reference: reference.to_owned(),
+                }),
+                Err(error) => {
+                    Err(error.context(format_args!("failed to resolve source metadata for {reference}")).into())
+                }
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_builtin;
+
+    #[test]
+    fn builtin_frontends() {
+        for name in ["dockerfile.v0", "docker/dockerfile:1", "docker.io/docker/dockerfile:1.7-labs", "docker/dockerfile@sha256:00"]
+        {
+            assert!(is_builtin(name), "{name}");
+        }
+        for name in ["tonistiigi/dockerfile:1", "localhost:5000/docker/dockerfile", "docker/dockerfile-x"] {
+            assert!(!is_builtin(name), "{name}");
+        }
+    }
+}
