@@ -1,1 +1,55 @@
-fn main() {}
+//! The command line. It builds by talking to a daemon over the same API as every other client, and starts one in the
+//! background when none answers; `kiln daemon` is that daemon. Decides nothing about builds itself.
+
+mod address;
+mod args;
+mod attach;
+mod auth;
+mod build;
+mod connect;
+mod csv;
+mod daemon;
+mod debug;
+mod error;
+mod failure;
+mod outputs;
+mod progress;
+mod run;
+mod shutdown;
+mod solve;
+mod start;
+mod usage;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::error::CliError;
+
+fn main() -> ExitCode {
+    // The sandbox helper is this binary re-executed; it must take over before any thread exists.
+    kiln_worker::sandbox::zygote::run_if_requested();
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Build(args) => build::main(&cli.connection, *args),
+        Command::Solve(args) => solve::main(&cli.connection, &args),
+        Command::Daemon(args) => daemon::main(&cli.connection, args),
+        Command::Du(args) => usage::du(&cli.connection, &args),
+        Command::Prune(args) => usage::prune(&cli.connection, &args),
+        Command::Debug(args) => debug::main(&cli.connection, args.command),
+        Command::Shutdown => shutdown::main(&cli.connection),
+        Command::Version => {
+            println!("kiln {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Interrupted(code)) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("ERROR: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

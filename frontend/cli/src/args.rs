@@ -1,0 +1,357 @@
+//! The commands and flags. Names and meanings follow `docker buildx build` and `buildctl`, so that people need not
+//! learn new ones. Only shapes are checked here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Builds container images.
+#[derive(Debug, Parser)]
+#[command(name = "kiln", version, about, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Which daemon to talk to, and how to start one.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Connection {
+    /// Address of the daemon: unix://PATH or tcp://HOST:PORT
+    #[arg(long, global = true, env = "KILN_HOST", value_name = "ADDRESS")]
+    pub(crate) addr: Option<String>,
+    /// Directory in which a daemon started by this command keeps its state
+    #[arg(long, global = true, env = "KILN_ROOT", value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// Configuration of the daemon, in buildkitd.toml's format
+    #[arg(long, global = true, env = "KILN_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Time without work after which the daemon leaves, e.g. 10m; 0 means never
+    #[arg(long, global = true, env = "KILN_IDLE_TIMEOUT", value_name = "DURATION", value_parser = duration)]
+    pub(crate) idle_timeout: Option<Duration>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Build a Dockerfile
+    Build(Box<BuildArgs>),
+    /// Build an LLB definition read from standard input
+    Solve(SolveArgs),
+    /// Run the daemon in the foreground
+    Daemon(DaemonArgs),
+    /// Show what the cache holds
+    Du(DuArgs),
+    /// Free disk space of the cache
+    Prune(PruneArgs),
+    /// Look into builds
+    Debug(DebugArgs),
+    /// Stop the daemon
+    Shutdown,
+    /// Print the version
+    Version,
+}
+
+/// How progress is shown, on standard error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressMode {
+    /// A live view on a terminal, plain lines otherwise
+    Auto,
+    /// A live view
+    Tty,
+    /// Numbered lines
+    Plain,
+    /// Nothing but errors
+    Quiet,
+    /// One JSON object for each status message
+    Rawjson,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BuildArgs {
+    /// Build context: a directory
+    #[arg(value_name = "PATH")]
+    pub(crate) context: String,
+    /// Name and optionally tag of the image (may be repeated)
+    #[arg(short, long = "tag", value_name = "NAME[:TAG]")]
+    pub(crate) tags: Vec<String>,
+    /// Dockerfile (default: PATH/Dockerfile); - reads it from standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// Stage to build
+    #[arg(long, value_name = "STAGE")]
+    pub(crate) target: Option<String>,
+    /// Value of an ARG; without =VALUE it is taken from the environment
+    #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
+    pub(crate) build_args: Vec<String>,
+    /// Label of the image
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub(crate) labels: Vec<String>,
+    /// Annotation of the image's manifest
+    #[arg(long = "annotation", value_name = "[TYPE:]KEY=VALUE")]
+    pub(crate) annotations: Vec<String>,
+    /// Target platform (may be repeated or comma-separated)
+    #[arg(long = "platform", value_name = "OS/ARCH", value_delimiter = ',')]
+    pub(crate) platforms: Vec<String>,
+    /// Run every step anew
+    #[arg(long)]
+    pub(crate) no_cache: bool,
+    /// Run every step of these stages anew
+    #[arg(long = "no-cache-filter", value_name = "STAGE", value_delimiter = ',', conflicts_with = "no_cache")]
+    pub(crate) no_cache_filter: Vec<String>,
+    /// Ask the registry for newer base images
+    #[arg(long)]
+    pub(crate) pull: bool,
+    /// How progress is shown
+    #[arg(long, value_enum, env = "BUILDKIT_PROGRESS", default_value = "auto")]
+    pub(crate) progress: ProgressMode,
+    /// Show nothing but errors; print the image's id
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Where the result goes, e.g. type=oci,dest=app.tar (may be repeated)
+    #[arg(short, long = "output", value_name = "SPEC")]
+    pub(crate) outputs: Vec<String>,
+    /// Push the image to its registry
+    #[arg(long)]
+    pub(crate) push: bool,
+    /// Secret for RUN --mount=type=secret: id=ID[,src=FILE|,env=NAME]
+    #[arg(long = "secret", value_name = "SPEC")]
+    pub(crate) secrets: Vec<String>,
+    /// ssh agent for RUN --mount=type=ssh: default or ID=SOCKET
+    #[arg(long = "ssh", value_name = "ID[=SOCKET]", num_args = 0..=1, default_missing_value = "default")]
+    pub(crate) ssh: Vec<String>,
+    /// Line for /etc/hosts of the steps: HOST:IP
+    #[arg(long = "add-host", value_name = "HOST:IP")]
+    pub(crate) add_hosts: Vec<String>,
+    /// Network of the steps
+    #[arg(long, value_name = "MODE", value_parser = ["default", "none", "host", "sandbox"])]
+    pub(crate) network: Option<String>,
+    /// What the build may use beyond the usual, e.g. network.host, security.insecure
+    #[arg(long = "allow", value_name = "ENTITLEMENT", value_delimiter = ',')]
+    pub(crate) allow: Vec<String>,
+    /// Size of /dev/shm, e.g. 128m
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) shm_size: Option<String>,
+    /// Limit of the steps' processes, e.g. nofile=1024:2048
+    #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
+    pub(crate) ulimits: Vec<String>,
+    /// Parent of the steps' cgroups
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_parent: Option<String>,
+    /// Write the image's id to a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) iidfile: Option<PathBuf>,
+    /// Write the build's result as JSON to a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metadata_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) absent: Absent,
+}
+
+/// Flags that people pass by habit or script and that Kiln does not do: refused by name instead of as unknown.
+#[derive(Debug, Args)]
+pub(crate) struct Absent {
+    #[arg(long = "cache-from", hide = true)]
+    pub(crate) cache_from: Vec<String>,
+    #[arg(long = "cache-to", hide = true)]
+    pub(crate) cache_to: Vec<String>,
+    #[arg(long = "build-context", hide = true)]
+    pub(crate) build_context: Vec<String>,
+    #[arg(long, hide = true)]
+    pub(crate) load: bool,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) provenance: Option<String>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) sbom: Option<String>,
+    #[arg(long = "attest", hide = true)]
+    pub(crate) attest: Vec<String>,
+}
+
+impl Absent {
+    /// The first flag that was given and is not supported.
+    pub(crate) fn given(&self) -> Option<&'static str> {
+        let off = |value: &Option<String>| value.as_deref().is_none_or(|value| value == "false");
+        [
+            (!self.cache_from.is_empty(), "--cache-from"),
+            (!self.cache_to.is_empty(), "--cache-to"),
+            (!self.build_context.is_empty(), "--build-context"),
+            (self.load, "--load (use -o type=docker,dest=FILE)"),
+            (!off(&self.provenance), "--provenance"),
+            (!off(&self.sbom), "--sbom"),
+            (!self.attest.is_empty(), "--attest"),
+        ]
+        .into_iter()
+        .find_map(|(given, name)| given.then_some(name))
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SolveArgs {
+    /// Where the result goes, e.g. type=oci,dest=app.tar (may be repeated)
+    #[arg(short, long = "output", value_name = "SPEC")]
+    pub(crate) outputs: Vec<String>,
+    /// Directory that the definition reads as local://NAME
+    #[arg(long = "local", value_name = "NAME=DIR")]
+    pub(crate) locals: Vec<String>,
+    /// Secret: id=ID[,src=FILE|,env=NAME]
+    #[arg(long = "secret", value_name = "SPEC")]
+    pub(crate) secrets: Vec<String>,
+    /// ssh agent: default or ID=SOCKET
+    #[arg(long = "ssh", value_name = "ID[=SOCKET]")]
+    pub(crate) ssh: Vec<String>,
+    /// What the build may use beyond the usual
+    #[arg(long = "allow", value_name = "ENTITLEMENT", value_delimiter = ',')]
+    pub(crate) allow: Vec<String>,
+    /// Run every step anew
+    #[arg(long)]
+    pub(crate) no_cache: bool,
+    /// How progress is shown
+    #[arg(long, value_enum, env = "BUILDKIT_PROGRESS", default_value = "auto")]
+    pub(crate) progress: ProgressMode,
+    /// Write the build's result as JSON to a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metadata_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonArgs {
+    /// Another address to listen on (may be repeated)
+    #[arg(long = "listen", value_name = "ADDRESS")]
+    pub(crate) listen: Vec<String>,
+    /// Log more
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Steps that may run at once
+    #[arg(long, value_name = "N")]
+    pub(crate) max_parallelism: Option<usize>,
+    /// External OCI runtime (runc, crun) instead of the built-in sandbox
+    #[arg(long, value_name = "BINARY")]
+    pub(crate) runtime: Option<String>,
+    /// Entitlement that builds may be granted
+    #[arg(long = "allow-insecure-entitlement", value_name = "NAME")]
+    pub(crate) entitlements: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DuArgs {
+    /// Only matching records, e.g. type==regular (may be repeated)
+    #[arg(long = "filter", value_name = "FILTER")]
+    pub(crate) filters: Vec<String>,
+    /// Everything known of each record
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Only matching records, e.g. type==exec.cachemount (may be repeated)
+    #[arg(long = "filter", value_name = "FILTER")]
+    pub(crate) filters: Vec<String>,
+    /// Internal and frontend records too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Keep what was used within this time, e.g. 24h
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) keep_duration: Option<Duration>,
+    /// Keep at least this much, e.g. 10gb
+    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    pub(crate) reserved_space: Option<i64>,
+    /// Keep at most this much
+    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    pub(crate) max_used_space: Option<i64>,
+    /// Leave this much free on the disk
+    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    pub(crate) min_free_space: Option<i64>,
+    /// Everything known of each record
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DebugArgs {
+    #[command(subcommand)]
+    pub(crate) command: DebugCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DebugCommand {
+    /// Print the LLB that a Dockerfile compiles to
+    DumpLlb(DumpArgs),
+    /// List the daemon's workers
+    Workers,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DumpArgs {
+    /// Print the encoded definition instead of JSON
+    #[arg(long)]
+    pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) build: BuildArgs,
+}
+
+/// A duration as Go writes them: `90s`, `1h30m`, `250ms`; a bare 0 is allowed.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let invalid = || format!("invalid duration {text:?}: expected e.g. 90s, 10m or 1h30m");
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    if rest.is_empty() {
+        return Err(invalid());
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(invalid)?;
+        let (number, tail) = rest.split_at(digits);
+        let number: f64 = number.parse().map_err(|_| invalid())?;
+        let letters = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(letters);
+        let seconds = match unit {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" => 1e-6,
+            "ns" => 1e-9,
+            _ => return Err(invalid()),
+        };
+        let part = Duration::try_from_secs_f64(number * seconds).map_err(|_| invalid())?;
+        total = total.checked_add(part).ok_or_else(invalid)?;
+        rest = tail;
+    }
+    Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("1h30m").unwrap(), Duration::from_secs(5400));
+        assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
+        assert_eq!(duration("1.5s").unwrap(), Duration::from_millis(1500));
+        assert_eq!(duration("0").unwrap(), Duration::ZERO);
+        for text in ["", "5", "s", "1d", "-1s", "1e400h"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn flags_of_buildx_are_refused_by_name() {
+        let parsed = Cli::try_parse_from(["kiln", "build", "--cache-to", "type=inline", "."]).unwrap();
+        let Command::Build(build) = parsed.command else { panic!() };
+        assert_eq!(build.absent.given(), Some("--cache-to"));
+        let parsed = Cli::try_parse_from(["kiln", "build", "--provenance=false", "."]).unwrap();
+        let Command::Build(build) = parsed.command else { panic!() };
+        assert_eq!(build.absent.given(), None);
+    }
+}

@@ -1,0 +1,379 @@
+//! `kiln build`: flags become a solve request for the Dockerfile frontend, and what it shares with the daemon.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_proto::control::{CacheOptions, SolveRequest};
+use kiln_session::client::{Attachables, SharedDir};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::args::{BuildArgs, Connection};
+use crate::auth::DockerConfig;
+use crate::error::CliError;
+use crate::outputs::{self, OutputSpec};
+use crate::progress::Display;
+use crate::run::{self, Job, Response};
+use crate::{attach, csv};
+
+/// The daemon's own frontend.
+const FRONTEND: &str = "dockerfile.v0";
+
+/// Builds a Dockerfile.
+pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliError> {
+    let plan = Plan::new(args)?;
+    let outputs = outputs::parse(&plan.args.outputs)?;
+    let outputs = outputs::complete(outputs, plan.args.push, &plan.args.tags, &plan.args.annotations)?;
+    if outputs.is_empty() && !plan.args.tags.is_empty() && !plan.args.quiet {
+        eprintln!("WARNING: no output given, the image stays in the build cache; use --push or -o to get it out");
+    }
+    let display = Display::new(plan.args.progress, plan.args.quiet)?;
+    let response = run::solve(connection, display, || plan.job(&outputs))?;
+    finish(&response, &plan.args)
+}
+
+/// What to build, with everything from this machine looked up.
+pub(crate) struct Plan {
+    pub(crate) args: BuildArgs,
+    context: PathBuf,
+    dockerfile_dir: PathBuf,
+    filename: String,
+    /// Holds a Dockerfile that came on standard input.
+    _stdin: Option<TempDir>,
+}
+
+impl Plan {
+    pub(crate) fn new(args: BuildArgs) -> Result<Self, CliError> {
+        if let Some(flag) = args.absent.given() {
+            return Err(CliError::usage(format!("unsupported: {flag}")));
+        }
+        let context = context(&args.context)?;
+        let mut stdin = None;
+        let (dockerfile_dir, filename) = match &args.file {
+            None => (context.clone(), "Dockerfile".to_owned()),
+            Some(file) if file == Path::new("-") => {
+                let dir = stdin.insert(TempDir::with_stdin()?);
+                (dir.0.clone(), "Dockerfile".to_owned())
+            }
+            Some(file) => {
+                let name = file.file_name().and_then(|name| name.to_str());
+                let name = name.ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?;
+                let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                if !file.is_file() {
+                    let error = file.metadata().err().unwrap_or_else(|| std::io::Error::other("not a file"));
+                    return Err(CliError::file("read Dockerfile", file, error));
+                }
+                (dir.to_owned(), name.to_owned())
+            }
+        };
+        Ok(Self { args, context, dockerfile_dir, filename, _stdin: stdin })
+    }
+
+    /// One attempt at building it.
+    pub(crate) fn job(&self, outputs: &[OutputSpec]) -> Result<Job, CliError> {
+        let args = &self.args;
+        let mut attachables = self.attachables()?;
+        attachables.secrets(attach::secrets(&args.secrets)?);
+        if !args.ssh.is_empty() {
+            attachables.ssh(attach::agents(&args.ssh)?);
+        }
+        attachables.export(outputs::targets(outputs));
+        let mut entitlements = args.allow.clone();
+        if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host") {
+            entitlements.push("network.host".into());
+        }
+        let request = SolveRequest {
+            r#ref: kiln_session::new_id(),
+            frontend: FRONTEND.into(),
+            frontend_attrs: self.attrs()?,
+            exporters: outputs::exporters(outputs),
+            entitlements,
+            cache: Some(CacheOptions::default()),
+            ..Default::default()
+        };
+        Ok(Job { request, attachables, shared_key: self.shared_key() })
+    }
+
+    /// What the frontend reads, and credentials for registries.
+    pub(crate) fn attachables(&self) -> Result<Attachables, CliError> {
+        let mut attachables = Attachables::new();
+        attachables.share(vec![
+            SharedDir { name: "context".into(), path: self.context.clone() },
+            SharedDir { name: "dockerfile".into(), path: self.dockerfile_dir.clone() },
+        ]);
+        attachables.auth(DockerConfig);
+        Ok(attachables)
+    }
+
+    /// Says "the same directory of the same machine", so that the daemon asks for changed files only.
+    pub(crate) fn shared_key(&self) -> String {
+        let path = self.context.canonicalize().unwrap_or_else(|_| self.context.clone());
+        let machine = std::fs::read("/etc/machine-id").unwrap_or_default();
+        let mut hash = Sha256::new();
+        hash.update(&machine);
+        hash.update(path.as_os_str().as_encoded_bytes());
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name: String = name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' }).collect();
+        format!("{name}:{}", &hex::encode(hash.finalize())[..16])
+    }
+
+    /// The frontend's options (wire: dockerfile-frontend.md §1).
+    pub(crate) fn attrs(&self) -> Result<HashMap<String, String>, CliError> {
+        let args = &self.args;
+        let mut attrs = HashMap::from([("filename".to_owned(), self.filename.clone())]);
+        let mut set = |key: &str, value: String| {
+            attrs.insert(key.to_owned(), value);
+        };
+        if let Some(target) = &args.target {
+            set("target", target.clone());
+        }
+        for flag in &args.build_args {
+            match flag.split_once('=') {
+                Some((key, value)) => set(&format!("build-arg:{key}"), value.to_owned()),
+                None => {
+                    if let Ok(value) = std::env::var(flag) {
+                        set(&format!("build-arg:{flag}"), value);
+                    }
+                }
+            }
+        }
+        for flag in &args.labels {
+            let (key, value) = flag.split_once('=').unwrap_or((flag, ""));
+            set(&format!("label:{key}"), value.to_owned());
+        }
+        if !args.platforms.is_empty() {
+            set("platform", args.platforms.join(","));
+        }
+        if args.no_cache {
+            set("no-cache", String::new());
+        } else if !args.no_cache_filter.is_empty() {
+            set("no-cache", args.no_cache_filter.join(","));
+        }
+        if args.pull {
+            set("image-resolve-mode", "pull".into());
+        }
+        if let Some(network) = args.network.as_ref().filter(|network| *network != "default") {
+            set("force-network-mode", network.clone());
+        }
+        if !args.add_hosts.is_empty() {
+            set("add-hosts", add_hosts(&args.add_hosts)?);
+        }
+        if let Some(size) = &args.shm_size {
+            set("shm-size", shm_size(size)?.to_string());
+        }
+        if !args.ulimits.is_empty() {
+            set("ulimit", args.ulimits.join(","));
+        }
+        if let Some(parent) = &args.cgroup_parent {
+            set("cgroup-parent", parent.clone());
+        }
+        Ok(attrs)
+    }
+}
+
+fn context(text: &str) -> Result<PathBuf, CliError> {
+    let remote = text.contains("://") || text.starts_with("git@") || text.starts_with("github.com/");
+    if text == "-" || (remote && !Path::new(text).exists()) {
+        return Err(CliError::usage(format!("unsupported: build context {text:?} (give a directory)")));
+    }
+    let path = PathBuf::from(text);
+    let meta = path.metadata().map_err(|error| CliError::file("read build context", &path, error))?;
+    if !meta.is_dir() {
+        return Err(CliError::usage(format!("build context {text:?} is not a directory")));
+    }
+    Ok(path)
+}
+
+/// `HOST:IP` or `HOST=IP`; the address may be an IPv6 one, with or without brackets.
+fn add_hosts(flags: &[String]) -> Result<String, CliError> {
+    let mut all = Vec::new();
+    for flag in flags {
+        let parts = flag.split_once('=').or_else(|| flag.split_once(':'));
+        let (host, ip) = parts.ok_or_else(|| CliError::usage(format!("invalid --add-host {flag:?}: expected HOST:IP")))?;
+        let ip = ip.trim_start_matches('[').trim_end_matches(']');
+        if host.is_empty() || (ip != "host-gateway" && ip.parse::<std::net::IpAddr>().is_err()) {
+            return Err(CliError::usage(format!("invalid --add-host {flag:?}: {ip:?} is not an address")));
+        }
+        all.push(format!("{host}={ip}"));
+    }
+    Ok(all.join(","))
+}
+
+/// Sizes of memory are binary whatever their unit is called.
+fn shm_size(text: &str) -> Result<u64, CliError> {
+    let invalid = || CliError::usage(format!("invalid --shm-size {text:?}: expected e.g. 128m"));
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.find(|c: char| !c.is_ascii_digit()).unwrap_or(lower.len());
+    let (number, unit) = lower.split_at(digits);
+    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        _ => return Err(invalid()),
+    };
+    let number: u64 = number.parse().map_err(|_| invalid())?;
+    number.checked_mul(1 << shift).ok_or_else(invalid)
+}
+
+/// Writes the files that the flags ask for, and the image's id if progress is quiet.
+fn finish(response: &Response, args: &BuildArgs) -> Result<(), CliError> {
+    let id = response.get("containerimage.config.digest").or_else(|| response.get("containerimage.digest"));
+    if args.quiet && let Some(id) = id {
+        println!("{id}");
+    }
+    if let Some(path) = &args.iidfile {
+        let id = id.ok_or_else(|| CliError::usage("--iidfile: this output has no image"))?;
+        std::fs::write(path, id).map_err(|error| CliError::file("write", path, error))?;
+    }
+    if let Some(path) = &args.metadata_file {
+        metadata_file(path, response)?;
+    }
+    Ok(())
+}
+
+/// Writes the response as JSON; values that are JSON in base64 are embedded.
+pub(crate) fn metadata_file(path: &Path, response: &Response) -> Result<(), CliError> {
+    if response.is_empty() {
+        return Ok(());
+    }
+    let sorted: BTreeMap<&String, Value> = response.iter().map(|(key, value)| (key, embed(value))).collect();
+    let text = serde_json::to_string_pretty(&sorted).map_err(|error| CliError::file("write", path, error.into()))?;
+    std::fs::write(path, text).map_err(|error| CliError::file("write", path, error))
+}
+
+fn embed(value: &str) -> Value {
+    let decoded = STANDARD.decode(value).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    match decoded {
+        Some(object @ Value::Object(_)) => object,
+        _ => Value::String(value.to_owned()),
+    }
+}
+
+/// A private directory, removed when dropped.
+struct TempDir(PathBuf);
+
+impl TempDir {
+    /// With what standard input holds as `Dockerfile`.
+    fn with_stdin() -> Result<Self, CliError> {
+        use std::os::unix::fs::DirBuilderExt;
+        let mut text = Vec::new();
+        std::io::stdin().read_to_end(&mut text).map_err(|error| CliError::file("read", "standard input", error))?;
+        let path = std::env::temp_dir().join(format!("kiln-{}", kiln_session::new_id()));
+        let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|error| CliError::file("make directory", &path, error))?;
+        let dir = Self(path);
+        let file = dir.0.join("Dockerfile");
+        std::fs::write(&file, text).map_err(|error| CliError::file("write", &file, error))?;
+        Ok(dir)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `NAME=DIR` flags.
+pub(crate) fn locals(flags: &[String]) -> Result<Vec<SharedDir>, CliError> {
+    let mut all = Vec::new();
+    for flag in flags {
+        for (name, path) in csv::pairs(flag)? {
+            let path = PathBuf::from(path);
+            let meta = path.metadata().map_err(|error| CliError::file("read directory", &path, error))?;
+            if !meta.is_dir() {
+                return Err(CliError::usage(format!("--local {name}: {} is not a directory", path.display())));
+            }
+            all.push(SharedDir { name, path });
+        }
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    fn plan(flags: &[&str]) -> Result<Plan, CliError> {
+        let parsed = Cli::try_parse_from(["kiln", "build"].iter().chain(flags)).unwrap();
+        let Command::Build(args) = parsed.command else { panic!("not a build") };
+        Plan::new(*args)
+    }
+
+    #[test]
+    fn flags_become_the_frontends_options() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        std::fs::write(dir.path().join("x.Dockerfile"), "").unwrap();
+        let file = dir.path().join("x.Dockerfile");
+        let plan = plan(&[
+            "-f", file.to_str().unwrap(), "--target", "t", "--build-arg", "A=1=2", "--build-arg", "KILN_NOT_SET",
+            "--label", "l=v", "--platform", "linux/amd64,linux/arm64", "--no-cache", "--pull", "--network", "none",
+            "--add-host", "h:1.2.3.4", "--add-host", "six=[::1]", "--shm-size", "2m", "--ulimit", "nofile=1:2", path,
+        ])
+        .unwrap();
+        let attrs: BTreeMap<_, _> = plan.attrs().unwrap().into_iter().collect();
+        let expected = [
+            ("add-hosts", "h=1.2.3.4,six=::1"),
+            ("build-arg:A", "1=2"),
+            ("filename", "x.Dockerfile"),
+            ("force-network-mode", "none"),
+            ("image-resolve-mode", "pull"),
+            ("label:l", "v"),
+            ("no-cache", ""),
+            ("platform", "linux/amd64,linux/arm64"),
+            ("shm-size", "2097152"),
+            ("target", "t"),
+            ("ulimit", "nofile=1:2"),
+        ];
+        let expected: BTreeMap<_, _> = expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
+        assert_eq!(attrs, expected);
+        assert_eq!(plan.dockerfile_dir, dir.path());
+    }
+
+    #[test]
+    fn what_is_not_there_is_named_before_anything_is_built() {
+        for (flags, expected) in [
+            (vec!["/no/such/context"], "/no/such/context"),
+            (vec!["-f", "/no/such/Dockerfile", "/"], "/no/such/Dockerfile"),
+            (vec!["https://example.org/x.git"], "unsupported: build context"),
+            (vec!["-"], "unsupported: build context"),
+            (vec!["--cache-from", "x", "/"], "unsupported: --cache-from"),
+        ] {
+            let error = plan(&flags).err().expect("refused").to_string();
+            assert!(error.contains(expected), "{flags:?}: {error}");
+        }
+        let plan = plan(&["--add-host", "h", "/"]).unwrap();
+        assert!(plan.attrs().unwrap_err().to_string().contains("--add-host"));
+    }
+
+    #[test]
+    fn the_shared_key_names_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::create_dir(&a).unwrap();
+        std::fs::create_dir(&b).unwrap();
+        let key = |path: &Path| plan(&[path.to_str().unwrap()]).unwrap().shared_key();
+        assert_eq!(key(&a), key(&a.join("../a")));
+        assert_ne!(key(&a), key(&b));
+        assert!(key(&a).starts_with("a:"));
+    }
+
+    #[test]
+    fn the_metadata_file_embeds_json() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta.json");
+        let descriptor = STANDARD.encode(r#"{"size":3}"#);
+        let response =
+            HashMap::from([("d".to_owned(), descriptor), ("n".to_owned(), "plain".to_owned()), ("x".to_owned(), "MTIz".to_owned())]);
+        metadata_file(&path, &response).unwrap();
+        let read: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(read, serde_json::json!({"d": {"size": 3}, "n": "plain", "x": "MTIz"}));
+    }
+}

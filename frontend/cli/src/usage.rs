@@ -1,0 +1,137 @@
+//! `kiln du` and `kiln prune`: what the cache holds, and freeing it.
+
+use kiln_proto::control::{DiskUsageRequest, PruneRequest, UsageRecord};
+
+use crate::args::{Connection, DuArgs, PruneArgs};
+use crate::connect::{self, Start};
+use crate::error::CliError;
+use crate::progress::units;
+
+/// Lists the cache's records, largest first.
+pub(crate) fn du(connection: &Connection, args: &DuArgs) -> Result<(), CliError> {
+    let stream = connect::connect(connection, Start::IfNeeded)?;
+    connect::runtime()?.block_on(async {
+        let mut control = connect::control(stream.channel()?);
+        let request = DiskUsageRequest { filter: args.filters.clone(), ..Default::default() };
+        let mut records = control.disk_usage(request).await?.into_inner().record;
+        records.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
+        print!("{}", table(&records, args.verbose));
+        print!("{}", summary(&records));
+        Ok(())
+    })
+}
+
+/// Removes records and lists them.
+pub(crate) fn prune(connection: &Connection, args: &PruneArgs) -> Result<(), CliError> {
+    let stream = connect::connect(connection, Start::IfNeeded)?;
+    connect::runtime()?.block_on(async {
+        let mut control = connect::control(stream.channel()?);
+        let keep = args.keep_duration.unwrap_or_default();
+        let request = PruneRequest {
+            filter: args.filters.clone(),
+            all: args.all,
+            keep_duration: i64::try_from(keep.as_nanos()).unwrap_or(i64::MAX),
+            reserved_space: args.reserved_space.unwrap_or_default(),
+            max_used_space: args.max_used_space.unwrap_or_default(),
+            min_free_space: args.min_free_space.unwrap_or_default(),
+        };
+        let mut stream = control.prune(request).await?.into_inner();
+        let mut records = Vec::new();
+        while let Some(record) = stream.message().await? {
+            records.push(record);
+        }
+        print!("{}", table(&records, args.verbose));
+        println!("Total:\t{}", units::bytes(records.iter().map(|record| record.size).sum()));
+        Ok(())
+    })
+}
+
+fn table(records: &[UsageRecord], verbose: bool) -> String {
+    if verbose {
+        return records.iter().map(details).collect();
+    }
+    let mut rows = vec![["ID", "RECLAIMABLE", "SIZE", "LAST ACCESSED"].map(str::to_owned)];
+    for record in records {
+        let id = format!("{}{}", record.id, if record.mutable { "*" } else { "" });
+        let used = time(record.last_used_at.as_ref());
+        rows.push([id, (!record.in_use).to_string(), units::bytes(record.size), used]);
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..3).map(width).collect();
+    let line = |row: &[String; 4]| {
+        let [id, reclaimable, size, used] = row;
+        let line = format!("{id:0$}  {reclaimable:1$}  {size:2$}  {used}", widths[0], widths[1], widths[2]);
+        format!("{}\n", line.trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+fn details(record: &UsageRecord) -> String {
+    let mut fields = vec![("ID", record.id.clone())];
+    if !record.parents.is_empty() {
+        fields.push(("Parents", record.parents.join(" ")));
+    }
+    fields.extend([
+        ("Created at", time(record.created_at.as_ref())),
+        ("Mutable", record.mutable.to_string()),
+        ("Reclaimable", (!record.in_use).to_string()),
+        ("Shared", record.shared.to_string()),
+        ("Size", units::bytes(record.size)),
+        ("Description", record.description.clone()),
+        ("Usage count", record.usage_count.to_string()),
+        ("Last used", time(record.last_used_at.as_ref())),
+        ("Type", record.record_type.clone()),
+    ]);
+    let lines: String = fields
+        .iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(name, value)| format!("{:14}{value}\n", format!("{name}:")))
+        .collect();
+    lines + "\n"
+}
+
+fn time(time: Option<&prost_types::Timestamp>) -> String {
+    let time = time.and_then(|time| jiff::Timestamp::new(time.seconds, 0).ok());
+    time.map(|time| time.to_string()).unwrap_or_default()
+}
+
+fn summary(records: &[UsageRecord]) -> String {
+    let sum = |keep: &dyn Fn(&&UsageRecord) -> bool| units::bytes(records.iter().filter(keep).map(|r| r.size).sum());
+    format!("Reclaimable:\t{}\nTotal:\t\t{}\n", sum(&|record| !record.in_use), sum(&|_| true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records() -> Vec<UsageRecord> {
+        vec![
+            UsageRecord {
+                id: "abc".into(),
+                size: 12_000_000,
+                mutable: true,
+                in_use: true,
+                record_type: "exec.cachemount".into(),
+                description: "cached mount /c".into(),
+                ..Default::default()
+            },
+            UsageRecord {
+                id: "longer-id".into(),
+                size: 5,
+                last_used_at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 5 }),
+                parents: vec!["abc".into()],
+                ..Default::default()
+            },
+        ]
+    }
+
+    #[test]
+    fn the_table_lines_up() {
+        insta::assert_snapshot!(format!("{}{}", table(&records(), false), summary(&records())));
+    }
+
+    #[test]
+    fn details_name_every_field() {
+        insta::assert_snapshot!(table(&records(), true));
+    }
+}
