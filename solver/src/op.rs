@@ -65,6 +65,14 @@ impl OpError {
     pub fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), exit_code: None, file_action: None, details: Vec::new(), code: None }
     }
+
+    /// True if the failure says something about the client that the operation ran for, not about
+    /// the operation: it was cancelled, or the other end went away.
+    pub fn is_transient(&self) -> bool {
+        const CANCELED: i32 = 1;
+        const UNAVAILABLE: i32 = 14;
+        matches!(self.code, Some(CANCELED | UNAVAILABLE))
+    }
 }
 
 /// One operation of the graph, ready to be asked for its key and to run. Dropping a future that

@@ -86,7 +86,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let vertex = &mut self.graph[place];
         vertex.wanted += 1;
         if vertex.wanted == 1 && !vertex.is_settled() {
-            self.ready.push_back(place);
+            self.ready.insert(place);
         }
     }
 
@@ -222,7 +222,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             if vertex.inputs_wanted && !vertex.is_settled() {
                 vertex.inputs_missing -= 1;
                 self.input_arrived(above, input);
-                self.ready.push_back(above);
+                self.ready.insert(above);
             }
         }
         self.answer_requests(place);

@@ -309,7 +309,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     fn spread_definition(&mut self, place: NodeIndex) {
         let mut worklist = vec![place];
         while let Some(place) = worklist.pop() {
-            self.ready.push_back(place);
+            self.ready.insert(place);
             let absent = self.graph[place].definition == Definition::Absent;
             for (above, _) in self.consumers(place) {
                 let vertex = &mut self.graph[above];
@@ -381,7 +381,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let mut worklist = vec![place];
         while let Some(place) = worklist.pop() {
             let Some(content) = self.graph[place].content else { continue };
-            self.ready.push_back(place);
+            self.ready.insert(place);
             for (above, input) in self.consumers(place) {
                 let vertex = &self.graph[above];
                 if vertex.map().is_none() || vertex.reads_part(input) {

@@ -14,7 +14,7 @@ mod graph;
 mod probe;
 mod report;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -92,8 +92,9 @@ struct Owner<R> {
     graph: DiGraph<Vertex<R>, u32>,
     by_digest: HashMap<Arc<str>, Vec<NodeIndex>>,
     requests: HashMap<u64, Request<R>>,
-    /// Vertices that may be able to go on.
-    ready: VecDeque<NodeIndex>,
+    /// Vertices that may be able to go on. Consumers go first: what they find, their inputs need
+    /// not look for.
+    ready: BTreeSet<NodeIndex>,
     /// Wanted vertices without a priority yet.
     unranked: Vec<NodeIndex>,
     /// Events that arose in the loop itself.
@@ -115,7 +116,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         graph: DiGraph::new(),
         by_digest: HashMap::new(),
         requests: HashMap::new(),
-        ready: VecDeque::new(),
+        ready: BTreeSet::new(),
         unranked: Vec::new(),
         local: VecDeque::new(),
         events: events.clone(),
@@ -140,7 +141,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 break;
             }
             self.handle(event);
-            while let Some(vertex) = self.ready.pop_front() {
+            while let Some(vertex) = self.ready.pop_last() {
                 self.advance(vertex);
             }
             while self.tasks.try_join_next().is_some() {}

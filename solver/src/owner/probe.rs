@@ -18,10 +18,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn mapped(&mut self, place: NodeIndex, map: Result<CacheMap, OpError>) {
         self.report_mapped(place, map.as_ref().err());
         match map {
-            _ if self.graph[place].is_settled() => {}
+            Ok(_) if self.graph[place].is_settled() => {}
+            Err(error) if self.graph[place].is_settled() => self.report_failed(place, &error.message),
             Ok(map) => {
                 self.know_map(place, map);
-                self.ready.push_back(place);
+                self.ready.insert(place);
             }
             Err(mut error) => {
                 error.message = format!("failed to load cache key: {}", error.message);
@@ -192,7 +193,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             Err(error) => self.note(place, found.kind, &found.key, Found::Unreadable(error.message)),
         }
         self.graph[place].step = Step::Waiting;
-        self.ready.push_back(place);
+        self.ready.insert(place);
     }
 
     pub(super) fn content_digest(&mut self, place: NodeIndex, input: usize, digest: Result<Key, OpError>) {
@@ -200,7 +201,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             _ if self.graph[place].is_settled() => {}
             Ok(digest) => {
                 self.know_part(place, input, Part::Query(digest));
-                self.ready.push_back(place);
+                self.ready.insert(place);
             }
             Err(mut error) => {
                 error.message = format!("failed to compute cache key: {}", error.message);
@@ -232,7 +233,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             let vertex = &mut self.graph[above];
             vertex.outputs_missing = vertex.outputs_missing.saturating_sub(1);
-            self.ready.push_back(above);
+            self.ready.insert(above);
         }
     }
 
@@ -308,7 +309,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             started: started.clone(),
         };
         let asker = work.ask(Arc::new(watcher), starter);
-        self.graph[place].step = Step::Working(Watched { _asker: asker, started });
+        self.graph[place].step = Step::Working(Watched { asker, started });
         self.release_inputs(place);
     }
 
@@ -319,9 +320,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     pub(super) fn worked(&mut self, place: NodeIndex, epoch: u64, outcome: Outcome<R>) {
-        if self.graph[place].epoch != epoch || !matches!(self.graph[place].step, Step::Working(..)) {
-            return;
-        }
+        let ours = match &self.graph[place].step {
+            Step::Working(watched) if self.graph[place].epoch == epoch => watched.asker.is_starter(),
+            _ => return,
+        };
         match outcome.result {
             Ok(produced) => {
                 if outcome.cached {
@@ -332,9 +334,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 self.finish(place, produced);
             }
             // It may have failed for want of what the other build had; this one tries for itself.
-            Err(_) if outcome.orphaned => {
+            Err(error) if outcome.orphaned || (!ours && error.is_transient()) => {
                 self.start_over(place);
-                self.ready.push_back(place);
+                self.ready.insert(place);
             }
             Err(error) => self.fail_op(place, error),
         }

@@ -18,7 +18,7 @@ const CANCELED: &str = "context canceled";
 
 /// A hold on work, and when it began.
 pub(super) struct Watched<R> {
-    pub(super) _asker: Asker<R>,
+    pub(super) asker: Asker<R>,
     pub(super) started: Arc<OnceLock<SystemTime>>,
 }
 

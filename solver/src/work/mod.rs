@@ -81,6 +81,13 @@ impl<R> Drop for Asker<R> {
     }
 }
 
+impl<R> Asker<R> {
+    /// True if the work was started for this vertex.
+    pub(crate) fn is_starter(&self) -> bool {
+        self.starter
+    }
+}
+
 impl<R> Work<R> {
     /// Tells `watcher` all that happened so far and all that will.
     pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, starter: bool) -> Asker<R> {

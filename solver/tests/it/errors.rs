@@ -49,7 +49,10 @@ async fn what_is_read_but_not_there_fails_the_reader() {
     let error = build.solve(&graph.finish(&copy)).await.unwrap_err();
     assert_eq!(error.to_string(), "failed to compute cache key: \"/nope\": not found");
     assert_eq!(&*error.name, "copy");
-    assert_eq!(record.words("copy"), ["announced", "error: failed to compute cache key: \"/nope\": not found"]);
+    assert_eq!(
+        record.words("copy"),
+        ["announced", "error: failed to compute cache key: \"/nope\": not found"]
+    );
 }
 
 #[tokio::test]
@@ -57,7 +60,8 @@ async fn a_source_that_cannot_be_resolved_fails_all_above_now_and_later() {
     let world = World::new();
     world.set("image", recipe("image").map_fails("no such image"));
     let (build, _) = world.build(&world.solver());
-    for definition in [chain(&["image", "a", "b"]), chain(&["image", "a"]), chain(&["image", "a", "b", "c"])] {
+    for definition in [chain(&["image", "a", "b"]), chain(&["image", "a"]), chain(&["image", "a", "b", "c"])]
+    {
         let error = build.solve(&definition).await.unwrap_err();
         assert_eq!(error.to_string(), "failed to load cache key: no such image");
         assert_eq!(&*error.name, "image");
@@ -84,7 +88,10 @@ async fn definitions_are_refused_with_a_reason() {
     let mut definition = chain(&["image", "a"]);
     definition.def.remove(0);
     let error = build.solve(&definition).await.unwrap_err();
-    assert!(error.to_string().starts_with("failed to load LLB: invalid missing input digest sha256:"), "{error}");
+    assert!(
+        error.to_string().starts_with("failed to load LLB: invalid missing input digest sha256:"),
+        "{error}"
+    );
     assert!(record.0.lock().unwrap().is_empty());
     // What was refused does not stand in the way of what is not.
     build.solve(&chain(&["image", "a"])).await.unwrap();

@@ -2,7 +2,6 @@
 //! a naive evaluator that knows no cache.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_proto::pb;
@@ -54,7 +53,8 @@ struct Round {
 
 fn round() -> impl Strategy<Value = Round> {
     let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..3u8), 0..3);
-    let builds = prop::collection::vec((any::<prop::sample::Index>(), prop::option::weighted(0.3, 0..40usize)), 1..4);
+    let builds =
+        prop::collection::vec((any::<prop::sample::Index>(), prop::option::weighted(0.3, 0..40usize)), 1..4);
     (changes, builds).prop_map(|(changes, builds)| Round { changes, builds })
 }
 
@@ -163,7 +163,10 @@ async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseEr
             .collect();
         let settled = tokio::time::timeout(Duration::from_secs(20), futures::future::join_all(builds)).await;
         let Ok(settled) = settled else {
-            return Err(TestCaseError::fail(format!("a build hangs in round {session}; running: {:?}", world.running())));
+            return Err(TestCaseError::fail(format!(
+                "a build hangs in round {session}; running: {:?}",
+                world.running()
+            )));
         };
         let gave_up = settled.iter().any(|(_, result, _)| result.is_none());
         for (root, result, _) in &settled {
@@ -191,14 +194,20 @@ async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseEr
         // Every vertex that was shown as running was also shown as ended.
         for (_, _, record) in &settled {
             for i in 0..nodes.len() {
-                let ended = record.states(&name(i)).last().is_none_or(|s| s.started.is_none() || s.completed.is_some());
+                let ended = record
+                    .states(&name(i))
+                    .last()
+                    .is_none_or(|s| s.started.is_none() || s.completed.is_some());
                 prop_assert!(ended, "node {} is shown as running: {:?}", i, record.words(&name(i)));
             }
         }
         // Once more: only forced vertices and sources without identity run.
         for (which, _) in &round.builds {
             let root = which.index(nodes.len());
-            world.run(&solver, &definition(&nodes, root)).await.map_err(|e| TestCaseError::fail(e.to_string()))?;
+            world
+                .run(&solver, &definition(&nodes, root))
+                .await
+                .map_err(|e| TestCaseError::fail(e.to_string()))?;
             world.take_runs();
             let files = world
                 .run(&solver, &definition(&nodes, root))
@@ -212,7 +221,6 @@ async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseEr
             }
         }
     }
-    let _ = Arc::strong_count(&world);
     Ok(())
 }
 
@@ -223,5 +231,15 @@ proptest! {
     fn builds_agree_with_a_naive_evaluator(nodes in nodes(), rounds in prop::collection::vec(round(), 1..4)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(play(nodes, rounds))?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn so_they_do_on_several_threads(nodes in nodes(), rounds in prop::collection::vec(round(), 1..4)) {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(3).enable_all().build().expect("a runtime").block_on(play(nodes, rounds))?;
     }
 }

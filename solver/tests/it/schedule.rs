@@ -84,7 +84,8 @@ async fn the_start_of_the_longest_path_runs_first() {
     let runs = world.take_runs();
     assert_eq!(runs[0], "image");
     // Whatever was ready first may have taken the free slot; of those that waited, `first` leads.
-    let waited: Vec<&String> = runs[2..].iter().filter(|n| ["short", "first", "middle"].contains(&n.as_str())).collect();
+    let waited: Vec<&String> =
+        runs[2..].iter().filter(|n| ["short", "first", "middle"].contains(&n.as_str())).collect();
     if runs[1] != "first" {
         assert_eq!(waited[0], "first", "{runs:?}");
     }
@@ -97,7 +98,10 @@ async fn remembered_durations_decide_what_is_long() {
     let world = World::new();
     let solver = world.limited_solver(1);
     for (name, seconds) in [("slow", 100), ("quick", 1), ("fast", 1), ("all", 1)] {
-        world.keys.set_duration(blake3::hash(name.as_bytes()).as_bytes(), std::time::Duration::from_secs(seconds)).unwrap();
+        world
+            .keys
+            .set_duration(blake3::hash(name.as_bytes()).as_bytes(), std::time::Duration::from_secs(seconds))
+            .unwrap();
     }
     // Held until all others wait, so that the order is the queue's.
     let gate = gate();
@@ -105,7 +109,8 @@ async fn remembered_durations_decide_what_is_long() {
     world.set("image", recipe("image").io());
     let mut graph = Graph::new();
     let image = graph.source("image");
-    let steps: Vec<pb::Input> = ["first", "quick", "fast", "slow"].map(|name| graph.step(name, &[&image])).into();
+    let steps: Vec<pb::Input> =
+        ["first", "quick", "fast", "slow"].map(|name| graph.step(name, &[&image])).into();
     let all = graph.step("all", &steps.iter().collect::<Vec<_>>());
     world.keys.set_duration(blake3::hash(b"first").as_bytes(), std::time::Duration::from_secs(1000)).unwrap();
     let definition = graph.finish(&all);

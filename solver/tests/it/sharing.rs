@@ -1,6 +1,7 @@
 //! What builds of one solver do for each other.
 
 use kiln_proto::pb;
+use kiln_solver::op::OpError;
 
 use crate::world::{Graph, World, chain, gate, recipe};
 
@@ -129,13 +130,27 @@ async fn when_the_last_asker_leaves_the_work_is_cancelled_and_can_start_anew() {
 #[tokio::test]
 async fn a_failure_after_the_starter_left_is_tried_again_by_who_stayed() {
     let gate = gate();
-    let (world, _solver, mut builds) = builds_of_one_held_step(2, recipe("slow").gate(&gate).fails("no session")).await;
+    let (world, _solver, mut builds) =
+        builds_of_one_held_step(2, recipe("slow").gate(&gate).fails("no session")).await;
     let starter = builds.remove(0);
     starter.abort();
     assert!(starter.await.unwrap_err().is_cancelled());
     gate.add_permits(2);
     // Its own try fails, too: that is final.
     assert_eq!(builds.pop().unwrap().await.unwrap().unwrap_err().to_string(), "no session");
+    assert_eq!(world.take_runs(), ["image", "slow", "slow"]);
+}
+
+#[tokio::test]
+async fn a_failure_of_the_others_connection_is_not_ours() {
+    let gate = gate();
+    let gone = OpError { code: Some(14), ..OpError::new("the client went away") };
+    let (world, _solver, mut builds) =
+        builds_of_one_held_step(2, recipe("slow").gate(&gate).fails_with(gone)).await;
+    gate.add_permits(2);
+    builds.remove(0).await.unwrap().unwrap_err();
+    // The second build tried by itself.
+    builds.remove(0).await.unwrap().unwrap_err();
     assert_eq!(world.take_runs(), ["image", "slow", "slow"]);
 }
 
@@ -158,7 +173,10 @@ async fn builds_with_equal_contents_share_work_though_their_sources_differ() {
         let name = format!("context{i}");
         world.set(&name, recipe(&name).ephemeral().files(&[("/main", "m"), ("/who", &name)]));
         let (build, record) = world.build(&solver);
-        builds.push((tokio::spawn(async move { build.solve(&copy(&name)).await.unwrap().unwrap().id }), record));
+        builds.push((
+            tokio::spawn(async move { build.solve(&copy(&name)).await.unwrap().unwrap().id }),
+            record,
+        ));
     }
     for (_, record) in &builds {
         while record.log("copy").is_empty() {

@@ -11,7 +11,8 @@ use kiln_cache::kv::MemKv;
 use kiln_cache::{KeyStorage, KeyStore};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
-    CacheMap, ContentPath, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, ResultStore,
+    CacheMap, ContentPath, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex,
+    ResultStore,
 };
 use kiln_solver::progress::{Event, ProgressSink, VertexState};
 use kiln_solver::{Build, BuildOptions, SolveError, Solver, SolverOptions};
@@ -93,8 +94,12 @@ impl Recipe {
         self.makes(move |_| vec![files.clone()])
     }
 
-    pub(crate) fn fails(mut self, text: &str) -> Self {
-        self.fails = Some(OpError { exit_code: Some(7), ..OpError::new(text) });
+    pub(crate) fn fails(self, text: &str) -> Self {
+        self.fails_with(OpError { exit_code: Some(7), ..OpError::new(text) })
+    }
+
+    pub(crate) fn fails_with(mut self, error: OpError) -> Self {
+        self.fails = Some(error);
         self
     }
 
@@ -278,14 +283,20 @@ impl ResultStore<Tree> for Store {
         .boxed()
     }
 
-    fn content_digest<'a>(&'a self, result: &'a Tree, query: &'a ContentQuery) -> BoxFuture<'a, Result<Key, OpError>> {
+    fn content_digest<'a>(
+        &'a self,
+        result: &'a Tree,
+        query: &'a ContentQuery,
+    ) -> BoxFuture<'a, Result<Key, OpError>> {
         async move {
             self.0.content_digests.fetch_add(1, Ordering::Relaxed);
             let mut hasher = blake3::Hasher::new();
             for path in &query.paths {
                 match result.files.get(&path.path) {
                     Some(content) => hasher.update(format!("{}={content};", path.path).as_bytes()),
-                    None if path.must_exist => return Err(OpError::new(format!("{:?}: not found", path.path))),
+                    None if path.must_exist => {
+                        return Err(OpError::new(format!("{:?}: not found", path.path)));
+                    }
                     None => hasher.update(b"absent;"),
                 };
             }
@@ -366,7 +377,11 @@ impl Op<Tree> for FakeOp {
                 Some(path) => InputMap {
                     selector: Some(path.clone()),
                     content: Some(ContentQuery {
-                        paths: vec![ContentPath { path: path.clone(), must_exist: true, ..ContentPath::default() }],
+                        paths: vec![ContentPath {
+                            path: path.clone(),
+                            must_exist: true,
+                            ..ContentPath::default()
+                        }],
                     }),
                 },
             };
@@ -380,7 +395,11 @@ impl Op<Tree> for FakeOp {
         .boxed()
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Tree>) -> BoxFuture<'a, Result<Vec<Tree>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        inputs: Vec<Tree>,
+    ) -> BoxFuture<'a, Result<Vec<Tree>, OpError>> {
         async move {
             let _running = Running::new(&self.world, &self.name);
             for log in &self.recipe.logs {
@@ -397,7 +416,12 @@ impl Op<Tree> for FakeOp {
                 return Err(error.clone());
             }
             let inputs: Vec<Files> = inputs.iter().map(|tree| (*tree.files).clone()).collect();
-            Ok(self.recipe.apply(&self.name, &inputs).into_iter().map(|files| self.world.keep(files)).collect())
+            Ok(self
+                .recipe
+                .apply(&self.name, &inputs)
+                .into_iter()
+                .map(|files| self.world.keep(files))
+                .collect())
         }
         .boxed()
     }
