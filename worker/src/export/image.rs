@@ -1,0 +1,178 @@
+//! The `image` exporter: an image assembled in the content store, and pushed if asked.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use futures::{StreamExt, TryStreamExt};
+use kiln_proto::reference::Reference;
+
+use super::attrs::Attributes;
+use super::input::ExportInput;
+use super::manifest::{Assembled, PlatformImage, assemble};
+use super::{ExportContext, ExportError};
+use crate::image::LayerContent;
+use crate::registry::{BlobSource, PushOutcome, RegistryError, Repository};
+
+/// Blobs pushed at once.
+const PUSHES: usize = 4;
+
+pub(super) async fn export(
+    context: &ExportContext,
+    attributes: &Attributes,
+    input: &ExportInput,
+) -> Result<BTreeMap<String, String>, ExportError> {
+    let assembled = assemble(context, attributes, input).await?;
+    keep(context, &assembled).await?;
+    let names = names(attributes, &assembled.top()?.digest);
+    let mut response = assembled.response(&assembled.descriptor(&[])?)?;
+    if !names.is_empty() {
+        response.insert("image.name".to_string(), names.join(","));
+    }
+    for name in &names {
+        if let Some(progress) = &context.access.progress {
+            progress.status(&format!("naming to {name}"), "", 0).done();
+        }
+    }
+    if attributes.push {
+        for name in &attributes.names {
+            push(context, attributes, &assembled, name).await?;
+        }
+    }
+    Ok(response)
+}
+
+/// Names under which the image is known, as given and derived.
+fn names(attributes: &Attributes, digest: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for name in &attributes.names {
+        names.push(name.clone());
+        if attributes.name_canonical
+            && let Ok(reference) = Reference::parse(name)
+        {
+            names.push(format!("{}@{digest}", reference.name()));
+        }
+    }
+    if let Some(prefix) = &attributes.dangling_prefix
+        && !(attributes.dangling_empty_only && !names.is_empty())
+    {
+        names.push(format!("{prefix}@{digest}"));
+    }
+    names
+}
+
+/// Stores configs and manifests beside the layers, where the content service finds them.
+async fn keep(context: &ExportContext, assembled: &Assembled) -> Result<(), ExportError> {
+    let blobs = context.store.blobs();
+    let documents: Vec<Vec<u8>> = assembled
+        .images
+        .iter()
+        .flat_map(|image| [&image.config, &image.manifest])
+        .chain(&assembled.index)
+        .map(|document| document.bytes.clone())
+        .collect();
+    tokio::task::spawn_blocking(move || documents.iter().try_for_each(|bytes| blobs.put(bytes).map(drop)))
+        .await??;
+    Ok(())
+}
+
+async fn push(
+    context: &ExportContext,
+    attributes: &Attributes,
+    assembled: &Assembled,
+    name: &str,
+) -> Result<(), ExportError> {
+    let failed = |source: RegistryError| ExportError::Push { name: name.to_string(), source };
+    let reference = Reference::parse(name)
+        .map_err(|e| ExportError::Attribute(format!("failed to parse {name}: {e}")))?
+        .with_default_tag();
+    let repository = context
+        .images
+        .registry()
+        .repository(&reference, context.access.credentials.clone())
+        .insecure(attributes.insecure);
+    let progress = context.access.progress.as_ref();
+    let status = progress.map(|p| p.status("pushing layers", "", 0));
+    let mut layers: Vec<&LayerContent> = assembled.images.iter().flat_map(|image| &image.layers).collect();
+    layers.sort_by(|a, b| a.blob.digest.cmp(&b.blob.digest));
+    layers.dedup_by(|a, b| a.blob.digest == b.blob.digest);
+    futures::stream::iter(layers)
+        .map(|layer| push_layer(context, &repository, &reference, layer, name))
+        .buffer_unordered(PUSHES)
+        .try_collect::<Vec<()>>()
+        .await?;
+    status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
+    let top = assembled.top()?;
+    let shown = format!("pushing manifest for {}@{}", reference.clone().without_tag_and_digest(), top.digest);
+    let shown = match reference.tag() {
+        Some(tag) if !attributes.push_by_digest => {
+            format!(
+                "pushing manifest for {}:{tag}@{}",
+                reference.clone().without_tag_and_digest(),
+                top.digest
+            )
+        }
+        _ => shown,
+    };
+    let status = progress.map(|p| p.status(&shown, "", 0));
+    for image in &assembled.images {
+        push_config(&repository, image).await.map_err(failed)?;
+        if assembled.index.is_some() {
+            let manifest = &image.manifest;
+            let pushed =
+                repository.push_manifest(&manifest.digest, &manifest.media_type, &manifest.bytes).await;
+            pushed.map_err(failed)?;
+        }
+    }
+    let target = match reference.tag() {
+        Some(tag) if !attributes.push_by_digest => tag,
+        _ => top.digest.as_str(),
+    };
+    repository.push_manifest(target, &top.media_type, &top.bytes).await.map_err(failed)?;
+    status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
+    Ok(())
+}
+
+async fn push_config(repository: &Repository, image: &PlatformImage) -> Result<(), RegistryError> {
+    let config = &image.config;
+    let source = Some(BlobSource::Bytes(&config.bytes));
+    repository.push_blob(&config.digest, config.bytes.len() as u64, source, &[], &|_| {}).await?;
+    Ok(())
+}
+
+async fn push_layer(
+    context: &ExportContext,
+    repository: &Repository,
+    reference: &Reference,
+    layer: &LayerContent,
+    name: &str,
+) -> Result<(), ExportError> {
+    let failed = |source: RegistryError| ExportError::Push { name: name.to_string(), source };
+    let (digest, size) = (&layer.blob.digest, layer.blob.size);
+    let status = context.access.progress.as_ref().map(|p| p.status(digest, "pushing", size as i64));
+    let status = Mutex::new(status);
+    let sent = |bytes: u64| {
+        if let Some(status) = status.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            status.update(bytes as i64);
+        }
+    };
+    let mount_from = layer.mountable(reference.registry_host());
+    let path = layer.local.as_ref().map(|blob| blob.path());
+    let source = path.as_deref().map(BlobSource::File);
+    let mut outcome = repository.push_blob(digest, size, source, &mount_from, &sent).await.map_err(failed)?;
+    if outcome == PushOutcome::Missing {
+        // The layer was never read here, and the target can't take it over from where it is.
+        let blob = context.images.local_blob(layer, &context.access).await?;
+        let path = blob.path();
+        let source = Some(BlobSource::File(&path));
+        outcome = repository.push_blob(digest, size, source, &mount_from, &sent).await.map_err(failed)?;
+    }
+    tracing::debug!(%digest, ?outcome, "layer pushed");
+    if let Some(status) = status.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        status.done();
+    }
+    if layer.local.is_some() {
+        context.images.note_source(digest, &reference.clone().without_tag_and_digest().to_string());
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! The `local` and `tar` exporters: the files of the result themselves.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kiln_cache::{Ref, ScratchDir};
+use kiln_proto::platform;
+use rustix::fs::{Mode, OFlags, openat};
+
+use super::archive::send;
+use super::attrs::{Attributes, Kind};
+use super::input::ExportInput;
+use super::output::{Output, Tree};
+use super::{ExportContext, ExportError};
+use crate::layer::{PackOptions, pack_dir};
+use crate::view::{View, ViewError};
+
+/// Readable trees of a result. They stay as long as this lives.
+struct Roots {
+    /// (directory in the output without slash, platform for progress texts, tree).
+    views: Vec<(String, String, View)>,
+    _empty: ScratchDir,
+}
+
+async fn roots(
+    context: &ExportContext,
+    attributes: &Attributes,
+    input: &ExportInput,
+) -> Result<Roots, ExportError> {
+    let split = attributes.platform_split.unwrap_or(input.is_map);
+    if !split && input.targets.len() > 1 {
+        return Err(ExportError::Attribute(
+            "unsupported: platform-split=false with a result for several platforms".to_string(),
+        ));
+    }
+    let mut targets = Vec::new();
+    for target in &input.targets {
+        context.images.materialize(&target.result, &context.access).await?;
+        let shown = if input.is_map { target.id.clone() } else { String::new() };
+        let id = match (&target.platform, target.id.is_empty()) {
+            (_, false) => target.id.clone(),
+            (Some(stated), true) => platform::format(stated),
+            (None, true) => platform::format(&platform::host()),
+        };
+        targets.push((
+            if split { id.replace('/', "_") } else { String::new() },
+            shown,
+            target.result.clone(),
+        ));
+    }
+    let context = context.clone();
+    tokio::task::spawn_blocking(move || {
+        let empty = context.store.scratch()?;
+        let views = targets
+            .into_iter()
+            .map(|(prefix, shown, result)| Ok((prefix, shown, view(&context, &result, &empty)?)))
+            .collect::<Result<Vec<_>, ExportError>>()?;
+        Ok(Roots { views, _empty: empty })
+    })
+    .await?
+}
+
+fn view(context: &ExportContext, result: &Ref, empty: &ScratchDir) -> Result<View, ExportError> {
+    let layers = match result {
+        Some(top) => crate::flat::chain(&context.store.snapshots(), top)?,
+        None => Vec::new(),
+    };
+    Ok(match layers.is_empty() {
+        true => View::directory(empty.path(), Vec::new())?,
+        false => View::read_only(layers, empty.path())?,
+    })
+}
+
+pub(super) async fn export_local(
+    context: &ExportContext,
+    attributes: &Attributes,
+    input: &ExportInput,
+    output: &dyn Output,
+) -> Result<BTreeMap<String, String>, ExportError> {
+    let roots = roots(context, attributes, input).await?;
+    if attributes.mirror {
+        let trees =
+            roots.views.iter().map(|(prefix, _, view)| tree(prefix, view)).collect::<Result<Vec<_>, _>>()?;
+        copy(context, output, trees, true, "copying files").await?;
+        return Ok(BTreeMap::new());
+    }
+    // Clients merge: one transfer for each platform.
+    let transfers = roots.views.iter().map(|(prefix, shown, view)| async move {
+        let id = format!("copying files {shown}");
+        copy(context, output, vec![tree(prefix, view)?], false, id.trim_end()).await
+    });
+    futures::future::try_join_all(transfers).await?;
+    Ok(BTreeMap::new())
+}
+
+fn tree(prefix: &str, view: &View) -> Result<Tree, ExportError> {
+    let root = openat(view.fd(), ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|source| ViewError::Open { path: PathBuf::from("."), source })?;
+    Ok(Tree { prefix: prefix.to_string(), root })
+}
+
+async fn copy(
+    context: &ExportContext,
+    output: &dyn Output,
+    trees: Vec<Tree>,
+    mirror: bool,
+    id: &str,
+) -> Result<(), ExportError> {
+    let status = context.access.progress.as_ref().map(|p| p.status(id, "transferring", 0));
+    let status = Arc::new(Mutex::new((status, std::time::Instant::now())));
+    let progress = {
+        let status = status.clone();
+        Arc::new(move |bytes: u64| {
+            let mut guard = status.lock().unwrap_or_else(PoisonError::into_inner);
+            if guard.1.elapsed().as_millis() < 100 {
+                return;
+            }
+            guard.1 = std::time::Instant::now();
+            if let Some(status) = guard.0.as_mut() {
+                status.update(bytes as i64);
+            }
+        })
+    };
+    output.directory(trees, mirror, progress).await?;
+    if let Some(status) = status.lock().unwrap_or_else(PoisonError::into_inner).0.take() {
+        status.done();
+    }
+    Ok(())
+}
+
+pub(super) async fn export_tar(
+    context: &ExportContext,
+    attributes: &Attributes,
+    input: &ExportInput,
+    output: &dyn Output,
+) -> Result<BTreeMap<String, String>, ExportError> {
+    debug_assert_eq!(attributes.kind, Kind::Tar);
+    let roots = roots(context, attributes, input).await?;
+    let clamp = attributes.epoch;
+    let status = context.access.progress.as_ref().map(|p| p.status("sending tarball", "", 0));
+    let tar = output.tar(&BTreeMap::new())?;
+    send(tar, move |archive| {
+        for (prefix, _, view) in &roots.views {
+            let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+            let options = PackOptions { overlay: false, clamp, prefix };
+            let dir = PathBuf::from(format!("/proc/self/fd/{}", view.fd().as_raw_fd()));
+            pack_dir(&dir, &options, archive)?;
+        }
+        Ok(())
+    })
+    .await?;
+    status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
+    Ok(BTreeMap::new())
+}
