@@ -26,6 +26,8 @@ pub(crate) struct Meta {
     pub(crate) lines: Option<Lines>,
     pub(crate) group: Option<pb::ProgressGroup>,
     pub(crate) resources: Option<pb::LinuxResources>,
+    /// Another use of the same operation has the better name.
+    pub(crate) unnamed: bool,
 }
 
 impl Meta {
@@ -95,9 +97,9 @@ impl Graph {
         if platform.is_some() {
             meta.caps.push(llb::caps::PLATFORM);
         }
-        let lines = meta.lines;
+        let (lines, unnamed) = (meta.lines, meta.unnamed);
         let op = pb::Op { op: Some(op), platform: platform.cloned(), ..Default::default() };
-        self.intern(op, inputs, meta.into_pb(), lines)
+        self.intern(op, inputs, meta.into_pb(), lines, unnamed)
     }
 
     fn intern(
@@ -106,6 +108,7 @@ impl Graph {
         inputs: Vec<Out>,
         metadata: pb::OpMetadata,
         lines: Option<Lines>,
+        unnamed: bool,
     ) -> Out {
         let mut key = Vec::new();
         for input in &inputs {
@@ -118,8 +121,11 @@ impl Graph {
             nodes.push(Node { op, inputs, ..Node::default() });
             nodes.len() - 1
         });
-        self.nodes[node].metadata.push(metadata);
-        self.nodes[node].lines.extend(lines);
+        let node_ref = &mut self.nodes[node];
+        // Where metadata differ, the last one counts.
+        let at = if unnamed { 0 } else { node_ref.metadata.len() };
+        node_ref.metadata.insert(at, metadata);
+        node_ref.lines.extend(lines);
         Out { node, index: 0 }
     }
 
@@ -143,7 +149,7 @@ impl Graph {
             let inputs =
                 vertex.inputs.iter().map(|&(v, o)| Out { node: outs[v].node, index: i64::from(o) }).collect();
             let op = pb::Op { inputs: Vec::new(), ..vertex.op };
-            outs.push(self.intern(op, inputs, vertex.metadata, None));
+            outs.push(self.intern(op, inputs, vertex.metadata, None, false));
         }
         Ok(loaded.root.map(|(v, o)| Out { node: outs[v].node, index: i64::from(o) }))
     }

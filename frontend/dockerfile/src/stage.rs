@@ -536,6 +536,7 @@ impl Compiler<'_> {
             let meta = Meta {
                 command: (!stage.text.is_empty()).then(|| stage.text.clone()),
                 lines: stage.lines,
+                unnamed: stage.implicit,
                 ..Meta::named(title, &[llb::caps::SOURCE_IMAGE])
             };
             Some(self.image_source(&name, &used, meta))
