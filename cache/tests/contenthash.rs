@@ -389,6 +389,12 @@ fn an_output_counts_by_what_was_made_and_on_what() {
     assert_eq!(of(&lr), of(&merge(&l, &r)));
     assert_ne!(of(&layer(&f.store, Some(&lr), add)), of(&layer(&f.store, Some(&rl), add)));
     assert_eq!(of(&layer(&f.store, Some(&lr), add)), of(&layer(&f.store, Some(&merge(&l, &r)), add)));
+    let other = layer(&f.store, Some(&base), |fs| write(fs, "d", "1"));
+    assert_ne!(
+        of(&layer(&f.store, Some(&lr), add)),
+        of(&layer(&f.store, Some(&merge(&other, &r)), add)),
+        "all of a stack counts, not only its top and what that was made on"
+    );
 }
 
 #[test]

@@ -66,29 +66,31 @@ pub fn content_digest(snapshot: Option<&SnapshotRef>, query: &ContentQuery) -> R
 /// without being unpacked; another by its files and marks, chained on those below it.
 pub fn output_digest(snapshot: Option<&SnapshotRef>) -> Result<blake3::Hash> {
     const NAME: &[u8] = b"output";
-    let Some(snapshot) = snapshot else { return Ok(blake3::hash(b"scratch")) };
-    let mut chain = None;
     let mut todo = Vec::new();
-    // Downwards to the first layer whose answer is known, and up again.
-    for layer in snapshot.layers().into_iter().rev() {
-        // Within a stack a layer's neighbours are not its parents, so answers about it don't apply.
-        let own_chain = !snapshot.is_stack();
-        if own_chain && let Some(chain_id) = layer.chain_id() {
-            chain = Some(tagged(b"chain", &[chain_id.as_bytes()]));
-            break;
+    let mut next = snapshot.cloned();
+    // Downwards to the first snapshot whose answer is known, and up again.
+    let mut digest = loop {
+        let Some(current) = next else { break blake3::hash(b"scratch") };
+        if let Some(known) = cache::answer(&current, NAME)? {
+            break known;
         }
-        if own_chain && let Some(known) = cache::answer(&layer, NAME)? {
-            chain = Some(known);
-            break;
+        if let Some(chain_id) = current.chain_id() {
+            break tagged(b"chain", &[chain_id.as_bytes()]);
         }
-        todo.push(layer);
-    }
-    let mut digest = chain.unwrap_or_else(|| blake3::hash(b"scratch"));
+        if current.is_stack() {
+            // Each layer counts alone: what it was once made on is not part of the stack.
+            let layers = current.layers().iter().map(layer_digest).collect::<Result<Vec<_>>>()?;
+            let parts: Vec<&[u8]> = layers.iter().map(|digest| digest.as_bytes().as_slice()).collect();
+            let digest = tagged(b"stack", &parts);
+            cache::remember(&current, NAME, digest)?;
+            break digest;
+        }
+        next = current.parent();
+        todo.push(current);
+    };
     for layer in todo.into_iter().rev() {
         digest = tagged(b"layer", &[digest.as_bytes(), layer_digest(&layer)?.as_bytes()]);
-        if !snapshot.is_stack() && layer.parent().is_none_or(|parent| !parent.is_stack()) {
-            cache::remember(&layer, NAME, digest)?;
-        }
+        cache::remember(&layer, NAME, digest)?;
     }
     Ok(digest)
 }
