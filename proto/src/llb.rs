@@ -57,11 +57,7 @@ pub fn encode_op(op: &pb::Op) -> Vec<u8> {
 }
 
 /// Go writes both halves of a map entry even when they are empty; prost leaves empty ones out.
-fn encode_string_map(
-    tag: u32,
-    map: &std::collections::BTreeMap<String, String>,
-    buf: &mut Vec<u8>,
-) {
+fn encode_string_map(tag: u32, map: &std::collections::BTreeMap<String, String>, buf: &mut Vec<u8>) {
     for (key, value) in map {
         let mut entry = Vec::with_capacity(key.len() + value.len() + 8);
         string::encode(1, key, &mut entry);
@@ -127,9 +123,6 @@ mod tests {
 
     #[test]
     fn digest_is_sha256_hex() {
-        assert_eq!(
-            digest(b""),
-            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-        );
+        assert_eq!(digest(b""), "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
     }
 }

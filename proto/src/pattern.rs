@@ -48,11 +48,7 @@ impl PatternMatcher {
                 Some(rest) => (true, rest),
                 None => (false, cleaned.as_str()),
             };
-            out.push(Pattern {
-                text: text.to_string(),
-                negated,
-                glob: Glob::compile(text, true)?,
-            });
+            out.push(Pattern { text: text.to_string(), negated, glob: Glob::compile(text, true)? });
         }
         Ok(Self { patterns: out })
     }
@@ -80,9 +76,7 @@ impl PatternMatcher {
     /// [`PatternMatcher::matches`] for walks: `parent` is what this gave for the directory that holds
     /// `path`, so that its ancestors are not matched again.
     pub fn matches_below(&self, path: &str, parent: Option<&MatchInfo>) -> (bool, MatchInfo) {
-        let mut info = MatchInfo {
-            matched: vec![false; self.patterns.len()],
-        };
+        let mut info = MatchInfo { matched: vec![false; self.patterns.len()] };
         let mut matched = false;
         let parent = parent.filter(|p| p.matched.len() == self.patterns.len());
         for (i, pattern) in self.patterns.iter().enumerate() {
@@ -94,9 +88,7 @@ impl PatternMatcher {
                 }
                 hit = pattern.glob.matches(path);
                 if !hit && parent.is_none() {
-                    hit = path
-                        .match_indices('/')
-                        .any(|(at, _)| pattern.glob.matches(&path[..at]));
+                    hit = path.match_indices('/').any(|(at, _)| pattern.glob.matches(&path[..at]));
                 }
             }
             info.matched[i] = hit;
@@ -110,17 +102,13 @@ impl PatternMatcher {
     /// Whether something below directory `dir` may be matched by a pattern without `!`. A walk over
     /// an include list may skip directories for which this and [`PatternMatcher::matches`] are false.
     pub fn may_match_below(&self, dir: &str) -> bool {
-        self.patterns
-            .iter()
-            .any(|p| !p.negated && p.glob.may_match_below(dir))
+        self.patterns.iter().any(|p| !p.negated && p.glob.may_match_below(dir))
     }
 
     /// Whether something below directory `dir` may be taken back by a pattern with `!`. A walk over
     /// an exclude list may skip matched directories for which this is false.
     pub fn may_reinclude_below(&self, dir: &str) -> bool {
-        self.patterns
-            .iter()
-            .any(|p| p.negated && p.glob.may_match_below(dir))
+        self.patterns.iter().any(|p| p.negated && p.glob.may_match_below(dir))
     }
 }
 
@@ -160,11 +148,7 @@ pub fn parse_ignore_file(bytes: &[u8]) -> Vec<String> {
         if pattern.is_empty() && bang.is_empty() {
             continue;
         }
-        let cleaned = if pattern.is_empty() {
-            String::new()
-        } else {
-            clean(pattern)
-        };
+        let cleaned = if pattern.is_empty() { String::new() } else { clean(pattern) };
         let relative = match cleaned.strip_prefix('/') {
             Some(rest) if !rest.is_empty() => rest,
             _ => &cleaned,
@@ -276,9 +260,7 @@ impl Glob {
         if dir.is_empty() || dir == "." {
             return true;
         }
-        self.run(dir.chars().chain(std::iter::once('/')))
-            .iter()
-            .any(|&alive| alive)
+        self.run(dir.chars().chain(std::iter::once('/'))).iter().any(|&alive| alive)
     }
 
     /// The positions reachable after consuming `text`; position `tokens.len()` accepts.
@@ -303,9 +285,7 @@ impl Glob {
                             fresh[i + 1] = true;
                         }
                     }
-                    Token::Class { negated, ranges }
-                        if ranges.iter().any(|r| r.contains(&c)) != *negated =>
-                    {
+                    Token::Class { negated, ranges } if ranges.iter().any(|r| r.contains(&c)) != *negated => {
                         fresh[i + 1] = true;
                     }
                     _ => {}
@@ -444,24 +424,16 @@ mod tests {
     #[test]
     fn walks_may_skip_what_cannot_match() {
         let m = matcher(&["a/b/*.txt", "x/**/z"]);
-        for (dir, want) in [
-            ("a", true),
-            ("a/b", true),
-            ("a/c", false),
-            ("b", false),
-            ("x/y/w", true),
-            ("", true),
-        ] {
+        for (dir, want) in
+            [("a", true), ("a/b", true), ("a/c", false), ("b", false), ("x/y/w", true), ("", true)]
+        {
             assert_eq!(m.may_match_below(dir), want, "{dir}");
         }
     }
 
     #[test]
     fn malformed_patterns_are_refused() {
-        assert_eq!(
-            PatternMatcher::new(["!"]).err(),
-            Some(PatternError::LoneExclusion)
-        );
+        assert_eq!(PatternMatcher::new(["!"]).err(), Some(PatternError::LoneExclusion));
         for bad in ["[", "[]", "[^]", "[a", "a\\", "[a-]", "[-a]", "[\\"] {
             assert!(PatternMatcher::new([bad]).is_err(), "{bad}");
             assert!(glob_match(bad, "x").is_err(), "{bad}");
@@ -479,10 +451,7 @@ mod tests {
     #[test]
     fn ignore_files() {
         let text = b"\xef\xbb\xbf# comment\r\n\n  /abs/path \r\n!  ./keep/ \n #not a comment\n/\na/../b\n!";
-        assert_eq!(
-            parse_ignore_file(text),
-            ["abs/path", "!keep", "#not a comment", "/", "b", "!"]
-        );
+        assert_eq!(parse_ignore_file(text), ["abs/path", "!keep", "#not a comment", "/", "b", "!"]);
     }
 
     #[test]

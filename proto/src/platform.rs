@@ -69,11 +69,8 @@ pub fn host() -> pb::Platform {
         "loongarch64" => "loong64",
         other => other,
     };
-    let mut platform = pb::Platform {
-        architecture: architecture.into(),
-        os: "linux".into(),
-        ..Default::default()
-    };
+    let mut platform =
+        pb::Platform { architecture: architecture.into(), os: "linux".into(), ..Default::default() };
     normalize(&mut platform);
     platform
 }
@@ -81,19 +78,12 @@ pub fn host() -> pb::Platform {
 /// Reads `os`, `arch`, `os/arch` or `os/arch/variant` (an OS version may follow the OS in
 /// parentheses) and gives it in normal form. What is left out comes from [`host`].
 pub fn parse(text: &str) -> Result<pb::Platform, ParseError> {
-    let err = |reason| ParseError {
-        text: text.to_string(),
-        reason,
-    };
+    let err = |reason| ParseError { text: text.to_string(), reason };
     if text.contains('*') {
         return Err(err("wildcards not yet supported"));
     }
     let parts: Vec<&str> = text.split('/').collect();
-    let plain = |s: &str| {
-        !s.is_empty()
-            && s.chars()
-                .all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
-    };
+    let plain = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
     let (os, os_version) = match parts[0].split_once('(') {
         Some((os, rest)) => match rest.strip_suffix(')') {
             Some(version) => (os, version),
@@ -102,22 +92,13 @@ pub fn parse(text: &str) -> Result<pb::Platform, ParseError> {
         None => (parts[0], ""),
     };
     if !plain(os) || !parts[1..].iter().all(|p| plain(p)) {
-        return Err(err(
-            "invalid component: must consist of letters, digits, '_', '-' and '.'",
-        ));
+        return Err(err("invalid component: must consist of letters, digits, '_', '-' and '.'"));
     }
-    let mut platform = pb::Platform {
-        os_version: os_version.to_string(),
-        ..Default::default()
-    };
+    let mut platform = pb::Platform { os_version: os_version.to_string(), ..Default::default() };
     match parts[1..] {
         [] => {
             let lower = os.to_ascii_lowercase();
-            let os_name = if lower == "macos" {
-                "darwin"
-            } else {
-                lower.as_str()
-            };
+            let os_name = if lower == "macos" { "darwin" } else { lower.as_str() };
             if KNOWN_OS.contains(&os_name) {
                 let here = host();
                 platform.os = os_name.to_string();
@@ -167,10 +148,8 @@ pub fn format_all(platform: &pb::Platform) -> String {
     if platform.os_version.is_empty() {
         return format(platform);
     }
-    let versioned = pb::Platform {
-        os: format!("{}({})", platform.os, platform.os_version),
-        ..platform.clone()
-    };
+    let versioned =
+        pb::Platform { os: format!("{}({})", platform.os, platform.os_version), ..platform.clone() };
     format(&versioned)
 }
 
@@ -219,9 +198,7 @@ pub fn same(a: &pb::Platform, b: &pb::Platform) -> bool {
 /// (an older variant, 32 bit on 64 bit), `None` does not run.
 pub fn rank(want: &pb::Platform, have: &pb::Platform) -> Option<usize> {
     let have = normalized(have);
-    runnable(want)
-        .iter()
-        .position(|p| same(p, &have) && version_fits(want, &have))
+    runnable(want).iter().position(|p| same(p, &have) && version_fits(want, &have))
 }
 
 /// The index of the entry that serves `want` best; the first of equals. `None` entries (an index entry
@@ -230,10 +207,7 @@ pub fn select<'a>(
     want: &pb::Platform,
     have: impl IntoIterator<Item = Option<&'a pb::Platform>>,
 ) -> Option<usize> {
-    let ranked = have
-        .into_iter()
-        .enumerate()
-        .filter_map(|(i, p)| rank(want, p?).map(|r| (r, i)));
+    let ranked = have.into_iter().enumerate().filter_map(|(i, p)| rank(want, p?).map(|r| (r, i)));
     ranked.min().map(|(_, i)| i)
 }
 
@@ -242,29 +216,18 @@ fn version_fits(want: &pb::Platform, have: &pb::Platform) -> bool {
         return true;
     }
     // A Windows image runs on the same build number, whatever its revision.
-    let build = |v: &str| {
-        v.splitn(4, '.')
-            .take(3)
-            .map(str::to_string)
-            .collect::<Vec<_>>()
-    };
+    let build = |v: &str| v.splitn(4, '.').take(3).map(str::to_string).collect::<Vec<_>>();
     build(&want.os_version) == build(&have.os_version)
 }
 
 /// `want` and what else it runs, best first.
 fn runnable(want: &pb::Platform) -> Vec<pb::Platform> {
     let want = normalized(want);
-    let with = |arch: &str, variant: String| pb::Platform {
-        architecture: arch.into(),
-        variant,
-        ..want.clone()
-    };
+    let with =
+        |arch: &str, variant: String| pb::Platform { architecture: arch.into(), variant, ..want.clone() };
     let number = |v: &str| v.trim_start_matches('v').parse::<u32>().ok();
     let down = |arch: &str, from: u32, to: u32| -> Vec<pb::Platform> {
-        (to..=from)
-            .rev()
-            .map(|n| with(arch, format!("v{n}")))
-            .collect()
+        (to..=from).rev().map(|n| with(arch, format!("v{n}"))).collect()
     };
     let mut out = Vec::new();
     match want.architecture.as_str() {
@@ -297,11 +260,7 @@ fn runnable(want: &pb::Platform) -> Vec<pb::Platform> {
                 for m in (0..=minor).rev() {
                     out.push(with(
                         "arm64",
-                        if m == 0 {
-                            format!("v{major}")
-                        } else {
-                            format!("v{major}.{m}")
-                        },
+                        if m == 0 { format!("v{major}") } else { format!("v{major}.{m}") },
                     ));
                 }
             }
@@ -337,36 +296,19 @@ mod tests {
         ] {
             assert_eq!(format(&p(given)), want, "{given}");
         }
-        assert_eq!(
-            format_all(&p("windows(10.0.17763)/amd64")),
-            "windows(10.0.17763)/amd64"
-        );
+        assert_eq!(format_all(&p("windows(10.0.17763)/amd64")), "windows(10.0.17763)/amd64");
     }
 
     #[test]
     fn malformed_is_refused() {
-        for text in [
-            "",
-            "linux/",
-            "a/b/c/d",
-            "linux/*",
-            "nosuch",
-            "li nux/amd64",
-            "windows(1/amd64",
-        ] {
+        for text in ["", "linux/", "a/b/c/d", "linux/*", "nosuch", "li nux/amd64", "windows(1/amd64"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn selection_prefers_the_nearest_runnable() {
-        let have = [
-            p("linux/386"),
-            p("linux/amd64"),
-            p("linux/arm/v6"),
-            p("linux/arm/v7"),
-            p("linux/arm64"),
-        ];
+        let have = [p("linux/386"), p("linux/amd64"), p("linux/arm/v6"), p("linux/arm/v7"), p("linux/arm64")];
         let pick = |want: &str| select(&p(want), have.iter().map(Some));
         assert_eq!(pick("linux/amd64"), Some(1));
         assert_eq!(pick("linux/amd64/v3"), Some(1));
@@ -374,9 +316,6 @@ mod tests {
         assert_eq!(pick("linux/arm/v5"), None);
         assert_eq!(pick("linux/arm/v8"), Some(3));
         assert_eq!(pick("windows/amd64"), None);
-        assert_eq!(
-            select(&p("linux/amd64"), [None, Some(&p("linux/386"))]),
-            Some(1)
-        );
+        assert_eq!(select(&p("linux/amd64"), [None, Some(&p("linux/386"))]), Some(1));
     }
 }

@@ -58,26 +58,15 @@ impl Reference {
         if path.chars().any(char::is_uppercase) {
             return Err(ReferenceError::Uppercase(path.to_string()));
         }
-        let path = if domain == HUB && !path.contains('/') {
-            format!("{LIBRARY}{path}")
-        } else {
-            path.to_string()
-        };
-        if !is_domain(domain)
-            || !path.split('/').all(is_component)
-            || tag.is_some_and(|t| !is_tag(t))
-        {
+        let path =
+            if domain == HUB && !path.contains('/') { format!("{LIBRARY}{path}") } else { path.to_string() };
+        if !is_domain(domain) || !path.split('/').all(is_component) || tag.is_some_and(|t| !is_tag(t)) {
             return Err(ReferenceError::Format);
         }
         if domain.len() + 1 + path.len() > MAX_NAME {
             return Err(ReferenceError::TooLong);
         }
-        Ok(Self {
-            domain: domain.to_string(),
-            path,
-            tag: tag.map(str::to_string),
-            digest,
-        })
+        Ok(Self { domain: domain.to_string(), path, tag: tag.map(str::to_string), digest })
     }
 
     /// The registry's name as in the reference, e.g. `docker.io` or `localhost:5000`.
@@ -87,11 +76,7 @@ impl Reference {
 
     /// The host to contact: [`Reference::domain`], except that Docker Hub answers elsewhere.
     pub fn registry_host(&self) -> &str {
-        if self.domain == HUB {
-            "registry-1.docker.io"
-        } else {
-            &self.domain
-        }
+        if self.domain == HUB { "registry-1.docker.io" } else { &self.domain }
     }
 
     /// The repository within the registry, e.g. `library/alpine`.
@@ -149,10 +134,7 @@ impl Reference {
 
     /// What a registry is asked for in `/v2/<path>/manifests/<…>`: the digest, else the tag, else `latest`.
     pub fn manifest_name(&self) -> &str {
-        self.digest
-            .as_deref()
-            .or(self.tag.as_deref())
-            .unwrap_or("latest")
+        self.digest.as_deref().or(self.tag.as_deref()).unwrap_or("latest")
     }
 
     /// The name without what is implied: `docker.io/library/alpine` is `alpine`. No tag, no digest.
@@ -207,11 +189,7 @@ pub fn check_digest(digest: &str) -> Result<(), ReferenceError> {
         "sha512" => 128,
         _ => return Err(ReferenceError::Digest),
     };
-    if value.len() == len
-        && value
-            .bytes()
-            .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    {
+    if value.len() == len && value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         Ok(())
     } else {
         Err(ReferenceError::Digest)
@@ -240,14 +218,7 @@ fn is_domain(domain: &str) -> bool {
                 if host.is_empty() || !host.bytes().all(|b| b.is_ascii_hexdigit() || b == b':') {
                     return false;
                 }
-                (
-                    "ipv6",
-                    if after.is_empty() {
-                        None
-                    } else {
-                        after.strip_prefix(':').or(Some(""))
-                    },
-                )
+                ("ipv6", if after.is_empty() { None } else { after.strip_prefix(':').or(Some("")) })
             }
             None => return false,
         },
@@ -262,8 +233,7 @@ fn is_domain(domain: &str) -> bool {
             && !l.starts_with('-')
             && !l.ends_with('-')
     };
-    host.split('.').all(label)
-        && port.is_none_or(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
+    host.split('.').all(label) && port.is_none_or(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Lower-case letters and digits, joined by one `.`, one or two `_`, or any number of `-`.
@@ -276,21 +246,16 @@ fn is_component(component: &str) -> bool {
     if !alnum(first) || !alnum(last) {
         return false;
     }
-    bytes
-        .split(|&b| alnum(b))
-        .filter(|run| !run.is_empty())
-        .all(|run| match run {
-            b"." | b"_" | b"__" => true,
-            run => run.iter().all(|&b| b == b'-'),
-        })
+    bytes.split(|&b| alnum(b)).filter(|run| !run.is_empty()).all(|run| match run {
+        b"." | b"_" | b"__" => true,
+        run => run.iter().all(|&b| b == b'-'),
+    })
 }
 
 fn is_tag(tag: &str) -> bool {
     let mut bytes = tag.bytes();
     tag.len() <= 128
-        && bytes
-            .next()
-            .is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_')
+        && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_')
         && bytes.all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
 }
 
@@ -304,46 +269,24 @@ mod tests {
     fn names_are_normalised_and_made_familiar_again() {
         for (given, full, familiar) in [
             ("alpine", "docker.io/library/alpine", "alpine"),
-            (
-                "alpine:3.20",
-                "docker.io/library/alpine:3.20",
-                "alpine:3.20",
-            ),
+            ("alpine:3.20", "docker.io/library/alpine:3.20", "alpine:3.20"),
             ("docker.io/alpine", "docker.io/library/alpine", "alpine"),
             ("index.docker.io/a/b", "docker.io/a/b", "a/b"),
             ("localhost/a", "localhost/a", "localhost/a"),
-            (
-                "localhost:5000/a:b",
-                "localhost:5000/a:b",
-                "localhost:5000/a:b",
-            ),
-            (
-                "127.0.0.1:5000/x/y",
-                "127.0.0.1:5000/x/y",
-                "127.0.0.1:5000/x/y",
-            ),
+            ("localhost:5000/a:b", "localhost:5000/a:b", "localhost:5000/a:b"),
+            ("127.0.0.1:5000/x/y", "127.0.0.1:5000/x/y", "127.0.0.1:5000/x/y"),
             ("[::1]:5000/x", "[::1]:5000/x", "[::1]:5000/x"),
-            (
-                "ghcr.io/a__b/c--d.e",
-                "ghcr.io/a__b/c--d.e",
-                "ghcr.io/a__b/c--d.e",
-            ),
+            ("ghcr.io/a__b/c--d.e", "ghcr.io/a__b/c--d.e", "ghcr.io/a__b/c--d.e"),
         ] {
             let r = Reference::parse(given).unwrap_or_else(|e| panic!("{given}: {e}"));
             assert_eq!(r.to_string(), full);
             assert_eq!(r.familiar(), familiar);
         }
         let r = Reference::parse(&format!("alpine:x@{DIGEST}")).expect("parses");
-        assert_eq!(
-            (r.tag(), r.digest(), r.manifest_name()),
-            (Some("x"), Some(DIGEST), DIGEST)
-        );
+        assert_eq!((r.tag(), r.digest(), r.manifest_name()), (Some("x"), Some(DIGEST), DIGEST));
         assert_eq!(r.registry_host(), "registry-1.docker.io");
         assert_eq!(
-            Reference::parse("a")
-                .expect("parses")
-                .with_default_tag()
-                .to_string(),
+            Reference::parse("a").expect("parses").with_default_tag().to_string(),
             "docker.io/library/a:latest"
         );
     }
@@ -351,10 +294,7 @@ mod tests {
     #[test]
     fn malformed_names_are_refused() {
         for (given, error) in [
-            (
-                "Alpine",
-                "invalid reference format: repository name (Alpine) must be lowercase",
-            ),
+            ("Alpine", "invalid reference format: repository name (Alpine) must be lowercase"),
             ("", "invalid reference format"),
             ("a:", "invalid reference format"),
             ("a//b", "invalid reference format"),
@@ -364,11 +304,7 @@ mod tests {
             ("a b", "invalid reference format"),
             ("../x", "invalid reference format"),
         ] {
-            assert_eq!(
-                Reference::parse(given).map_err(|e| e.to_string()),
-                Err(error.to_string()),
-                "{given}"
-            );
+            assert_eq!(Reference::parse(given).map_err(|e| e.to_string()), Err(error.to_string()), "{given}");
         }
         assert!(Reference::parse(&"a".repeat(64)).is_err());
         assert!(Reference::parse(&format!("x.io/{}", "a".repeat(300))).is_err());

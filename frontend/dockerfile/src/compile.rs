@@ -12,8 +12,9 @@ use crate::expand::{Env, EnvList, Lexer};
 use crate::gofmt;
 use crate::graph::{Graph, Meta, Out};
 use crate::image::Image;
-use crate::instruction::{self, Instruction, Kind};
+use crate::instruction::{Instruction, Kind};
 use crate::lint::{self, Linter};
+use crate::parse;
 use crate::source::{self, Source};
 use crate::stage::{ByName, Stage, locate};
 use crate::{CompileError, CompileInput, Compiled, CompiledTarget, ContextSource, ImageResolver};
@@ -61,7 +62,7 @@ async fn compile_all(input: &CompileInput<'_>, resolver: &dyn ImageResolver) -> 
     let instructions: Vec<Instruction> = source
         .lines
         .iter()
-        .map(|line| instruction::parse(line, source.escape).map_err(parse_error))
+        .map(|line| parse::parse(line, source.escape).map_err(parse_error))
         .collect::<Result<_>>()?;
     let mut platforms: Vec<Option<&pb::Platform>> = input.options.platforms.iter().map(Some).collect();
     if platforms.is_empty() {

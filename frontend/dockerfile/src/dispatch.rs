@@ -366,7 +366,7 @@ impl Compiler<'_> {
     pub(crate) fn number_step(&self, stage: &mut Stage, command: &Command, text: &str) -> String {
         let on = stage.platform.clone().filter(|_| self.input.options.multi_platform);
         let env = stage.fs.env.clone();
-        crate::stage::step_name(stage, text, command.triggered, on.as_ref(), &env)
+        crate::step::step_name(stage, text, command.triggered, on.as_ref(), &env)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The Dockerfile compiler: text in, LLB out. Pure: configurations of base images come through
 //! [`ImageResolver`], and nothing here reads files or the network.
 
+mod base;
 mod compile;
 mod copy;
 mod dispatch;
@@ -16,9 +17,11 @@ mod instruction;
 mod lint;
 mod mount;
 mod options;
+mod parse;
 mod run;
 mod source;
 mod stage;
+mod step;
 mod suggest;
 
 use futures::future::BoxFuture;

@@ -1,24 +1,18 @@
-//! The stages of a Dockerfile: names, dependencies, base images. What their instructions do is
-//! elsewhere.
+//! The stages of a Dockerfile: names, dependencies, what they inherit. Base images and what
+//! instructions do are elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
-use futures::future::try_join_all;
-use kiln_proto::reference::Reference;
-use kiln_proto::{llb, pb, platform};
+use kiln_proto::{pb, platform};
 
 use crate::compile::{Compiler, is_scratch};
 use crate::error::{Fault, Lines, Pos, Result};
-use crate::expand::{Env, EnvList, Lexer, NoEnv};
-use crate::graph::{Meta, Out};
+use crate::expand::{EnvList, Lexer, NoEnv};
+use crate::graph::Out;
 use crate::image::Image;
 use crate::instruction::{self, Instruction, Kind};
-use crate::options::ResolveMode;
 use crate::suggest::{nearest, with_suggestion};
-use crate::{ImageResolver, ResolvedImage, lint, source};
-
-/// Names that are suggested beside the file's own stages.
-const COMMON_IMAGES: &[&str] = &["alpine", "busybox", "centos", "debian", "golang", "ubuntu", "fedora"];
+use crate::{lint, parse, source};
 
 /// A FROM and what follows it, or an image that an instruction reads from.
 #[derive(Debug, Clone, Default)]
@@ -42,7 +36,7 @@ pub(crate) struct Stage {
     pub(crate) implicit: bool,
     /// Its file system is known.
     pub(crate) dispatched: bool,
-    resolved: bool,
+    pub(crate) resolved: bool,
     triggers_taken: bool,
     pub(crate) image: Image,
     pub(crate) base_config: Option<Vec<u8>>,
@@ -76,14 +70,6 @@ pub(crate) struct Command {
     pub(crate) sources: Vec<usize>,
     /// Comes from an ONBUILD of the base.
     pub(crate) triggered: bool,
-}
-
-/// A look-up that a resolver has to answer.
-#[derive(Debug, Clone, PartialEq)]
-struct Request {
-    reference: String,
-    platform: pb::Platform,
-    log_name: String,
 }
 
 impl Compiler<'_> {
@@ -334,7 +320,7 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    fn reachable(&self, target: usize) -> BTreeSet<usize> {
+    pub(crate) fn reachable(&self, target: usize) -> BTreeSet<usize> {
         let mut seen = BTreeSet::new();
         let mut todo = vec![target];
         while let Some(at) = todo.pop() {
@@ -346,250 +332,22 @@ impl Compiler<'_> {
         seen
     }
 
-    /// Resolves the base images of all stages that `target` needs, following ONBUILD triggers to
-    /// further stages. The answer is what is needed.
-    pub(crate) async fn resolve_stages(
-        &mut self,
-        target: usize,
-        resolver: &dyn ImageResolver,
-    ) -> Result<BTreeSet<usize>> {
-        loop {
-            let needed = self.reachable(target);
-            self.resolve_bases(&needed, resolver).await?;
-            let mut more = false;
-            for &at in &needed {
-                more |= self.take_triggers(at).map_err(|f| {
-                    match (self.stages[at].lines, self.stages[at].start) {
-                        (Some(lines), Some(start)) => f.within(lines).at(start),
-                        _ => f,
-                    }
-                })?;
-            }
-            if !more {
-                return Ok(needed);
-            }
-        }
-    }
-
-    async fn resolve_bases(&mut self, needed: &BTreeSet<usize>, resolver: &dyn ImageResolver) -> Result<()> {
-        let mut requests: Vec<(usize, Request)> = Vec::new();
-        for at in 0..self.stages.len() {
-            let stage = &self.stages[at];
-            if stage.base.is_some() || stage.dispatched || stage.resolved {
-                continue;
-            }
-            let request = self.prepare_base(at, needed.contains(&at));
-            let stage = &self.stages[at];
-            let place = |f: Fault| match (stage.lines, stage.start) {
-                (Some(lines), Some(start)) => f.within(lines).at(start),
-                _ => f,
-            };
-            requests.extend(request.map_err(place)?.map(|r| (at, r)));
-        }
-        let mut unique: Vec<Request> = Vec::new();
-        for (_, request) in &requests {
-            if !unique.contains(request) {
-                unique.push(request.clone());
-            }
-        }
-        let mode = self.input.options.resolve_mode;
-        let answers = try_join_all(unique.iter().map(|request| async move {
-            let answer =
-                resolver.resolve(&request.reference, &request.platform, mode, &request.log_name).await;
-            answer.map(|image| (request, image)).map_err(|cause| (request, cause))
-        }))
-        .await;
-        let answers = match answers {
-            Ok(answers) => answers,
-            Err((failed, cause)) => {
-                let asker = requests.iter().find(|(_, r)| r == failed).map(|(at, _)| &self.stages[*at]);
-                let name = asker.map(|s| s.base_written.clone()).unwrap_or_default();
-                let common = COMMON_IMAGES.iter().flat_map(|n| [n.to_string(), format!("{n}:latest")]);
-                let names = self.stages.iter().map(|s| s.display.clone()).chain(common);
-                let message =
-                    with_suggestion(format!("{name}: {cause}"), &name, names.filter(|n| !n.is_empty()), true);
-                let fault = Fault::new(message).caused_by(cause);
-                return Err(match asker.and_then(|s| Some((s.lines?, s.start?))) {
-                    Some((lines, start)) => fault.within(lines).at(start),
-                    None => fault,
-                });
-            }
-        };
-        for (at, request) in &requests {
-            let answer = answers.iter().find(|(r, _)| *r == request).map(|(_, image)| image.clone());
-            if let Some(image) = answer {
-                self.use_base(*at, request, image)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Settles a base that needs no look-up, or says which look-up it needs.
-    fn prepare_base(&mut self, at: usize, needed: bool) -> Result<Option<Request>> {
-        self.stages[at].resolved = needed;
-        let stage = &self.stages[at];
-        let stage_platform = stage.platform.clone().unwrap_or_else(|| self.target_platform.clone());
-        let whole_stage = match stage.name.as_str() {
-            "" => None,
-            name => self.named_context(name, &stage_platform)?.map(|image| (name.to_string(), image)),
-        };
-        if is_scratch(&stage.base_name) && whole_stage.is_none() {
-            self.use_scratch(at, stage_platform);
-            return Ok(None);
-        }
-        let written = stage.base_name.clone();
-        let parsed = Reference::parse(&written).map_err(|e| {
-            Fault::new(format!("failed to parse stage name {}: {e}", crate::gofmt::quote(&written)))
-        })?;
-        if !needed {
-            return Ok(None);
-        }
-        let replaced = match whole_stage {
-            Some(found) => Some((found, true)),
-            None => {
-                let familiar = parsed.familiar();
-                let familiar = familiar.strip_suffix(":latest").unwrap_or(&familiar).to_string();
-                self.named_context(&familiar, &stage_platform)?.map(|image| ((familiar, image), false))
-            }
-        };
-        if let Some(((context, image), whole_stage)) = replaced {
-            let stage = &mut self.stages[at];
-            if whole_stage {
-                stage.commands.clear();
-                stage.deps.clear();
-                stage.steps = 1;
-            }
-            let Some(image) = image else {
-                self.use_scratch(at, stage_platform);
-                return Ok(None);
-            };
-            stage.base_name = image.to_string();
-            let log_name = format!("[context {context}] load metadata for {image}");
-            return Ok(Some(Request { reference: image.to_string(), platform: stage_platform, log_name }));
-        }
-        let reference = parsed.with_default_tag().to_string();
-        self.stages[at].base_name = reference.clone();
-        let prefix = if self.input.options.multi_platform {
-            format!("[{} internal]", platform::format_all(&stage_platform))
-        } else {
-            "[internal]".to_string()
-        };
-        let log_name = format!("{prefix} load metadata for {reference}");
-        Ok(Some(Request { reference, platform: stage_platform, log_name }))
-    }
-
-    fn use_scratch(&mut self, at: usize, on: pb::Platform) {
-        let stage = &mut self.stages[at];
-        stage.image = Image::scratch(&on);
-        stage.platform = Some(on);
-        stage.dispatched |= stage.implicit;
-    }
-
-    /// The image that a named context puts in the place of `name`; the inner `None` is scratch.
-    fn named_context(&self, name: &str, for_platform: &pb::Platform) -> Result<Option<Option<Reference>>> {
-        let contexts = &self.input.options.named_contexts;
-        let specific = format!("{name}::{}", platform::format_all(&platform::normalized(for_platform)));
-        let Some(value) = contexts.get(&specific).or_else(|| contexts.get(name)) else { return Ok(None) };
-        let Some(image) = value.strip_prefix("docker-image://") else {
-            return Err(Fault::new(format!(
-                "unsupported: named context {name}={value} (only docker-image:// is)"
-            )));
-        };
-        if image == "scratch" {
-            return Ok(Some(None));
-        }
-        let parsed = Reference::parse(image)
-            .map_err(|e| Fault::new(format!("invalid image of named context {name}: {e}")))?;
-        Ok(Some(Some(parsed.with_default_tag())))
-    }
-
-    fn use_base(&mut self, at: usize, request: &Request, found: ResolvedImage) -> Result<()> {
-        let ResolvedImage { digest, config, reference } = found;
-        let parse = |text: &str| {
-            Reference::parse(text).map_err(|e| Fault::new(format!("failed to parse ref {text}: {e}")))
-        };
-        let mut image: Image = serde_json::from_slice(&config)
-            .map_err(|e| Fault::new(format!("failed to parse image config of {}: {e}", request.reference)))?;
-        image.created = None;
-        let mut name = parse(&reference)?.with_default_tag();
-        if !digest.is_empty() && name.digest() != Some(digest.as_str()) {
-            name = name
-                .with_digest(&digest)
-                .map_err(|e| Fault::new(format!("invalid digest of {reference}: {e}")))?;
-        }
-        let mut used = request.platform.clone();
-        let stage = &self.stages[at];
-        if stage.platform.is_none() && self.implicit_target && !runs_as(&used, &image) {
-            let build = &self.input.build_platform;
-            if runs_as(build, &image) {
-                used = build.clone();
-            }
-        }
-        let output = if image.has_no_layers() {
-            None
-        } else {
-            let title = match request.log_name.strip_prefix("[context ").and_then(|r| r.split_once("] ")) {
-                Some((context, _)) => format!("[context {context}] {name}"),
-                None => self.step_name(at, &format!("FROM {name}"), false, Some(&used), &NoEnv),
-            };
-            let stage = &self.stages[at];
-            let meta = Meta {
-                command: (!stage.text.is_empty()).then(|| stage.text.clone()),
-                lines: stage.lines,
-                unnamed: stage.implicit,
-                ..Meta::named(title, &[llb::caps::SOURCE_IMAGE])
-            };
-            Some(self.image_source(&name, &used, meta))
-        };
-        if let (Some(lines), true) = (self.stages[at].lines, !runs_as(&used, &image)) {
-            let (actual, expected) =
-                (platform::format_all(&platform::normalized(&image.platform())), platform::format_all(&used));
-            let message = format!(
-                "Base image {} was pulled with platform \"{actual}\", expected \"{expected}\" for current build",
-                self.stages[at].base_written
-            );
-            self.lint.warn(lint::BASE_IMAGE_PLATFORM, lines, message);
-        }
-        let stage = &mut self.stages[at];
-        stage.base_name = name.to_string();
-        stage.base_config = Some(config);
-        stage.image = image;
-        stage.platform = Some(used);
-        stage.fs.output = output;
-        stage.dispatched |= stage.implicit;
-        Ok(())
-    }
-
-    fn image_source(&mut self, name: &Reference, on: &pb::Platform, mut meta: Meta) -> Out {
-        let mut attrs = BTreeMap::new();
-        let mode = self.input.options.resolve_mode;
-        if mode != ResolveMode::Default {
-            attrs.insert("image.resolvemode".to_string(), mode.as_str().to_string());
-            if mode == ResolveMode::Pull {
-                meta.caps.push(llb::caps::SOURCE_IMAGE_RESOLVE_MODE);
-            }
-        }
-        let op = pb::op::Op::Source(pb::SourceOp { identifier: format!("docker-image://{name}"), attrs });
-        self.graph.add(op, Some(on), Vec::new(), meta)
-    }
-
     /// Takes over what the base stage has, before and after the base's own instructions.
     pub(crate) fn inherit(&mut self, at: usize) {
         let Some(base) = self.stages[at].base else { return };
-        let from = self.stages[base].clone();
+        let from = &self.stages[base];
+        let (fs, platform, mut image) = (from.fs.clone(), from.platform.clone(), from.image.clone());
+        let (base_config, workdir_set, build_args) =
+            (from.base_config.clone(), from.workdir_set, from.build_args.clone());
+        image.config.on_build.clear();
         let stage = &mut self.stages[at];
-        stage.fs = from.fs;
-        stage.platform = from.platform;
-        stage.image = from.image;
-        stage.image.config.on_build.clear();
-        stage.base_config = from.base_config;
-        stage.workdir_set = from.workdir_set;
-        stage.build_args = from.build_args;
+        (stage.fs, stage.platform, stage.image) = (fs, platform, image);
+        (stage.base_config, stage.workdir_set, stage.build_args) = (base_config, workdir_set, build_args);
     }
 
     /// Puts the ONBUILD triggers of the base before the stage's own instructions. True if they read
     /// from stages that were not linked before.
-    fn take_triggers(&mut self, at: usize) -> Result<bool> {
+    pub(crate) fn take_triggers(&mut self, at: usize) -> Result<bool> {
         self.inherit(at);
         if std::mem::replace(&mut self.stages[at].triggers_taken, true) {
             return Ok(false);
@@ -605,7 +363,7 @@ impl Compiler<'_> {
         let mut linked = false;
         for trigger in &triggers {
             let line = source::read_trigger(trigger).map_err(|f| Fault::new(f.message))?;
-            let mut instruction = instruction::parse(&line, '\\').map_err(|f| Fault::new(f.message))?;
+            let mut instruction = parse::parse(&line, '\\').map_err(|f| Fault::new(f.message))?;
             if let (Some(lines), Some(start)) = (self.stages[at].lines, self.stages[at].start) {
                 (instruction.lines, instruction.start) = (lines, start);
             }
@@ -623,86 +381,6 @@ impl Compiler<'_> {
         }
         Ok(linked)
     }
-
-    /// `[platform stage i/n] text`: the name of the stage's next step.
-    pub(crate) fn step_name(
-        &mut self,
-        at: usize,
-        text: &str,
-        triggered: bool,
-        on: Option<&pb::Platform>,
-        env: &dyn Env,
-    ) -> String {
-        let multi = self.input.options.multi_platform;
-        step_name(&mut self.stages[at], text, triggered, on.filter(|_| multi), env)
-    }
-}
-
-/// See [`Compiler::step_name`]; `on` is the platform if it is shown.
-pub(crate) fn step_name(
-    stage: &mut Stage,
-    text: &str,
-    triggered: bool,
-    on: Option<&pb::Platform>,
-    env: &dyn Env,
-) -> String {
-    if stage.steps == 0 {
-        return text.to_string();
-    }
-    stage.step += 1;
-    let mut out = String::from("[");
-    if let Some(on) = on {
-        out.push_str(&platform::format_all(on));
-        out.push_str(&cross_target(on, env));
-        out.push(' ');
-    }
-    if !stage.display.is_empty() {
-        out.push_str(&stage.display);
-        out.push(' ');
-    }
-    let width = stage.steps.to_string().len();
-    out.push_str(&format!("{:width$}/{}] ", stage.step, stage.steps));
-    if triggered {
-        out.push_str("ONBUILD ");
-    }
-    out.push_str(text);
-    out
-}
-
-/// `->arch` where a step that runs on one platform builds for another.
-fn cross_target(on: &pb::Platform, env: &dyn Env) -> String {
-    let parsed = env.get("TARGETPLATFORM").and_then(|p| platform::parse(p).ok());
-    let target = match parsed {
-        Some(p) => p,
-        None => {
-            let part = |name: &str| env.get(name).map(str::to_string);
-            let (os, arch, variant) = (part("TARGETOS"), part("TARGETARCH"), part("TARGETVARIANT"));
-            if os.is_none() && arch.is_none() && variant.is_none() {
-                return String::new();
-            }
-            let or = |value: Option<String>, default: &str| {
-                value.filter(|v| !v.is_empty()).unwrap_or(default.to_string())
-            };
-            platform::normalized(&pb::Platform {
-                os: or(os, &on.os),
-                architecture: or(arch, &on.architecture),
-                variant: variant.unwrap_or_default(),
-                ..Default::default()
-            })
-        }
-    };
-    if target.os != on.os {
-        return format!("->{}", platform::format_all(&target));
-    }
-    if target.architecture == on.architecture {
-        return String::new();
-    }
-    let variant = if target.variant.is_empty() { String::new() } else { format!("/{}", target.variant) };
-    format!("->{}{variant}", target.architecture)
-}
-
-fn runs_as(platform: &pb::Platform, image: &Image) -> bool {
-    platform.os == image.os && platform.architecture == image.architecture
 }
 
 /// Whether the instruction counts among the numbered steps.

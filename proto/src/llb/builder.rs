@@ -40,19 +40,9 @@ impl Builder {
             merge_metadata(&mut self.vertices[at].metadata, metadata);
             return digest;
         }
-        let inputs = op
-            .inputs
-            .iter()
-            .filter_map(|i| self.index.get(&i.digest).copied())
-            .collect();
+        let inputs = op.inputs.iter().filter_map(|i| self.index.get(&i.digest).copied()).collect();
         self.index.insert(digest.clone(), self.vertices.len());
-        self.vertices.push(Vertex {
-            digest: digest.clone(),
-            bytes,
-            inputs,
-            metadata,
-            locations: Vec::new(),
-        });
+        self.vertices.push(Vertex { digest: digest.clone(), bytes, inputs, metadata, locations: Vec::new() });
         digest
     }
 
@@ -65,10 +55,7 @@ impl Builder {
     /// Says which lines of a registered source file a vertex comes from.
     pub fn locate(&mut self, digest: &str, source_index: i32, ranges: Vec<pb::Range>) {
         if let Some(&at) = self.index.get(digest) {
-            let location = pb::Location {
-                source_index,
-                ranges,
-            };
+            let location = pb::Location { source_index, ranges };
             if !self.vertices[at].locations.contains(&location) {
                 self.vertices[at].locations.push(location);
             }
@@ -78,32 +65,17 @@ impl Builder {
     /// The definition of `output` and everything it needs, ending with the terminal pseudo-operation.
     pub fn finish(&self, output: &pb::Input) -> pb::Definition {
         let mut needed = vec![false; self.vertices.len()];
-        let mut todo: Vec<usize> = self
-            .index
-            .get(&output.digest)
-            .copied()
-            .into_iter()
-            .collect();
+        let mut todo: Vec<usize> = self.index.get(&output.digest).copied().into_iter().collect();
         while let Some(at) = todo.pop() {
             if !std::mem::replace(&mut needed[at], true) {
                 todo.extend(&self.vertices[at].inputs);
             }
         }
         let mut def = pb::Definition::default();
-        let mut source = pb::Source {
-            infos: self.infos.clone(),
-            ..Default::default()
-        };
-        let mut terminal_caps: BTreeMap<String, bool> = [caps::CONSTRAINTS, caps::PLATFORM]
-            .into_iter()
-            .map(|c| (c.to_string(), true))
-            .collect();
-        for vertex in self
-            .vertices
-            .iter()
-            .zip(&needed)
-            .filter_map(|(v, n)| n.then_some(v))
-        {
+        let mut source = pb::Source { infos: self.infos.clone(), ..Default::default() };
+        let mut terminal_caps: BTreeMap<String, bool> =
+            [caps::CONSTRAINTS, caps::PLATFORM].into_iter().map(|c| (c.to_string(), true)).collect();
+        for vertex in self.vertices.iter().zip(&needed).filter_map(|(v, n)| n.then_some(v)) {
             let metadata = &vertex.metadata;
             for (present, cap) in [
                 (metadata.ignore_cache, caps::META_IGNORE_CACHE),
@@ -117,27 +89,14 @@ impl Builder {
             def.def.push(vertex.bytes.clone());
             def.metadata.insert(vertex.digest.clone(), metadata.clone());
             if !vertex.locations.is_empty() {
-                source.locations.insert(
-                    vertex.digest.clone(),
-                    pb::Locations {
-                        locations: vertex.locations.clone(),
-                    },
-                );
+                source
+                    .locations
+                    .insert(vertex.digest.clone(), pb::Locations { locations: vertex.locations.clone() });
             }
         }
         // The terminal operation is not a vertex: Go clients write its input and nothing else.
-        let terminal = pb::Op {
-            inputs: vec![output.clone()],
-            ..Default::default()
-        }
-        .encode_to_vec();
-        def.metadata.insert(
-            digest(&terminal),
-            pb::OpMetadata {
-                caps: terminal_caps,
-                ..Default::default()
-            },
-        );
+        let terminal = pb::Op { inputs: vec![output.clone()], ..Default::default() }.encode_to_vec();
+        def.metadata.insert(digest(&terminal), pb::OpMetadata { caps: terminal_caps, ..Default::default() });
         def.def.push(terminal);
         def.source = Some(source);
         def

@@ -75,10 +75,7 @@ pub enum LoadError {
 pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     let source = def.source.clone().unwrap_or_default();
     if def.def.is_empty() {
-        return Ok(Loaded {
-            source,
-            ..Default::default()
-        });
+        return Ok(Loaded { source, ..Default::default() });
     }
     let mut all: Vec<(String, pb::Op)> = Vec::with_capacity(def.def.len());
     let mut by_digest: HashMap<String, usize> = HashMap::with_capacity(def.def.len());
@@ -87,10 +84,7 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
         let op = pb::Op::decode(&bytes[..]).map_err(|e| LoadError::Decode(e.to_string()))?;
         for (i, input) in op.inputs.iter().enumerate() {
             if u32::try_from(input.index).is_err() {
-                return Err(LoadError::OutputIndex {
-                    input: i,
-                    index: input.index,
-                });
+                return Err(LoadError::OutputIndex { input: i, index: input.index });
             }
         }
         let dgst = digest(bytes);
@@ -120,35 +114,19 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
         let Some((dgst, op)) = slots[old].take() else {
             continue;
         };
-        validate(&op).map_err(|reason| LoadError::Invalid {
-            digest: dgst.clone(),
-            reason,
-        })?;
+        validate(&op).map_err(|reason| LoadError::Invalid { digest: dgst.clone(), reason })?;
         let inputs: Vec<(usize, u32)> = resolved[old].iter().map(|&(v, o)| (place[v], o)).collect();
         let metadata = def.metadata.get(&dgst).cloned().unwrap_or_default();
         let name = match metadata.description.get(CUSTOM_NAME) {
             Some(name) => name.clone(),
             None => {
-                let names: Vec<&str> = inputs
-                    .iter()
-                    .map(|&(v, _)| vertices[v].name.as_str())
-                    .collect();
+                let names: Vec<&str> = inputs.iter().map(|&(v, _)| vertices[v].name.as_str()).collect();
                 default_name(&op, &names)
             }
         };
-        vertices.push(LoadedVertex {
-            digest: dgst,
-            op,
-            metadata,
-            inputs,
-            name,
-        });
+        vertices.push(LoadedVertex { digest: dgst, op, metadata, inputs, name });
     }
-    Ok(Loaded {
-        vertices,
-        root: Some((place[root], root_output)),
-        source,
-    })
+    Ok(Loaded { vertices, root: Some((place[root], root_output)), source })
 }
 
 fn resolve_inputs(
@@ -164,11 +142,8 @@ fn resolve_inputs(
                     let vertex = by_digest
                         .get(&input.digest)
                         .ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
-                    let output =
-                        u32::try_from(input.index).map_err(|_| LoadError::OutputIndex {
-                            input: i,
-                            index: input.index,
-                        })?;
+                    let output = u32::try_from(input.index)
+                        .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
                     Ok((*vertex, output))
                 })
                 .collect()
@@ -220,11 +195,7 @@ pub fn validate(op: &pb::Op) -> Result<(), String> {
         Some(op::Op::Source(_)) => Ok(()),
         Some(op::Op::Exec(exec)) => validate_exec(exec, &input_ok),
         Some(op::Op::File(file)) => validate_file(file, count),
-        Some(op::Op::Build(build)) => match build
-            .inputs
-            .values()
-            .find(|i| !(0..count).contains(&i.input))
-        {
+        Some(op::Op::Build(build)) => match build.inputs.values().find(|i| !(0..count).contains(&i.input)) {
             Some(i) => Err(format!("invalid build input index {}", i.input)),
             None => Ok(()),
         },
@@ -236,10 +207,7 @@ pub fn validate(op: &pb::Op) -> Result<(), String> {
             let (Some(lower), Some(upper)) = (&diff.lower, &diff.upper) else {
                 return Err("invalid diff op with nil lower or upper input".into());
             };
-            match [lower.input, upper.input]
-                .into_iter()
-                .find(|&i| !input_ok(i))
-            {
+            match [lower.input, upper.input].into_iter().find(|&i| !input_ok(i)) {
                 Some(i) => Err(format!("invalid diff input index {i}")),
                 None => Ok(()),
             }
@@ -273,16 +241,10 @@ fn validate_exec(exec: &pb::ExecOp, input_ok: &dyn Fn(i64) -> bool) -> Result<()
         return Err("invalid exec op with no rootfs".into());
     };
     if root.mount_type() != pb::MountType::Bind {
-        return Err(format!(
-            "invalid mount type {} for rootfs",
-            root.mount_type().as_str_name()
-        ));
+        return Err(format!("invalid mount type {} for rootfs", root.mount_type().as_str_name()));
     }
     match exec.mounts.iter().find(|m| !input_ok(m.input)) {
-        Some(m) => Err(format!(
-            "invalid mount input index {} at {}",
-            m.input, m.dest
-        )),
+        Some(m) => Err(format!("invalid mount input index {} at {}", m.input, m.dest)),
         None => Ok(()),
     }
 }
@@ -305,18 +267,11 @@ fn validate_file(file: &pb::FileOp, count: i64) -> Result<(), String> {
             Some(Action::Symlink(a)) => &a.owner,
             Some(Action::Rm(_)) => &None,
         };
-        let named = owner
-            .iter()
-            .flat_map(|o| [&o.user, &o.group])
-            .flatten()
-            .filter_map(|u| match &u.user {
-                Some(user_opt::User::ByName(n)) => Some(n.input),
-                _ => None,
-            });
-        for index in [action.input, action.secondary_input]
-            .into_iter()
-            .chain(named)
-        {
+        let named = owner.iter().flat_map(|o| [&o.user, &o.group]).flatten().filter_map(|u| match &u.user {
+            Some(user_opt::User::ByName(n)) => Some(n.input),
+            _ => None,
+        });
+        for index in [action.input, action.secondary_input].into_iter().chain(named) {
             if !ok(index) {
                 return Err(format!("invalid input index {index} in file action {i}"));
             }
@@ -342,37 +297,23 @@ mod tests {
 
     fn source(name: &str) -> pb::Op {
         pb::Op {
-            op: Some(op::Op::Source(pb::SourceOp {
-                identifier: name.into(),
-                ..Default::default()
-            })),
+            op: Some(op::Op::Source(pb::SourceOp { identifier: name.into(), ..Default::default() })),
             ..Default::default()
         }
     }
 
     fn merge(digests: &[&str]) -> pb::Op {
         pb::Op {
-            inputs: digests
-                .iter()
-                .map(|d| pb::Input {
-                    digest: d.to_string(),
-                    index: 0,
-                })
-                .collect(),
+            inputs: digests.iter().map(|d| pb::Input { digest: d.to_string(), index: 0 }).collect(),
             op: Some(op::Op::Merge(pb::MergeOp {
-                inputs: (0..digests.len() as i64)
-                    .map(|input| pb::MergeInput { input })
-                    .collect(),
+                inputs: (0..digests.len() as i64).map(|input| pb::MergeInput { input }).collect(),
             })),
             ..Default::default()
         }
     }
 
     fn edge(digest: &str) -> pb::Input {
-        pb::Input {
-            digest: digest.into(),
-            index: 0,
-        }
+        pb::Input { digest: digest.into(), index: 0 }
     }
 
     #[test]
@@ -385,14 +326,7 @@ mod tests {
         let m = b.add(&merge(&[&a, &c, &a]), Default::default());
         let loaded = load(&b.finish(&edge(&m))).expect("loads");
         let names: Vec<&str> = loaded.vertices.iter().map(|v| v.name.as_str()).collect();
-        assert_eq!(
-            names,
-            [
-                "local://a",
-                "local://c",
-                "merge (local://a, local://c, local://a)"
-            ]
-        );
+        assert_eq!(names, ["local://a", "local://c", "merge (local://a, local://c, local://a)"]);
         assert_eq!(loaded.root, Some((2, 0)));
         assert_eq!(loaded.vertices[2].inputs, [(0, 0), (1, 0), (0, 0)]);
         assert_eq!(loaded.vertices[2].digest, m);
@@ -404,21 +338,9 @@ mod tests {
         let a = b.add(&source("local://a"), Default::default());
         let m = b.add(&merge(&[&a]), Default::default());
         let mut def = b.finish(&edge(&m));
-        def.def = vec![
-            def.def[1].clone(),
-            def.def[0].clone(),
-            def.def[0].clone(),
-            def.def[2].clone(),
-        ];
+        def.def = vec![def.def[1].clone(), def.def[0].clone(), def.def[0].clone(), def.def[2].clone()];
         let loaded = load(&def).expect("loads");
-        assert_eq!(
-            loaded
-                .vertices
-                .iter()
-                .map(|v| &v.digest)
-                .collect::<Vec<_>>(),
-            [&a, &m]
-        );
+        assert_eq!(loaded.vertices.iter().map(|v| &v.digest).collect::<Vec<_>>(), [&a, &m]);
     }
 
     #[test]
@@ -429,57 +351,27 @@ mod tests {
         let a = b.add(&source("local://a"), Default::default());
         let good = b.finish(&edge(&a));
         let text = |def: Vec<Vec<u8>>| {
-            load(&pb::Definition {
-                def,
-                ..Default::default()
-            })
-            .map(|_| ())
-            .map_err(|e| e.to_string())
+            load(&pb::Definition { def, ..Default::default() }).map(|_| ()).map_err(|e| e.to_string())
         };
         let op = |op: pb::Op| op.encode_to_vec();
         let fail = |s: &str| Err(s.to_string());
-        assert_eq!(
-            text(vec![good.def[0].clone()]),
-            fail("invalid LLB with 1 vertexes")
-        );
+        assert_eq!(text(vec![good.def[0].clone()]), fail("invalid LLB with 1 vertexes"));
         assert_eq!(
             text(vec![good.def[1].clone(), good.def[0].clone()]),
             fail("invalid LLB with no inputs on last vertex")
         );
-        assert!(
-            text(vec![vec![0xff]]).is_err_and(|e| e.starts_with("failed to parse llb proto op"))
-        );
-        let missing = op(pb::Op {
-            inputs: vec![edge("sha256:00")],
-            ..Default::default()
-        });
-        assert_eq!(
-            text(vec![good.def[0].clone(), missing]),
-            fail("invalid missing input digest sha256:00")
-        );
-        let negative = pb::Input {
-            digest: a.clone(),
-            index: -1,
-        };
-        let negative = op(pb::Op {
-            inputs: vec![negative],
-            ..Default::default()
-        });
-        assert_eq!(
-            text(vec![good.def[0].clone(), negative]),
-            fail("invalid input 0 output index -1")
-        );
+        assert!(text(vec![vec![0xff]]).is_err_and(|e| e.starts_with("failed to parse llb proto op")));
+        let missing = op(pb::Op { inputs: vec![edge("sha256:00")], ..Default::default() });
+        assert_eq!(text(vec![good.def[0].clone(), missing]), fail("invalid missing input digest sha256:00"));
+        let negative = pb::Input { digest: a.clone(), index: -1 };
+        let negative = op(pb::Op { inputs: vec![negative], ..Default::default() });
+        assert_eq!(text(vec![good.def[0].clone(), negative]), fail("invalid input 0 output index -1"));
 
         let mut b = Builder::new();
-        let exec = pb::Op {
-            op: Some(op::Op::Exec(pb::ExecOp::default())),
-            ..Default::default()
-        };
+        let exec = pb::Op { op: Some(op::Op::Exec(pb::ExecOp::default())), ..Default::default() };
         let e = b.add(&exec, Default::default());
         assert_eq!(
-            load(&b.finish(&edge(&e)))
-                .map(|_| ())
-                .map_err(|e| e.to_string()),
+            load(&b.finish(&edge(&e))).map(|_| ()).map_err(|e| e.to_string()),
             fail("invalid exec op with no meta")
         );
     }
@@ -492,18 +384,8 @@ mod tests {
             last = b.add(&merge(&[&last]), Default::default());
         }
         let def = b.finish(&edge(&last));
-        let loaded = std::thread::Builder::new()
-            .stack_size(256 << 10)
-            .spawn(move || load(&def))
-            .expect("spawns");
-        assert_eq!(
-            loaded
-                .join()
-                .expect("no overflow")
-                .expect("loads")
-                .vertices
-                .len(),
-            100_001
-        );
+        let loaded =
+            std::thread::Builder::new().stack_size(256 << 10).spawn(move || load(&def)).expect("spawns");
+        assert_eq!(loaded.join().expect("no overflow").expect("loads").vertices.len(), 100_001);
     }
 }

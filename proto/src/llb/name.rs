@@ -11,18 +11,10 @@ const MAX_LEN: usize = 4096;
 pub fn default_name(op: &pb::Op, inputs: &[&str]) -> String {
     let name = match &op.op {
         Some(op::Op::Source(source)) => source.identifier.clone(),
-        Some(op::Op::Exec(exec)) => exec
-            .meta
-            .as_ref()
-            .map(|m| m.args.join(" "))
-            .unwrap_or_default(),
+        Some(op::Op::Exec(exec)) => exec.meta.as_ref().map(|m| m.args.join(" ")).unwrap_or_default(),
         Some(op::Op::File(file)) => {
-            let names: Vec<String> = file
-                .actions
-                .iter()
-                .filter_map(|a| a.action.as_ref())
-                .map(action)
-                .collect();
+            let names: Vec<String> =
+                file.actions.iter().filter_map(|a| a.action.as_ref()).map(action).collect();
             names.join(", ")
         }
         Some(op::Op::Build(_)) => "build".to_string(),
