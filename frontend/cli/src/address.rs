@@ -22,10 +22,12 @@ impl Address {
         match text.split_once("://") {
             Some(("unix", path)) if path.starts_with('/') => Ok(Self::Unix(path.into())),
             Some(("tcp", host)) if host.contains(':') => Ok(Self::Tcp(host.to_owned())),
-            Some(("unix" | "tcp", _)) | None => {
-                Err(CliError::usage(format!("invalid address {text:?}: expected unix:///PATH or tcp://HOST:PORT")))
+            Some(("unix" | "tcp", _)) | None => Err(CliError::usage(format!(
+                "invalid address {text:?}: expected unix:///PATH or tcp://HOST:PORT"
+            ))),
+            Some((scheme, _)) => {
+                Err(CliError::usage(format!("unsupported: address scheme {scheme} of {text:?}")))
             }
-            Some((scheme, _)) => Err(CliError::usage(format!("unsupported: address scheme {scheme} of {text:?}"))),
         }
     }
 

@@ -98,7 +98,12 @@ pub(crate) struct BuildArgs {
     #[arg(long)]
     pub(crate) no_cache: bool,
     /// Run every step of these stages anew
-    #[arg(long = "no-cache-filter", value_name = "STAGE", value_delimiter = ',', conflicts_with = "no_cache")]
+    #[arg(
+        long = "no-cache-filter",
+        value_name = "STAGE",
+        value_delimiter = ',',
+        conflicts_with = "no_cache"
+    )]
     pub(crate) no_cache_filter: Vec<String>,
     /// Ask the registry for newer base images
     #[arg(long)]

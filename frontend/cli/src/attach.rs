@@ -28,7 +28,9 @@ fn secret(flag: &str) -> Result<Secret, CliError> {
             _ => return Err(CliError::usage(format!("invalid secret {flag:?}: unknown key {key:?}"))),
         }
     }
-    let id = id.filter(|id| !id.is_empty()).ok_or_else(|| CliError::usage(format!("invalid secret {flag:?}: no id")))?;
+    let id = id
+        .filter(|id| !id.is_empty())
+        .ok_or_else(|| CliError::usage(format!("invalid secret {flag:?}: no id")))?;
     if kind.as_deref() == Some("env") && env.is_none() {
         env = file.take().and_then(|name| name.to_str().map(str::to_owned)).or_else(|| Some(id.clone()));
     }
@@ -47,7 +49,10 @@ fn secret(flag: &str) -> Result<Secret, CliError> {
         return Err(CliError::usage(format!("secret {id}: {} is a directory", path.display())));
     }
     if meta.len() > MAX_SECRET {
-        return Err(CliError::usage(format!("secret {id}: {} is larger than {MAX_SECRET} bytes", path.display())));
+        return Err(CliError::usage(format!(
+            "secret {id}: {} is larger than {MAX_SECRET} bytes",
+            path.display()
+        )));
     }
     Ok(Secret::File { id, path })
 }
@@ -63,7 +68,9 @@ fn agent(flag: &str) -> Result<Agent, CliError> {
     let socket = match path {
         Some(path) => path,
         None => std::env::var_os("SSH_AUTH_SOCK").map(PathBuf::from).ok_or_else(|| {
-            CliError::usage(format!("ssh {id}: SSH_AUTH_SOCK is not set; start an ssh agent or name its socket"))
+            CliError::usage(format!(
+                "ssh {id}: SSH_AUTH_SOCK is not set; start an ssh agent or name its socket"
+            ))
         })?,
     };
     check_socket(&id, &socket)?;
@@ -75,7 +82,10 @@ fn check_socket(id: &str, socket: &Path) -> Result<(), CliError> {
     if meta.file_type().is_socket() {
         return Ok(());
     }
-    Err(CliError::usage(format!("unsupported: ssh {id}: {} is not an agent's socket (add keys to an agent)", socket.display())))
+    Err(CliError::usage(format!(
+        "unsupported: ssh {id}: {} is not an agent's socket (add keys to an agent)",
+        socket.display()
+    )))
 }
 
 #[cfg(test)]
@@ -90,7 +100,9 @@ mod tests {
         let flag = format!("id=a,src={}", file.display());
         assert!(matches!(secret(&flag).unwrap(), Secret::File { id, path } if id == "a" && path == file));
         assert!(matches!(secret("id=PATH").unwrap(), Secret::Value { id, .. } if id == "PATH"));
-        assert!(matches!(secret("id=b,env=PATH").unwrap(), Secret::Value { id, value } if id == "b" && !value.is_empty()));
+        assert!(
+            matches!(secret("id=b,env=PATH").unwrap(), Secret::Value { id, value } if id == "b" && !value.is_empty())
+        );
         assert!(matches!(secret("id=PATH,type=env").unwrap(), Secret::Value { .. }));
         for (flag, expected) in [
             ("src=/x", "no id"),

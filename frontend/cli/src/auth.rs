@@ -26,7 +26,8 @@ fn keys(host: &str) -> Vec<String> {
 fn look_up(host: &str) -> Result<CredentialsResponse, Status> {
     for key in keys(host) {
         match docker_credential::get_credential(&key) {
-            Ok(DockerCredential::UsernamePassword(username, secret)) if secret.is_empty() && username.is_empty() => {}
+            Ok(DockerCredential::UsernamePassword(username, secret))
+                if secret.is_empty() && username.is_empty() => {}
             Ok(DockerCredential::UsernamePassword(username, secret)) => {
                 return Ok(CredentialsResponse { username, secret });
             }
@@ -49,13 +50,19 @@ fn look_up(host: &str) -> Result<CredentialsResponse, Status> {
 
 #[tonic::async_trait]
 impl Auth for DockerConfig {
-    async fn credentials(&self, request: Request<CredentialsRequest>) -> Result<Response<CredentialsResponse>, Status> {
+    async fn credentials(
+        &self,
+        request: Request<CredentialsRequest>,
+    ) -> Result<Response<CredentialsResponse>, Status> {
         let host = request.into_inner().host;
         let found = tokio::task::spawn_blocking(move || look_up(&host)).await;
         found.unwrap_or_else(|error| Err(Status::internal(error.to_string()))).map(Response::new)
     }
 
-    async fn fetch_token(&self, _: Request<FetchTokenRequest>) -> Result<Response<FetchTokenResponse>, Status> {
+    async fn fetch_token(
+        &self,
+        _: Request<FetchTokenRequest>,
+    ) -> Result<Response<FetchTokenResponse>, Status> {
         Err(Status::unimplemented("tokens are fetched by the daemon"))
     }
 

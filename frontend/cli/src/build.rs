@@ -28,7 +28,9 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
     let outputs = outputs::parse(&plan.args.outputs)?;
     let outputs = outputs::complete(outputs, plan.args.push, &plan.args.tags, &plan.args.annotations)?;
     if outputs.is_empty() && !plan.args.tags.is_empty() && !plan.args.quiet {
-        eprintln!("WARNING: no output given, the image stays in the build cache; use --push or -o to get it out");
+        eprintln!(
+            "WARNING: no output given, the image stays in the build cache; use --push or -o to get it out"
+        );
     }
     let display = Display::new(plan.args.progress, plan.args.quiet)?;
     let response = run::solve(connection, display, || plan.job(&outputs))?;
@@ -60,7 +62,8 @@ impl Plan {
             }
             Some(file) => {
                 let name = file.file_name().and_then(|name| name.to_str());
-                let name = name.ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?;
+                let name =
+                    name.ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?;
                 let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 if !file.is_file() {
                     let error = file.metadata().err().unwrap_or_else(|| std::io::Error::other("not a file"));
@@ -82,7 +85,8 @@ impl Plan {
         }
         attachables.export(outputs::targets(outputs));
         let mut entitlements = args.allow.clone();
-        if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host") {
+        if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host")
+        {
             entitlements.push("network.host".into());
         }
         let request = SolveRequest {
@@ -192,7 +196,8 @@ fn add_hosts(flags: &[String]) -> Result<String, CliError> {
     let mut all = Vec::new();
     for flag in flags {
         let parts = flag.split_once('=').or_else(|| flag.split_once(':'));
-        let (host, ip) = parts.ok_or_else(|| CliError::usage(format!("invalid --add-host {flag:?}: expected HOST:IP")))?;
+        let (host, ip) =
+            parts.ok_or_else(|| CliError::usage(format!("invalid --add-host {flag:?}: expected HOST:IP")))?;
         let ip = ip.trim_start_matches('[').trim_end_matches(']');
         if host.is_empty() || (ip != "host-gateway" && ip.parse::<std::net::IpAddr>().is_err()) {
             return Err(CliError::usage(format!("invalid --add-host {flag:?}: {ip:?} is not an address")));
@@ -222,7 +227,9 @@ fn shm_size(text: &str) -> Result<u64, CliError> {
 /// Writes the files that the flags ask for, and the image's id if progress is quiet.
 fn finish(response: &Response, args: &BuildArgs) -> Result<(), CliError> {
     let id = response.get("containerimage.config.digest").or_else(|| response.get("containerimage.digest"));
-    if args.quiet && let Some(id) = id {
+    if args.quiet
+        && let Some(id) = id
+    {
         println!("{id}");
     }
     if let Some(path) = &args.iidfile {
@@ -241,7 +248,8 @@ pub(crate) fn metadata_file(path: &Path, response: &Response) -> Result<(), CliE
         return Ok(());
     }
     let sorted: BTreeMap<&String, Value> = response.iter().map(|(key, value)| (key, embed(value))).collect();
-    let text = serde_json::to_string_pretty(&sorted).map_err(|error| CliError::file("write", path, error.into()))?;
+    let text =
+        serde_json::to_string_pretty(&sorted).map_err(|error| CliError::file("write", path, error.into()))?;
     std::fs::write(path, text).map_err(|error| CliError::file("write", path, error))
 }
 
@@ -261,7 +269,9 @@ impl TempDir {
     fn with_stdin() -> Result<Self, CliError> {
         use std::os::unix::fs::DirBuilderExt;
         let mut text = Vec::new();
-        std::io::stdin().read_to_end(&mut text).map_err(|error| CliError::file("read", "standard input", error))?;
+        std::io::stdin()
+            .read_to_end(&mut text)
+            .map_err(|error| CliError::file("read", "standard input", error))?;
         let path = std::env::temp_dir().join(format!("kiln-{}", kiln_session::new_id()));
         let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|error| CliError::file("make directory", &path, error))?;
@@ -286,7 +296,10 @@ pub(crate) fn locals(flags: &[String]) -> Result<Vec<SharedDir>, CliError> {
             let path = PathBuf::from(path);
             let meta = path.metadata().map_err(|error| CliError::file("read directory", &path, error))?;
             if !meta.is_dir() {
-                return Err(CliError::usage(format!("--local {name}: {} is not a directory", path.display())));
+                return Err(CliError::usage(format!(
+                    "--local {name}: {} is not a directory",
+                    path.display()
+                )));
             }
             all.push(SharedDir { name, path });
         }
@@ -313,9 +326,31 @@ mod tests {
         std::fs::write(dir.path().join("x.Dockerfile"), "").unwrap();
         let file = dir.path().join("x.Dockerfile");
         let plan = plan(&[
-            "-f", file.to_str().unwrap(), "--target", "t", "--build-arg", "A=1=2", "--build-arg", "KILN_NOT_SET",
-            "--label", "l=v", "--platform", "linux/amd64,linux/arm64", "--no-cache", "--pull", "--network", "none",
-            "--add-host", "h:1.2.3.4", "--add-host", "six=[::1]", "--shm-size", "2m", "--ulimit", "nofile=1:2", path,
+            "-f",
+            file.to_str().unwrap(),
+            "--target",
+            "t",
+            "--build-arg",
+            "A=1=2",
+            "--build-arg",
+            "KILN_NOT_SET",
+            "--label",
+            "l=v",
+            "--platform",
+            "linux/amd64,linux/arm64",
+            "--no-cache",
+            "--pull",
+            "--network",
+            "none",
+            "--add-host",
+            "h:1.2.3.4",
+            "--add-host",
+            "six=[::1]",
+            "--shm-size",
+            "2m",
+            "--ulimit",
+            "nofile=1:2",
+            path,
         ])
         .unwrap();
         let attrs: BTreeMap<_, _> = plan.attrs().unwrap().into_iter().collect();
@@ -332,7 +367,8 @@ mod tests {
             ("target", "t"),
             ("ulimit", "nofile=1:2"),
         ];
-        let expected: BTreeMap<_, _> = expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
+        let expected: BTreeMap<_, _> =
+            expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
         assert_eq!(attrs, expected);
         assert_eq!(plan.dockerfile_dir, dir.path());
     }
@@ -370,8 +406,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("meta.json");
         let descriptor = STANDARD.encode(r#"{"size":3}"#);
-        let response =
-            HashMap::from([("d".to_owned(), descriptor), ("n".to_owned(), "plain".to_owned()), ("x".to_owned(), "MTIz".to_owned())]);
+        let response = HashMap::from([
+            ("d".to_owned(), descriptor),
+            ("n".to_owned(), "plain".to_owned()),
+            ("x".to_owned(), "MTIz".to_owned()),
+        ]);
         metadata_file(&path, &response).unwrap();
         let read: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(read, serde_json::json!({"d": {"size": 3}, "n": "plain", "x": "MTIz"}));

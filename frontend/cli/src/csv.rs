@@ -69,7 +69,10 @@ mod tests {
 
     #[test]
     fn pairs_need_an_equals_sign() {
-        assert_eq!(pairs("Type=oci,dest=a=b").unwrap(), [("type".into(), "oci".into()), ("dest".into(), "a=b".into())]);
+        assert_eq!(
+            pairs("Type=oci,dest=a=b").unwrap(),
+            [("type".into(), "oci".into()), ("dest".into(), "a=b".into())]
+        );
         assert!(pairs("type=oci,dest").is_err());
     }
 }

@@ -7,7 +7,7 @@ use kiln_proto::gateway::llb_bridge_client::LlbBridgeClient;
 use kiln_proto::gateway::{self, PingRequest, ReturnRequest};
 use kiln_proto::{llb, pb};
 use prost::Message;
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::Request;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
@@ -17,6 +17,7 @@ use crate::build::Plan;
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::failure::{SolveFailure, excerpt};
+use crate::llbjson;
 
 /// Names the build that a gateway call belongs to.
 const BUILD_ID: &str = "buildkit-controlapi-buildid";
@@ -82,7 +83,10 @@ async fn compile(channel: Channel, plan: &Plan) -> Result<Vec<(Option<String>, p
             ..Default::default()
         };
         let answer = bridge.solve(with_id(request, &build_id)).await?.into_inner();
-        let nothing = gateway::Result { result: Some(gateway::result::Result::Ref(gateway::Ref::default())), ..Default::default() };
+        let nothing = gateway::Result {
+            result: Some(gateway::result::Result::Ref(gateway::Ref::default())),
+            ..Default::default()
+        };
         bridge.r#return(with_id(ReturnRequest { result: Some(nothing), error: None }, &build_id)).await?;
         Ok::<_, tonic::Status>(answer)
     };
@@ -92,8 +96,11 @@ async fn compile(channel: Channel, plan: &Plan) -> Result<Vec<(Option<String>, p
     Ok(match result {
         Some(gateway::result::Result::Ref(reference)) => vec![(None, definition(reference))],
         Some(gateway::result::Result::Refs(map)) => {
-            let mut all: Vec<_> =
-                map.refs.into_iter().map(|(platform, reference)| (Some(platform), definition(reference))).collect();
+            let mut all: Vec<_> = map
+                .refs
+                .into_iter()
+                .map(|(platform, reference)| (Some(platform), definition(reference)))
+                .collect();
             all.sort_by(|a, b| a.0.cmp(&b.0));
             all
         }
@@ -115,16 +122,10 @@ fn print(out: &mut impl Write, definition: &pb::Definition) -> std::io::Result<(
     let graph = llb::load(definition).map_err(std::io::Error::other)?;
     let root = graph.root.map(|(vertex, _)| graph.vertices[vertex].digest.clone());
     for vertex in &graph.vertices {
-        let inputs: Vec<Value> = vertex
-            .inputs
-            .iter()
-            .map(|(input, output)| json!({"digest": graph.vertices[*input].digest, "index": output}))
-            .collect();
-        let mut shown = json!({"digest": vertex.digest, "name": vertex.name, "inputs": inputs});
+        let mut shown = llbjson::vertex(vertex, |input| &graph.vertices[input].digest);
         if root.as_ref() == Some(&vertex.digest) {
             shown["result"] = true.into();
         }
-        shown["op"] = format!("{:?}", vertex.op.op).into();
         writeln!(out, "{shown}")?;
     }
     Ok(())

@@ -39,7 +39,11 @@ pub(crate) enum CliError {
 }
 
 impl CliError {
-    pub(crate) fn file(action: &'static str, path: impl AsRef<std::path::Path>, source: std::io::Error) -> Self {
+    pub(crate) fn file(
+        action: &'static str,
+        path: impl AsRef<std::path::Path>,
+        source: std::io::Error,
+    ) -> Self {
         Self::File { action, path: path.as_ref().display().to_string(), source }
     }
 

@@ -109,7 +109,8 @@ fn one(source: &Source) -> Option<String> {
     }
     out.push_str("\n--------------------\n");
     for number in start.saturating_sub(CONTEXT).max(1)..=(last + CONTEXT).min(lines.len()) {
-        let within = |range: &Range| (range.start.line..=range.end.line.max(range.start.line)).contains(&number);
+        let within =
+            |range: &Range| (range.start.line..=range.end.line.max(range.start.line)).contains(&number);
         let mark = if source.ranges.iter().any(within) { ">>>" } else { "   " };
         let _ = writeln!(out, "{number:4} | {mark} {}", lines[number - 1]);
     }
@@ -125,14 +126,19 @@ mod tests {
 
     fn failure(ranges: serde_json::Value) -> SolveFailure {
         let text = "FROM a\nRUN one \\\n  two\nRUN three\nRUN four\nRUN five\n";
-        let source = json!({"info": {"filename": "Dockerfile", "data": STANDARD.encode(text)}, "ranges": ranges});
+        let source =
+            json!({"info": {"filename": "Dockerfile", "data": STANDARD.encode(text)}, "ranges": ranges});
         let detail = Any {
             type_url: "github.com/moby/buildkit/errdefs.Source+json".into(),
             value: source.to_string().into_bytes(),
         };
         let other = Any { type_url: "github.com/other".into(), value: vec![1] };
         let full = rpc::Status { code: 2, message: "exit code: 3".into(), details: vec![other, detail] };
-        SolveFailure::from_status(&Status::with_details(Code::Unknown, "exit code: 3", full.encode_to_vec().into()))
+        SolveFailure::from_status(&Status::with_details(
+            Code::Unknown,
+            "exit code: 3",
+            full.encode_to_vec().into(),
+        ))
     }
 
     #[test]

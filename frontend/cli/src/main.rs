@@ -12,6 +12,7 @@ mod daemon;
 mod debug;
 mod error;
 mod failure;
+mod llbjson;
 mod outputs;
 mod progress;
 mod run;

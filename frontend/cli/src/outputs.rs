@@ -29,7 +29,10 @@ pub(crate) enum Target {
     None,
     Stdout,
     File(PathBuf),
-    Dir { path: PathBuf, mirror: bool },
+    Dir {
+        path: PathBuf,
+        mirror: bool,
+    },
 }
 
 /// Reads `-o` flags; `-` and a bare path are shorthands, as in docker.
@@ -51,9 +54,8 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
         let (key, value) = field.split_once('=').unwrap_or((field.as_str(), "true"));
         attrs.insert(key.trim().to_owned(), value.to_owned());
     }
-    let mut kind = attrs
-        .remove("type")
-        .ok_or_else(|| CliError::usage(format!("invalid output {flag:?}: no type")))?;
+    let mut kind =
+        attrs.remove("type").ok_or_else(|| CliError::usage(format!("invalid output {flag:?}: no type")))?;
     if kind == "cacheonly" {
         return Ok(None);
     }
@@ -64,7 +66,9 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
     let dest = attrs.remove("dest");
     let target = match kind.as_str() {
         "image" => match dest {
-            Some(_) => return Err(CliError::usage(format!("invalid output {flag:?}: type=image takes no dest"))),
+            Some(_) => {
+                return Err(CliError::usage(format!("invalid output {flag:?}: type=image takes no dest")));
+            }
             None => Target::None,
         },
         "local" => {
@@ -77,7 +81,9 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
             }
             match dest.as_deref() {
                 None if kind == "docker" => {
-                    return Err(CliError::usage("unsupported: type=docker without dest (loading into a docker daemon)"));
+                    return Err(CliError::usage(
+                        "unsupported: type=docker without dest (loading into a docker daemon)",
+                    ));
                 }
                 None | Some("-") => Target::Stdout,
                 Some(path) => Target::File(path.into()),
@@ -87,7 +93,9 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
         _ => dest.map_or(Target::None, |path| Target::File(path.into())),
     };
     if target == Target::Stdout && io::stdout().is_terminal() {
-        return Err(CliError::usage(format!("output {flag:?}: refusing to write an archive to a terminal; give a dest")));
+        return Err(CliError::usage(format!(
+            "output {flag:?}: refusing to write an archive to a terminal; give a dest"
+        )));
     }
     if let Target::File(path) = &target
         && path.is_dir()
@@ -127,9 +135,9 @@ pub(crate) fn complete(
             return Err(CliError::usage("nothing to push: give the image a name with -t NAME"));
         }
         for annotation in annotations {
-            let (key, value) = annotation
-                .split_once('=')
-                .ok_or_else(|| CliError::usage(format!("invalid annotation {annotation:?}: expected KEY=VALUE")))?;
+            let (key, value) = annotation.split_once('=').ok_or_else(|| {
+                CliError::usage(format!("invalid annotation {annotation:?}: expected KEY=VALUE"))
+            })?;
             let key = match key.split_once(':') {
                 Some((kind, key)) => format!("annotation-{kind}.{key}"),
                 None => format!("annotation.{key}"),
@@ -145,7 +153,10 @@ pub(crate) fn complete(
 
 /// The exporters to ask for.
 pub(crate) fn exporters(outputs: &[OutputSpec]) -> Vec<Exporter> {
-    outputs.iter().map(|output| Exporter { r#type: output.kind.clone(), attrs: output.attrs.clone() }).collect()
+    outputs
+        .iter()
+        .map(|output| Exporter { r#type: output.kind.clone(), attrs: output.attrs.clone() })
+        .collect()
 }
 
 /// Where the daemon's answers go, by exporter.
@@ -155,7 +166,9 @@ pub(crate) fn targets(outputs: &[OutputSpec]) -> Vec<Option<ExportTarget>> {
         .map(|output| match output.target.clone() {
             Target::None => None,
             Target::Dir { path, mirror } => Some(ExportTarget::Dir { path, mirror }),
-            Target::Stdout => Some(ExportTarget::Bytes(Box::new(|| Ok(Box::pin(tokio::io::stdout()) as Output)))),
+            Target::Stdout => {
+                Some(ExportTarget::Bytes(Box::new(|| Ok(Box::pin(tokio::io::stdout()) as Output))))
+            }
             Target::File(path) => Some(ExportTarget::Bytes(Box::new(move || Whole::create(&path)))),
         })
         .collect()
@@ -174,13 +187,15 @@ impl Whole {
             let file = File::options().write(true).create(true).truncate(true).open(path)?;
             return Ok(Box::pin(Self { file: file.into(), temporary: None }));
         }
-        let name = path.file_name().ok_or_else(|| io::Error::other(format!("{} names no file", path.display())))?;
+        let name =
+            path.file_name().ok_or_else(|| io::Error::other(format!("{} names no file", path.display())))?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}", kiln_session::new_id()));
         let temporary = path.with_file_name(hidden);
         let open = File::options().write(true).create_new(true).open(&temporary);
-        let file = open.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+        let file =
+            open.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
         Ok(Box::pin(Self { file: file.into(), temporary: Some((temporary, path.to_owned())) }))
     }
 }
@@ -236,9 +251,21 @@ mod tests {
             parsed,
             [
                 OutputSpec { kind: "local".into(), attrs: attrs(&[]), target: dir("out", false) },
-                OutputSpec { kind: "image".into(), attrs: attrs(&[("name", "r/x"), ("push", "true")]), target: Target::None },
-                OutputSpec { kind: "oci".into(), attrs: attrs(&[("compression", "zstd")]), target: Target::File("a.tar".into()) },
-                OutputSpec { kind: "local".into(), attrs: attrs(&[("mode", "delete")]), target: dir("d", true) },
+                OutputSpec {
+                    kind: "image".into(),
+                    attrs: attrs(&[("name", "r/x"), ("push", "true")]),
+                    target: Target::None
+                },
+                OutputSpec {
+                    kind: "oci".into(),
+                    attrs: attrs(&[("compression", "zstd")]),
+                    target: Target::File("a.tar".into())
+                },
+                OutputSpec {
+                    kind: "local".into(),
+                    attrs: attrs(&[("mode", "delete")]),
+                    target: dir("d", true)
+                },
             ]
         );
     }
@@ -264,7 +291,9 @@ mod tests {
     #[test]
     fn tags_name_images_and_push_makes_one() {
         let outputs = parse(&["type=oci,dest=x".into()]).unwrap();
-        let outputs = complete(outputs, true, &["a:1".into(), "b".into()], &["k=v".into(), "index:i=w".into()]).unwrap();
+        let outputs =
+            complete(outputs, true, &["a:1".into(), "b".into()], &["k=v".into(), "index:i=w".into()])
+                .unwrap();
         let shared = [("name", "a:1,b"), ("annotation.k", "v"), ("annotation-index.i", "w")];
         assert_eq!(outputs[0].attrs, attrs(&shared));
         let mut pushed = attrs(&shared);

@@ -51,7 +51,9 @@ pub(crate) fn solve(
         // Reads of files that nobody waits for any more must not hold the exit up.
         runtime.shutdown_background();
         match outcome {
-            Err(CliError::Solve(failure)) if failure.is_lost() && !display.started() && !retried => retried = true,
+            Err(CliError::Solve(failure)) if failure.is_lost() && !display.started() && !retried => {
+                retried = true
+            }
             other => {
                 display.finish();
                 return report(other);
@@ -129,7 +131,9 @@ async fn attempt(
     };
     let solving = async move {
         let answer = control.solve(request).await;
-        answer.map(|answer| answer.into_inner().exporter_response).map_err(|status| SolveFailure::from_status(&status))
+        answer
+            .map(|answer| answer.into_inner().exporter_response)
+            .map_err(|status| SolveFailure::from_status(&status))
     };
     let mut session = Box::pin(session);
     let mut status = Box::pin(status);

@@ -18,7 +18,9 @@ use crate::{attach, build, outputs};
 /// Builds what standard input defines.
 pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliError> {
     let mut input = Vec::new();
-    std::io::stdin().read_to_end(&mut input).map_err(|error| CliError::file("read", "standard input", error))?;
+    std::io::stdin()
+        .read_to_end(&mut input)
+        .map_err(|error| CliError::file("read", "standard input", error))?;
     if input.is_empty() {
         return Err(CliError::usage("no LLB definition on standard input"));
     }

@@ -125,7 +125,12 @@ fn spawn(socket: &Path, flags: &args::Connection, root: &Path, log: &File) -> Re
     let program = std::env::current_exe().map_err(failed)?;
     keep_descriptors_from_daemon();
     let mut command = Command::new(program);
-    command.arg("daemon").arg("--addr").arg(format!("unix://{}", socket.display())).arg("--root").arg(absolute(root)?);
+    command
+        .arg("daemon")
+        .arg("--addr")
+        .arg(format!("unix://{}", socket.display()))
+        .arg("--root")
+        .arg(absolute(root)?);
     if let Some(config) = &flags.config {
         command.arg("--config").arg(absolute(config)?);
     }
@@ -155,7 +160,9 @@ fn absolute(path: &Path) -> Result<PathBuf, CliError> {
 fn keep_descriptors_from_daemon() {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
     for entry in entries.flatten() {
-        if let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()).filter(|n: &i32| *n > 2) {
+        if let Some(number) =
+            entry.file_name().to_str().and_then(|name| name.parse().ok()).filter(|n: &i32| *n > 2)
+        {
             // SAFETY: the number was just listed as open, and this process has one thread.
             let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
             let _ = rustix::io::fcntl_setfd(descriptor, FdFlags::CLOEXEC);

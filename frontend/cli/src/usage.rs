@@ -96,7 +96,9 @@ fn time(time: Option<&prost_types::Timestamp>) -> String {
 }
 
 fn summary(records: &[UsageRecord]) -> String {
-    let sum = |keep: &dyn Fn(&&UsageRecord) -> bool| units::bytes(records.iter().filter(keep).map(|r| r.size).sum());
+    let sum = |keep: &dyn Fn(&&UsageRecord) -> bool| {
+        units::bytes(records.iter().filter(keep).map(|r| r.size).sum())
+    };
     format!("Reclaimable:\t{}\nTotal:\t\t{}\n", sum(&|record| !record.in_use), sum(&|_| true))
 }
 

@@ -68,8 +68,13 @@ fn warning(warning: &VertexWarning) -> Value {
     if let Some(info) = &warning.info {
         out.set("sourceInfo", json!({"filename": info.filename, "data": STANDARD.encode(&info.data)}));
     }
-    let position = |at: &Option<kiln_proto::pb::Position>| at.map(|at| json!({"line": at.line, "character": at.character}));
-    let ranges = warning.ranges.iter().map(|range| json!({"start": position(&range.start), "end": position(&range.end)}));
+    let position = |at: &Option<kiln_proto::pb::Position>| {
+        at.map(|at| json!({"line": at.line, "character": at.character}))
+    };
+    let ranges = warning
+        .ranges
+        .iter()
+        .map(|range| json!({"start": position(&range.start), "end": position(&range.end)}));
     out.set("range", ranges.collect::<Vec<_>>());
     out.done()
 }

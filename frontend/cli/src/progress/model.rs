@@ -306,7 +306,10 @@ pub(super) mod testing {
     use prost_types::Timestamp;
 
     pub(in super::super) fn at(ms: i64) -> Option<Timestamp> {
-        Some(Timestamp { seconds: 1000 + ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 })
+        Some(Timestamp {
+            seconds: 1000 + ms.div_euclid(1000),
+            nanos: (ms.rem_euclid(1000) * 1_000_000) as i32,
+        })
     }
 
     pub(in super::super) fn vertex(digest: &str, started: Option<i64>, completed: Option<i64>) -> Vertex {
@@ -328,7 +331,14 @@ pub(super) mod testing {
         StatusResponse { logs: vec![log], ..Default::default() }
     }
 
-    pub(in super::super) fn status(digest: &str, id: &str, current: i64, total: i64, ms: i64, done: bool) -> StatusResponse {
+    pub(in super::super) fn status(
+        digest: &str,
+        id: &str,
+        current: i64,
+        total: i64,
+        ms: i64,
+        done: bool,
+    ) -> StatusResponse {
         let status = VertexStatus {
             id: id.into(),
             vertex: digest.into(),

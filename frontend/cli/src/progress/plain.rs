@@ -37,7 +37,13 @@ struct Current {
 
 impl Plain {
     pub(super) fn new() -> Self {
-        Self { model: Model::new(), numbers: HashMap::new(), transfers: HashMap::new(), current: None, any: false }
+        Self {
+            model: Model::new(),
+            numbers: HashMap::new(),
+            transfers: HashMap::new(),
+            current: None,
+            any: false,
+        }
     }
 
     pub(super) fn update(&mut self, message: &StatusResponse) -> String {
@@ -82,9 +88,10 @@ impl Plain {
             self.step(step, &mut out);
         }
         for step in running {
-            let free = self.current.as_ref().is_none_or(|current| {
-                current.since.elapsed() > HOLD || current.spoke.elapsed() > IDLE
-            });
+            let free = self
+                .current
+                .as_ref()
+                .is_none_or(|current| current.since.elapsed() > HOLD || current.spoke.elapsed() > IDLE);
             if free || everything {
                 self.step(step, &mut out);
             }

@@ -12,7 +12,8 @@ use super::units;
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Lines of output shown of each running step, if there is room.
 const LOG_LINES: usize = 6;
-const BAR: usize = 20;
+/// Width of the screen from which transfers have bars.
+const BAR_MIN: usize = 60;
 
 const HIDE_CURSOR: &str = "\x1b[?25l";
 const SHOW_CURSOR: &str = "\x1b[?25h";
@@ -41,6 +42,8 @@ impl Style {
 
 struct Row {
     left: String,
+    /// The share that is done, shown as a bar.
+    bar: Option<f64>,
     right: String,
     style: Style,
 }
@@ -69,7 +72,8 @@ impl Tty {
             step.fresh = Default::default();
         }
         if self.skew.is_none() {
-            self.skew = self.model.steps.iter().filter_map(Step::started).min().map(|start| self.clock() - start);
+            self.skew =
+                self.model.steps.iter().filter_map(Step::started).min().map(|start| self.clock() - start);
         }
         if self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
             return String::new();
@@ -146,8 +150,11 @@ impl Tty {
             }
         }
         let steps = self.shown();
-        let running: Vec<Row> =
-            steps.iter().filter(|step| step.is_running()).flat_map(|step| self.step(step, false, 0)).collect();
+        let running: Vec<Row> = steps
+            .iter()
+            .filter(|step| step.is_running())
+            .flat_map(|step| self.step(step, false, 0))
+            .collect();
         let room = height.saturating_sub(running.len());
         let finished: Vec<&&Step> = steps.iter().filter(|step| !step.is_running()).collect();
         let latest = &finished[finished.len().saturating_sub(room)..];
@@ -166,14 +173,19 @@ impl Tty {
             step if step.is_completed() => ("", Style::Done),
             _ => ("", Style::None),
         };
-        let name = step.name.replace(['\t', '\n', '\r'], " ");
-        let mut rows =
-            vec![Row { left: format!(" => {mark}{name}"), right: format!("{:.1}s", step.seconds(now)), style }];
+        let name = visible(&step.name.replace(['\n', '\r'], " "));
+        let mut rows = vec![Row {
+            left: format!(" => {mark}{name}"),
+            bar: None,
+            right: format!("{:.1}s", step.seconds(now)),
+            style,
+        }];
         if transfers || step.is_running() {
-            rows.extend(step.statuses.iter().map(|status| transfer(status, now)));
+            rows.extend(step.statuses.iter().map(|status| transfer(status, step.is_running(), now)));
         }
         rows.extend(step.warnings.iter().map(|warning| Row {
-            left: format!(" => => WARN: {warning}"),
+            left: format!(" => => WARN: {}", visible(warning)),
+            bar: None,
             right: String::new(),
             style: Style::Canceled,
         }));
@@ -181,6 +193,7 @@ impl Tty {
             let skip = step.tail.len().saturating_sub(log_lines);
             rows.extend(step.tail.iter().skip(skip).map(|line| Row {
                 left: format!(" => => # {}", visible(&line.text)),
+                bar: None,
                 right: String::new(),
                 style: Style::Faint,
             }));
@@ -194,15 +207,17 @@ impl Tty {
         let done = counted.filter(|step| step.is_completed()).count();
         let starts = self.model.steps.iter().filter_map(Step::started).min();
         let ends = if last { self.model.steps.iter().filter_map(Step::ended).max() } else { None };
-        let seconds = starts.map_or(0.0, |start| (ends.unwrap_or_else(|| self.now()) - start).max(0) as f64 / 1e9);
+        let seconds =
+            starts.map_or(0.0, |start| (ends.unwrap_or_else(|| self.now()) - start).max(0) as f64 / 1e9);
         let finished = if last && done == total { " FINISHED" } else { "" };
         let mut out = String::new();
         if self.drawn > 0 {
             out.push_str(&format!("\x1b[{}A\r", self.drawn));
         }
         let header = format!("[+] Building {seconds:.1}s ({done}/{total}){finished}");
-        for (line, style) in std::iter::once((cut(&header, width), if last { Style::Done } else { Style::None }))
-            .chain(rows.iter().map(|row| (fill(row, width), row.style)))
+        for (line, style) in
+            std::iter::once((cut(&header, width), if last { Style::Done } else { Style::None }))
+                .chain(rows.iter().map(|row| (fill(row, width), row.style)))
         {
             out.push_str(&if self.color { style.paint(&line) } else { line });
             out.push_str("\x1b[K\n");
@@ -213,23 +228,26 @@ impl Tty {
     }
 }
 
-fn transfer(status: &Status, now: Nanos) -> Row {
-    let mut left = format!(" => => {}", status.id);
+fn transfer(status: &Status, running: bool, now: Nanos) -> Row {
+    let under_way = running && status.completed.is_none();
+    let bar = (under_way && status.total > 0)
+        .then(|| (status.current as f64 / status.total as f64).clamp(0.0, 1.0));
     let amount = if status.total > 0 {
-        if status.completed.is_none() {
-            let share = (status.current as f64 / status.total as f64).clamp(0.0, 1.0);
-            let filled = (share * BAR as f64) as usize;
-            left.push_str(&format!(" [{}{}]", "=".repeat(filled), " ".repeat(BAR - filled)));
-        }
-        format!("{} / {}", units::bytes(status.current), units::bytes(status.total))
+        format!("{} / {}   ", units::bytes(status.current), units::bytes(status.total))
     } else if status.current > 0 {
-        units::bytes(status.current)
+        format!("{}   ", units::bytes(status.current))
     } else {
         String::new()
     };
-    let seconds = status.started.map_or(0.0, |start| (status.completed.unwrap_or(now) - start).max(0) as f64 / 1e9);
-    let style = if status.completed.is_some() { Style::Done } else { Style::None };
-    Row { left, right: format!("{amount}   {seconds:.1}s").trim_start().to_owned(), style }
+    let end = status.completed.unwrap_or(if running { now } else { status.timestamp });
+    let seconds = status.started.map_or(0.0, |start| (end - start).max(0) as f64 / 1e9);
+    let style = if under_way { Style::None } else { Style::Done };
+    Row {
+        left: format!(" => => {}", visible(&status.id)),
+        bar,
+        right: format!("{amount}{seconds:.1}s"),
+        style,
+    }
 }
 
 /// One screen line: the left part cut to leave room for the right one.
@@ -237,10 +255,18 @@ fn fill(row: &Row, width: usize) -> String {
     if row.right.is_empty() {
         return cut(&row.left, width);
     }
-    let room = width.saturating_sub(row.right.width() + 1);
+    let right = match row.bar {
+        Some(share) if width >= BAR_MIN => {
+            let bar = (width / 8).min(20);
+            let filled = (share * bar as f64) as usize;
+            format!("[{}{}] {}", "=".repeat(filled), " ".repeat(bar - filled), row.right)
+        }
+        _ => row.right.clone(),
+    };
+    let room = width.saturating_sub(right.width() + 1);
     let left = cut(&row.left, room);
     let pad = room.saturating_sub(left.width()) + 1;
-    cut(&format!("{left}{}{}", " ".repeat(pad), row.right), width)
+    cut(&format!("{left}{}{}", " ".repeat(pad), right), width)
 }
 
 /// As much of the text as fits.
@@ -304,7 +330,11 @@ mod tests {
     }
 
     fn screen(text: &str) -> String {
-        let text = text.replace("\x1b[K", "").replace("\x1b[J", "").replace(HIDE_CURSOR, "").replace(SHOW_CURSOR, "");
+        let text = text
+            .replace("\x1b[K", "")
+            .replace("\x1b[J", "")
+            .replace(HIDE_CURSOR, "")
+            .replace(SHOW_CURSOR, "");
         text.split_once("A\r").map_or(text.clone(), |(_, rest)| rest.to_owned())
     }
 
