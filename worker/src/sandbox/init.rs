@@ -116,14 +116,18 @@ fn unshare(flags: libc::c_int) -> io::Result<()> {
 
 /// Undoes what the daemon's runtime changed: ignored signals and blocked ones survive an exec.
 fn default_signals() {
-    // SAFETY: only resets dispositions and the mask of this single-threaded process; invalid numbers are refused.
+    // All zeroes is the default disposition and the empty set, in the kernel's own form: the C library hides two
+    // signals from its callers, and those may be ignored as well.
+    let zero = [0u64; 8];
+    let set_bytes = size_of::<u64>();
+    let nothing = std::ptr::null_mut::<u64>();
+    // SAFETY: the kernel only reads from an array larger than both structures; the zygote's own handlers are not
+    // needed any more. Numbers that cannot be set are refused.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(libc::SYS_rt_sigaction, signal, zero.as_ptr(), nothing, set_bytes);
         }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, zero.as_ptr(), nothing, set_bytes);
     }
 }
 

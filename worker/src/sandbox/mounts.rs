@@ -75,14 +75,18 @@ pub(super) fn assemble<S: Sys>(sys: &S, plan: &SandboxPlan, host: &Host) -> Resu
     let mut made = Vec::new();
     for (mount, source) in plan.mounts.iter().zip(&sources) {
         let at = || format!("mount {}", mount.dest.display());
+        let mut new = Vec::new();
         match source {
             Some(source) => {
                 let kind = if sys.is_dir(source).during(at)? { TargetKind::Dir } else { TargetKind::File };
-                let target = sys.make_target(&root, &mount.dest, kind, &mut made).during(at)?;
+                let target = sys.make_target(&root, &mount.dest, kind, &mut new).during(at)?;
                 sys.attach(source, &target).during(at)?;
             }
-            None => cgroup_mount(sys, &root, mount, host, &mut made).during(at)?,
+            None => cgroup_mount(sys, &root, mount, host, &mut new).during(at)?,
         }
+        // What was made inside another mount is not in the root.
+        let inside = |path: &Path| plan.mounts.iter().any(|m| path != m.dest && path.starts_with(&m.dest));
+        made.extend(new.into_iter().filter(|path| !inside(path)));
     }
     devices(sys, &root, plan, host)?;
     for (key, value) in &plan.sysctl {
