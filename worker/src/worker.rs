@@ -8,6 +8,7 @@ use kiln_cache::contenthash;
 use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
+use tokio_util::task::TaskTracker;
 
 use crate::flat;
 use crate::image::{Access, Images};
@@ -66,6 +67,8 @@ pub struct Worker {
     executor: Mutex<Option<Arc<dyn Executor>>>,
     pub(crate) cache_mounts: CacheMountLocks,
     pub(crate) lenders: Lenders,
+    /// Steps that are running, or ending after their build lost interest.
+    pub(crate) steps: TaskTracker,
 }
 
 impl Worker {
@@ -98,6 +101,7 @@ impl Worker {
             executor: Mutex::new(None),
             cache_mounts: CacheMountLocks::default(),
             lenders: Lenders::default(),
+            steps: TaskTracker::new(),
         }))
     }
 
@@ -133,6 +137,14 @@ impl Worker {
     /// Makes the operations of one build.
     pub fn factory(self: &Arc<Self>, context: BuildContext) -> Arc<dyn OpFactory<Ref>> {
         Arc::new(Factory::new(self.clone(), context))
+    }
+
+    /// Waits until no step is running any more, including cancelled ones that are being torn down. To be
+    /// called once no build is left.
+    pub async fn idle(&self) {
+        self.steps.close();
+        self.steps.wait().await;
+        self.steps.reopen();
     }
 
     /// The executor, started if this is its first use. Blocking.

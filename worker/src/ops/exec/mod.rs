@@ -117,7 +117,7 @@ impl Op<Ref> for ExecOp {
             };
             // A task of its own: when this future is dropped the step's directories must stay until
             // its last process is gone.
-            let task = tokio::spawn(run.to_end(inputs));
+            let task = self.worker.steps.spawn(run.to_end(inputs));
             task.await.unwrap_or_else(|err| Err(OpError::new(format!("running the step failed: {err}"))))
         })
     }

@@ -28,7 +28,8 @@ pub(crate) fn remove(stubs: &[PathBuf], written: &[Written], recursive: bool) {
         if parent_of_another && !recursive {
             continue;
         }
-        let owner = written.iter().filter(|tree| stub.starts_with(&tree.dest));
+        // A mount point itself lies in what it is mounted on.
+        let owner = written.iter().filter(|tree| stub.starts_with(&tree.dest) && *stub != tree.dest);
         let Some(tree) = owner.max_by_key(|tree| tree.dest.as_os_str().len()) else { continue };
         let Ok(path) = stub.strip_prefix(&tree.dest) else { continue };
         if let Err(errno) = remove_one(tree, path)
@@ -159,5 +160,7 @@ mod tests {
         ];
         remove(&["/data/inner".into()], &written, true);
         assert!(!cache.join("inner").exists() && root.join("data").exists());
+        remove(&["/data".into()], &written, true);
+        assert!(!root.join("data").exists() && cache.exists());
     }
 }

@@ -115,6 +115,7 @@ impl<'a> Engine<'a> {
     /// The layer that an action writes: its base's own if nobody else sees that, else a new one on top.
     fn base(&mut self, operand: Operand) -> Result<Live, FileError> {
         if let Operand::Action(index) = operand
+            && self.plan.steps[index].folded
             && let Some(Made::Live(live)) = self.made.remove(&index)
         {
             return Ok(live);
