@@ -150,11 +150,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 tokio::task::yield_now().await;
             }
         }
-        self.report_end();
-        // Dropping the askers cancels what only this build wanted; what else it had going on is
+        // Leaving shared work cancels what only this build wanted; what else it had going on is
         // taken down before the build counts as gone.
-        self.graph.clear();
         self.tasks.shutdown().await;
+        self.report_end();
     }
 
     fn handle(&mut self, event: Event<R>) {

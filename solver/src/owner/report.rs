@@ -129,7 +129,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     pub(super) fn report_failed(&mut self, place: NodeIndex, error: &str) {
-        self.sync_started(place);
+        self.leave_work(place);
         let now = SystemTime::now();
         self.report(place, |state| {
             // A vertex that was shown as done before failed in a new interval.
@@ -145,7 +145,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     /// Ends what is shown as running because nobody wants it any longer.
     pub(super) fn report_canceled(&mut self, place: NodeIndex) {
-        self.sync_started(place);
+        self.leave_work(place);
         let state = &self.graph[place].state;
         // Resolution goes on for whoever comes next and ends its own interval.
         let resolving = matches!(self.graph[place].map, Map::Asked(_));
@@ -157,14 +157,23 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    /// Work tells its start to the progress stream at once and to the loop by an event, which may
-    /// still be on its way.
-    fn sync_started(&mut self, place: NodeIndex) {
-        let vertex = &self.graph[place];
-        let at = match (&vertex.step, &vertex.map) {
-            (Step::Working(watched), _) => watched.started.get().copied(),
-            (_, Map::Asked(progress)) => progress.started.get().copied(),
-            _ => None,
+    /// Lets go of work, if there is some, and takes note of its start: work tells that to the
+    /// progress stream at once, but to the loop by an event, which may still be on its way. Once
+    /// the hold is dropped nothing more is told, so what is noted then is final.
+    fn leave_work(&mut self, place: NodeIndex) {
+        let vertex = &mut self.graph[place];
+        let at = match std::mem::replace(&mut vertex.step, Step::Waiting) {
+            Step::Working(Watched { asker, started }) => {
+                drop(asker);
+                started.get().copied()
+            }
+            step => {
+                vertex.step = step;
+                match &vertex.map {
+                    Map::Asked(progress) => progress.started.get().copied(),
+                    Map::Unasked | Map::Known(_) => None,
+                }
+            }
         };
         if let Some(at) = at
             && vertex.state.started != Some(at)
@@ -206,7 +215,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// The build ends: nothing stays shown as running.
     pub(super) fn report_end(&mut self) {
         for place in self.graph.node_indices() {
-            self.sync_started(place);
+            self.leave_work(place);
             let state = &self.graph[place].state;
             if state.started.is_some() && state.completed.is_none() {
                 self.report(place, |state| {
