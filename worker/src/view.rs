@@ -11,7 +11,8 @@ use kiln_cache::SnapshotRef;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
 };
 
 /// The kernel copies at most this much of one `fsconfig` value.
@@ -101,8 +102,12 @@ fn open_dir(path: &Path) -> Result<OwnedFd, ViewError> {
 /// metadata-only copies, no index; `volatile` because committing must not sync the file system.
 pub fn mount_overlay(lowers: &[PathBuf], upper_work: Option<(&Path, &Path)>) -> Result<OwnedFd, ViewError> {
     let layers = lowers.len();
-    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-        .map_err(|source| ViewError::Mount { call: "fsopen", layers, detail: String::new(), source })?;
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|source| ViewError::Mount {
+        call: "fsopen",
+        layers,
+        detail: String::new(),
+        source,
+    })?;
     let fail = |call: &'static str| {
         let fs = fs.as_fd();
         move |source: Errno| ViewError::Mount { call, layers, detail: kernel_log(fs), source }

@@ -274,7 +274,9 @@ impl ResultStore<Ref> for Worker {
         Box::pin(async move {
             self.materialize(result, &self.shared_access()).await?;
             let (snapshot, query) = (result.clone(), query.clone());
-            let hash = tokio::task::spawn_blocking(move || contenthash::content_digest(snapshot.as_ref(), &query)).await;
+            let hash =
+                tokio::task::spawn_blocking(move || contenthash::content_digest(snapshot.as_ref(), &query))
+                    .await;
             let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
             hash.map_err(|err| {
                 OpError::new(format!("failed to calculate checksum of ref {}: {err}", self.ref_name(result)))
@@ -286,7 +288,8 @@ impl ResultStore<Ref> for Worker {
         Box::pin(async move {
             self.materialize(result, &self.shared_access()).await?;
             let snapshot = result.clone();
-            let hash = tokio::task::spawn_blocking(move || contenthash::output_digest(snapshot.as_ref())).await;
+            let hash =
+                tokio::task::spawn_blocking(move || contenthash::output_digest(snapshot.as_ref())).await;
             let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
             hash.map_err(|err| OpError::new(err.to_string()))
         })

@@ -137,7 +137,10 @@ impl World {
 
     fn context(&self, sessions: &[&str]) -> BuildContext {
         BuildContext {
-            sessions: SessionGroup::new(self.sessions.clone(), sessions.iter().map(ToString::to_string).collect()),
+            sessions: SessionGroup::new(
+                self.sessions.clone(),
+                sessions.iter().map(ToString::to_string).collect(),
+            ),
             entitlements: Entitlements::default(),
             credentials: Arc::new(Anonymous),
             cgroup_parent: String::new(),
@@ -153,7 +156,12 @@ impl World {
         self.run_in(&self.context(&[]), op, inputs).await
     }
 
-    async fn run_in(&self, context: &BuildContext, op: pb::op::Op, inputs: &[&Ref]) -> Result<Vec<Ref>, OpError> {
+    async fn run_in(
+        &self,
+        context: &BuildContext,
+        op: pb::op::Op,
+        inputs: &[&Ref],
+    ) -> Result<Vec<Ref>, OpError> {
         let op = self.worker.factory(context.clone()).op(&vertex(op, inputs.len()))?;
         op.execute(&self.op_context(), inputs.iter().map(|input| (*input).clone()).collect()).await
     }
@@ -166,7 +174,8 @@ impl World {
     /// Content of a file in a result; `None` if there is none.
     async fn read(&self, result: &Ref, path: &str) -> Option<String> {
         let view = self.worker.view(result).await.unwrap();
-        let fd = rustix::fs::openat2(view.fd(), path, OFlags::RDONLY, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+        let fd = rustix::fs::openat2(view.fd(), path, OFlags::RDONLY, Mode::empty(), ResolveFlags::IN_ROOT)
+            .ok()?;
         let mut text = String::new();
         std::io::Read::read_to_string(&mut std::fs::File::from(fd), &mut text).unwrap();
         Some(text)
@@ -185,11 +194,14 @@ impl World {
             for dir in ["bin", "etc", "tmp", "root", "proc", "dev", "sys"] {
                 std::fs::create_dir_all(root.join(dir)).unwrap();
             }
-            let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
+            let busybox =
+                ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
             let busybox = busybox.expect("busybox (package busybox-static) is not installed");
             std::fs::copy(busybox, root.join("bin/busybox")).unwrap();
             let list = Command::new(busybox).arg("--list").output().unwrap();
-            for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox") {
+            for applet in
+                String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox")
+            {
                 symlink("busybox", root.join("bin").join(applet)).unwrap();
             }
             let users = "root:x:0:0:root:/root:/bin/sh\nann:x:1000:1001::/home/ann:/bin/sh\n";
@@ -218,7 +230,13 @@ fn action(input: i64, secondary_input: i64, output: i64, action: Action) -> pb::
 }
 
 fn mkfile(path: &str, data: &str) -> Action {
-    let file = pb::FileActionMkFile { path: path.into(), mode: 0o644, data: data.into(), owner: None, timestamp: -1 };
+    let file = pb::FileActionMkFile {
+        path: path.into(),
+        mode: 0o644,
+        data: data.into(),
+        owner: None,
+        timestamp: -1,
+    };
     Action::Mkfile(file)
 }
 
@@ -263,7 +281,8 @@ fn top(result: &Ref) -> SnapshotRef {
 /// Paths in the topmost layer alone.
 fn layer(result: &Ref) -> Vec<String> {
     let dir = top(result).dir();
-    let mut found: Vec<String> = walk(&dir).map(|path| path.strip_prefix(&dir).unwrap().display().to_string()).collect();
+    let mut found: Vec<String> =
+        walk(&dir).map(|path| path.strip_prefix(&dir).unwrap().display().to_string()).collect();
     found.sort();
     found
 }
@@ -295,7 +314,16 @@ async fn file_actions_make_layers(world: &World) {
     let two = file(vec![action(0, -1, 1, mkfile("/x", "X")), action(1, -1, 0, mkfile("/y", "Y"))]);
     let results = world.run(two, &[&base]).await.unwrap();
     assert_eq!((layer(&results[0]), layer(&results[1])), (vec!["y".to_owned()], vec!["x".to_owned()]));
-    let scratch = file(vec![action(-1, -1, 0, Action::Copy(pb::FileActionCopy { allow_wildcard: true, allow_empty_wildcard: true, ..copy("/*", "/") }))]);
+    let scratch = file(vec![action(
+        -1,
+        -1,
+        0,
+        Action::Copy(pb::FileActionCopy {
+            allow_wildcard: true,
+            allow_empty_wildcard: true,
+            ..copy("/*", "/")
+        }),
+    )]);
     let empty = world.run(scratch, &[]).await.unwrap().remove(0);
     assert!(layer(&empty).is_empty());
 }
@@ -321,7 +349,12 @@ async fn users_are_looked_up_in_their_input(world: &World) {
         Some(pb::UserOpt { user: Some(user) })
     };
     let owner = Some(pb::ChownOpt { user: named("ann"), group: named("staff") });
-    let owned = Action::Mkfile(pb::FileActionMkFile { path: "/f".into(), owner, timestamp: -1, ..Default::default() });
+    let owned = Action::Mkfile(pb::FileActionMkFile {
+        path: "/f".into(),
+        owner,
+        timestamp: -1,
+        ..Default::default()
+    });
     let made = world.run(file(vec![action(0, -1, 0, owned)]), &[&None, &users]).await.unwrap().remove(0);
     let stat = top(&made).dir().join("f").metadata().unwrap();
     assert_eq!((stat.uid(), stat.gid()), (1000, 50));
@@ -379,7 +412,13 @@ async fn merge_and_diff(world: &World) {
     assert_eq!(world.run(diff(-1, 0), &[&a]).await.unwrap(), [a.clone()]);
 
     let old = tree(&[("gone", "G"), ("same", "S"), ("d/changed", "1"), ("d/kept", "K"), ("kind/f", "x")]);
-    let new = tree(&[("same", "S"), ("d/changed", "22"), ("d/kept", "K"), ("kind", "now a file"), ("added/x", "X")]);
+    let new = tree(&[
+        ("same", "S"),
+        ("d/changed", "22"),
+        ("d/kept", "K"),
+        ("kind", "now a file"),
+        ("added/x", "X"),
+    ]);
     for path in ["same", "d/kept", "d"] {
         let time = std::time::UNIX_EPOCH + Duration::from_secs(1_000);
         for tree in [&old, &new] {
@@ -389,7 +428,8 @@ async fn merge_and_diff(world: &World) {
     let changes = world.run(diff(0, 1), &[&old, &new]).await.unwrap().remove(0);
     assert_eq!(layer(&changes), ["added", "added/x", "d", "d/changed", "gone", "kind"]);
     let inputs = [0, 1].map(|input| pb::MergeInput { input }).to_vec();
-    let applied = world.run(pb::op::Op::Merge(pb::MergeOp { inputs }), &[&old, &changes]).await.unwrap().remove(0);
+    let applied =
+        world.run(pb::op::Op::Merge(pb::MergeOp { inputs }), &[&old, &changes]).await.unwrap().remove(0);
     assert_eq!(world.read(&applied, "gone").await, None);
     for (path, text) in [("d/changed", "22"), ("d/kept", "K"), ("kind", "now a file"), ("added/x", "X")] {
         assert_eq!(world.read(&applied, path).await.as_deref(), Some(text));
@@ -439,7 +479,8 @@ async fn a_failing_step_tells_its_exit_code(world: &World) {
 
 async fn users_environment_and_hosts(world: &World) {
     let base = world.busybox();
-    let mut op = sh("id -u; id -g; id -G; echo $HOME $HTTP_PROXY $http_proxy $A; pwd; cat /etc/hosts; hostname");
+    let mut op =
+        sh("id -u; id -g; id -G; echo $HOME $HTTP_PROXY $http_proxy $A; pwd; cat /etc/hosts; hostname");
     let meta = op.meta.as_mut().unwrap();
     meta.user = "ann".into();
     meta.env = vec!["A=b".into()];
@@ -477,7 +518,8 @@ async fn mounts_show_inputs_and_scratch_space(world: &World) {
         tmpfs_opt: Some(pb::TmpfsOpt { size: 1 << 20 }),
         ..bind(-1, "/scratch", -1, false)
     });
-    let result = world.run(exec(op), &[&base, &data]).await.unwrap_or_else(|err| panic!("{err} {}", world.log(2)));
+    let result =
+        world.run(exec(op), &[&base, &data]).await.unwrap_or_else(|err| panic!("{err} {}", world.log(2)));
     assert_eq!(world.log(1), "texttextomore\n1024\n");
     assert_eq!(layer(&result[0]), Vec::<String>::new());
     assert_eq!(world.read(&data, "/other").await.as_deref(), Some("o"));
@@ -499,7 +541,11 @@ async fn several_outputs_are_numbered_by_mount(world: &World) {
 
 fn cache(id: &str, sharing: pb::CacheSharingOpt) -> pb::Mount {
     let options = pb::CacheOpt { id: id.into(), sharing: sharing as i32 };
-    pb::Mount { mount_type: pb::MountType::Cache as i32, cache_opt: Some(options), ..bind(-1, "/cache", -1, false) }
+    pb::Mount {
+        mount_type: pb::MountType::Cache as i32,
+        cache_opt: Some(options),
+        ..bind(-1, "/cache", -1, false)
+    }
 }
 
 async fn cache_mounts_persist_and_locked_ones_wait(world: &World) {
@@ -539,7 +585,8 @@ async fn secrets_come_from_the_client(world: &World) {
     let mut offer = Attachables::new();
     offer.secrets(vec![Secret::Value { id: "token".into(), value: b"s3cret".to_vec() }]);
     let _client = offer.attach(&mut control, "client", "").await.unwrap();
-    let context = BuildContext { sessions: SessionGroup::new(manager, vec!["client".into()]), ..world.context(&[]) };
+    let context =
+        BuildContext { sessions: SessionGroup::new(manager, vec!["client".into()]), ..world.context(&[]) };
     let secret = |id: &str, optional| pb::Mount {
         mount_type: pb::MountType::Secret as i32,
         secret_opt: Some(pb::SecretOpt { id: id.into(), uid: 1000, gid: 0, mode: 0o400, optional }),
@@ -576,11 +623,12 @@ async fn a_dropped_step_leaves_nothing(world: &World) {
     let marker = format!("31{}", std::process::id());
     let running = || {
         let processes = std::fs::read_dir("/proc").unwrap().flatten();
-        processes.filter(|entry| {
-            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            command.windows(marker.len()).any(|part| part == marker.as_bytes())
-        })
-        .count()
+        processes
+            .filter(|entry| {
+                let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                command.windows(marker.len()).any(|part| part == marker.as_bytes())
+            })
+            .count()
     };
     let op = exec(sh(&format!("echo started; exec sleep {marker}")));
     let inputs = [&base];
@@ -675,7 +723,8 @@ async fn a_clients_directory_is_transferred_once(world: &World) {
     let mut offer = Attachables::new();
     offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
     let _client = offer.attach(&mut control, "s", "key").await.unwrap();
-    let context = BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let context =
+        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
     let fetch = || world.run_in(&context, local("context", "s"), &[]);
     let first = fetch().await.unwrap().remove(0);
     assert_eq!(world.read(&first, "src/main").await.as_deref(), Some("1"));
@@ -703,7 +752,8 @@ async fn a_broken_transfer_is_not_taken_for_the_present_state(world: &World) {
     let mut offer = Attachables::new();
     offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
     let _client = offer.attach(&mut control, "s", "key").await.unwrap();
-    let context = BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let context =
+        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
     let fetch = || world.run_in(&context, local("context", "s"), &[]);
     let first = fetch().await.unwrap().remove(0);
     common::write(&from, "a", "22");
@@ -750,7 +800,8 @@ async fn an_unchanged_file_keeps_the_steps_that_read_it(world: &World) {
         let edge = |digest: &String| pb::Input { digest: digest.clone(), index: 0 };
         let made = action(-1, -1, -1, mkfile("/read", read));
         let source = add(vec![], file(vec![made, action(0, -1, 0, mkfile("/unread", unread))]));
-        let copied = add(vec![edge(&source)], file(vec![action(-1, 0, 0, Action::Copy(copy("/read", "/x")))]));
+        let copied =
+            add(vec![edge(&source)], file(vec![action(-1, 0, 0, Action::Copy(copy("/read", "/x")))]));
         let last = add(vec![edge(&copied)], file(vec![action(0, -1, 0, mkfile("/after", "a"))]));
         builder.finish(&edge(&last))
     };

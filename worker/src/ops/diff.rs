@@ -17,10 +17,10 @@ use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
+use super::BuildContext;
 use super::file::FileError;
 use super::file::root::{Root, lstat, open_child, read_names};
 use super::file::transfer::Transfer;
-use super::BuildContext;
 use super::keys::KeyBuilder;
 use crate::registry::Credentials;
 use crate::worker::{Layers, Worker};
@@ -62,7 +62,11 @@ impl Op<Ref> for DiffOp {
         })
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
             let side = |index: Option<usize>| index.and_then(|index| inputs.get(index).cloned().flatten());
             let (lower, upper) = (side(self.lower), side(self.upper));
@@ -73,7 +77,8 @@ impl Op<Ref> for DiffOp {
             let layers = self.worker.layers().clone();
             if let Some(above) = upper.as_ref().and_then(|upper| layers_above(below, upper)) {
                 let meta = SnapshotMeta::new(&self.name);
-                let stack = layers.snapshots().stack(&above, meta).map_err(|err| OpError::new(err.to_string()))?;
+                let stack =
+                    layers.snapshots().stack(&above, meta).map_err(|err| OpError::new(err.to_string()))?;
                 return Ok(vec![Some(stack)]);
             }
             self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
@@ -107,10 +112,8 @@ fn compute(
     cancel: &CancellationToken,
 ) -> Result<SnapshotRef, FileError> {
     let text = |err: &dyn std::fmt::Display| FileError::Text(err.to_string());
-    let (old, new) = (
-        layers.view(lower).map_err(|err| text(&err))?,
-        layers.view(upper).map_err(|err| text(&err))?,
-    );
+    let (old, new) =
+        (layers.view(lower).map_err(|err| text(&err))?, layers.view(upper).map_err(|err| text(&err))?);
     let staged = layers.snapshots().stage(None).map_err(|err| text(&err))?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let out = rustix::fs::open(staged.fs(), flags, Mode::empty()).map_err(|errno| text(&errno))?;
@@ -184,7 +187,9 @@ impl Walk<'_> {
                 _ => None,
             };
             let changed = match (&before, &old) {
-                (Some(before), Some(old)) => !same_attributes(before, &after) || !same_xattrs(old.as_fd(), new.as_fd()),
+                (Some(before), Some(old)) => {
+                    !same_attributes(before, &after) || !same_xattrs(old.as_fd(), new.as_fd())
+                }
                 _ => true,
             };
             let names = both_names(old.as_ref().map(|old| old.as_fd()), new.as_fd())?;
@@ -195,7 +200,12 @@ impl Walk<'_> {
                 let out = make_dir(parent, &below.name)?;
                 if replaced {
                     // What stood here before must not show through.
-                    rustix::fs::fsetxattr(&out, "trusted.overlay.opaque", b"y", rustix::fs::XattrFlags::empty())?;
+                    rustix::fs::fsetxattr(
+                        &out,
+                        "trusted.overlay.opaque",
+                        b"y",
+                        rustix::fs::XattrFlags::empty(),
+                    )?;
                 }
                 below.out = Some(out);
             }
@@ -210,8 +220,10 @@ impl Walk<'_> {
         let new = rustix::io::fcntl_dupfd_cloexec(&frame.new, 0)?;
         let path: Vec<OsString> = stack.iter().skip(1).map(|frame| frame.name.clone()).collect();
         make_out(stack)?;
-        let root = stack.first().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
-        let out = stack.last().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
+        let root =
+            stack.first().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
+        let out =
+            stack.last().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
         let done = self.transfer.leaf(new.as_fd(), &name, &after, root, out, &name, &path);
         done.map(|()| None).map_err(|(_, errno)| errno)
     }
@@ -233,7 +245,10 @@ fn make_dir(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     open_child(parent, name, OFlags::RDONLY | OFlags::DIRECTORY)
 }
 
-fn both_names(old: Option<BorrowedFd<'_>>, new: BorrowedFd<'_>) -> Result<std::vec::IntoIter<OsString>, Errno> {
+fn both_names(
+    old: Option<BorrowedFd<'_>>,
+    new: BorrowedFd<'_>,
+) -> Result<std::vec::IntoIter<OsString>, Errno> {
     let mut names = read_names(new)?;
     if let Some(old) = old {
         names.extend(read_names(old)?);

@@ -20,8 +20,14 @@ pub(crate) struct MergeOp {
 }
 
 impl MergeOp {
-    pub(crate) fn new(worker: Arc<Worker>, op: &pb::MergeOp, inputs: usize, name: &str) -> Result<Self, OpError> {
-        let parts = op.inputs.iter().map(|part| super::operand(part.input, inputs)).collect::<Result<Vec<_>, _>>()?;
+    pub(crate) fn new(
+        worker: Arc<Worker>,
+        op: &pb::MergeOp,
+        inputs: usize,
+        name: &str,
+    ) -> Result<Self, OpError> {
+        let parts =
+            op.inputs.iter().map(|part| super::operand(part.input, inputs)).collect::<Result<Vec<_>, _>>()?;
         if parts.len() < 2 {
             return Err(OpError::new("merge needs at least two inputs"));
         }
@@ -40,7 +46,11 @@ impl Op<Ref> for MergeOp {
         })
     }
 
-    fn execute<'a>(&'a self, _ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        _ctx: &'a OpContext,
+        inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
             let part = |part: &Option<usize>| part.and_then(|index| inputs.get(index).cloned().flatten());
             let parts: Vec<_> = self.parts.iter().filter_map(part).collect();

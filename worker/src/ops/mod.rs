@@ -69,12 +69,16 @@ impl OpFactory<Ref> for Factory {
         let name = vertex.name.as_str();
         match vertex.op.op.as_ref() {
             Some(Wire::Exec(op)) => Ok(Arc::new(exec::ExecOp::new(worker, context, vertex, op.clone())?)),
-            Some(Wire::File(op)) => Ok(Arc::new(file::FileOp::new(worker, context, op.clone(), inputs, name)?)),
+            Some(Wire::File(op)) => {
+                Ok(Arc::new(file::FileOp::new(worker, context, op.clone(), inputs, name)?))
+            }
             Some(Wire::Source(op)) => source::make(worker, context, vertex, op),
             Some(Wire::Merge(op)) => Ok(Arc::new(merge::MergeOp::new(worker, op, inputs, name)?)),
             Some(Wire::Diff(op)) => Ok(Arc::new(diff::DiffOp::new(worker, context, op, inputs, name)?)),
             Some(Wire::Passthrough(op)) => Ok(Arc::new(Passthrough::new(op, inputs)?)),
-            Some(Wire::Build(_)) => Err(OpError::new("unsupported: build operation (a build inside a build)")),
+            Some(Wire::Build(_)) => {
+                Err(OpError::new("unsupported: build operation (a build inside a build)"))
+            }
             None => Err(OpError::new("unsupported: unknown operation")),
         }
     }
@@ -115,7 +119,11 @@ impl Op<Ref> for Passthrough {
         })
     }
 
-    fn execute<'a>(&'a self, _ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        _ctx: &'a OpContext,
+        inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         let take = |index: &Option<usize>| index.and_then(|index| inputs.get(index).cloned().flatten());
         Box::pin(std::future::ready(Ok(self.outputs.iter().map(take).collect())))
     }

@@ -17,7 +17,8 @@ impl RunDir {
         for entry in std::fs::read_dir(base)? {
             let entry = entry?;
             let name = entry.file_name();
-            let owner = name.to_str().and_then(|name| name.strip_prefix("daemon-")).and_then(|pid| pid.parse().ok());
+            let owner =
+                name.to_str().and_then(|name| name.strip_prefix("daemon-")).and_then(|pid| pid.parse().ok());
             let Some(owner) = owner else { continue };
             if owner == std::process::id() || !alive(owner) {
                 remove(&entry.path());

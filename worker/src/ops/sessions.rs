@@ -27,7 +27,8 @@ impl SessionGroup {
     /// not is left out unless none does.
     pub(crate) async fn attached(&self, preferred: Option<&str>) -> Result<Vec<Arc<Session>>, OpError> {
         // A name may carry a prefix that has no meaning here.
-        let preferred = preferred.filter(|id| !id.is_empty()).map(|id| id.rsplit_once(':').map_or(id, |(_, id)| id));
+        let preferred =
+            preferred.filter(|id| !id.is_empty()).map(|id| id.rsplit_once(':').map_or(id, |(_, id)| id));
         let others = self.ids.iter().map(String::as_str).filter(|id| Some(*id) != preferred);
         let mut found = Vec::new();
         let mut missing = None;

@@ -18,7 +18,7 @@ const MAX_BYTES: u64 = 10 << 20;
 
 /// Whom a process runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProcessUser {
+pub(crate) struct ProcessUser {
     /// User.
     pub uid: u32,
     /// Primary group.
@@ -133,9 +133,13 @@ pub(crate) fn process_user(passwd_text: &str, group_text: &str, spec: &str) -> R
     let id: Option<u32> = user.parse().ok();
     let entry = passwd(passwd_text).find(|entry| entry.name == user || id == Some(entry.uid));
     let mut found = match (&entry, id) {
-        (Some(entry), _) => ProcessUser { uid: entry.uid, gid: entry.gid, groups: Vec::new(), home: entry.home.into() },
+        (Some(entry), _) => {
+            ProcessUser { uid: entry.uid, gid: entry.gid, groups: Vec::new(), home: entry.home.into() }
+        }
         (None, Some(uid)) => ProcessUser { uid, gid: 0, groups: Vec::new(), home: String::new() },
-        (None, None) => return Err(format!("unable to find user {user}: no matching entries in passwd file")),
+        (None, None) => {
+            return Err(format!("unable to find user {user}: no matching entries in passwd file"));
+        }
     };
     if found.home.is_empty() {
         found.home = "/".into();
@@ -147,12 +151,15 @@ pub(crate) fn process_user(passwd_text: &str, group_text: &str, spec: &str) -> R
             found.gid = match (listed, id) {
                 (Some(entry), _) => entry.gid,
                 (None, Some(gid)) => gid,
-                (None, None) => return Err(format!("unable to find group {name}: no matching entries in group file")),
+                (None, None) => {
+                    return Err(format!("unable to find group {name}: no matching entries in group file"));
+                }
             };
         }
         None => {
             if let Some(entry) = &entry {
-                let member = |group: &Group<'_>| group.members.split(',').any(|member| member.trim() == entry.name);
+                let member =
+                    |group: &Group<'_>| group.members.split(',').any(|member| member.trim() == entry.name);
                 found.groups = group(group_text).filter(member).map(|group| group.gid).collect();
             }
         }
@@ -164,7 +171,8 @@ pub(crate) fn process_user(passwd_text: &str, group_text: &str, spec: &str) -> R
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n# note\nbad line\napp:x:1000:1001:App:/home/app:/bin/sh\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\n# note\nbad line\napp:x:1000:1001:App:/home/app:/bin/sh\n";
     const GROUP: &str = "root:x:0:\nwheel:x:10:root,app\napp:x:1001:\nvideo:x:44:app\n";
 
     fn user(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {
@@ -179,8 +187,14 @@ mod tests {
         assert_eq!(user(""), Ok((0, 0, vec![10], "/root".to_owned())));
         assert_eq!(user("app:video"), Ok((1000, 44, vec![], "/home/app".to_owned())));
         assert_eq!(user("77:88"), Ok((77, 88, vec![], "/".to_owned())));
-        assert_eq!(user("nobody").unwrap_err(), "unable to find user nobody: no matching entries in passwd file");
-        assert_eq!(user("app:none").unwrap_err(), "unable to find group none: no matching entries in group file");
+        assert_eq!(
+            user("nobody").unwrap_err(),
+            "unable to find user nobody: no matching entries in passwd file"
+        );
+        assert_eq!(
+            user("app:none").unwrap_err(),
+            "unable to find group none: no matching entries in group file"
+        );
     }
 
     #[test]

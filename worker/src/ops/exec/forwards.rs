@@ -13,7 +13,11 @@ use crate::ops::SessionGroup;
 use crate::ops::run_dir::StepDir;
 
 /// The value of a secret; `None` if the client has none and the step can do without.
-pub(crate) async fn secret(sessions: &SessionGroup, id: &str, optional: bool) -> Result<Option<Vec<u8>>, OpError> {
+pub(crate) async fn secret(
+    sessions: &SessionGroup,
+    id: &str,
+    optional: bool,
+) -> Result<Option<Vec<u8>>, OpError> {
     match sessions.secret(id).await {
         Ok(Some(value)) => Ok(Some(value)),
         Ok(None) if optional => Ok(None),

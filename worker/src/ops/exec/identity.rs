@@ -22,7 +22,10 @@ pub(crate) fn resolve(layers: &Layers, root: &Ref, user: &str) -> Result<Process
     for layer in chain.iter().rev() {
         let dir = layer.dir();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        dirs.push(rustix::fs::open(&dir, flags, Mode::empty()).map_err(|err| format!("{}: {err}", dir.display()))?);
+        dirs.push(
+            rustix::fs::open(&dir, flags, Mode::empty())
+                .map_err(|err| format!("{}: {err}", dir.display()))?,
+        );
     }
     let found = match (peek(&dirs, PASSWD), peek(&dirs, GROUP)) {
         (Peek::Unsure, _) | (_, Peek::Unsure) => None,

@@ -38,7 +38,10 @@ pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> 
     key.part("network", op.network().as_str_name());
     key.part("security", op.security().as_str_name());
     for secret in &op.secretenv {
-        key.part(format!("secret env {}", secret.name), format!("{} optional={}", secret.id, secret.optional));
+        key.part(
+            format!("secret env {}", secret.name),
+            format!("{} optional={}", secret.id, secret.optional),
+        );
     }
     for device in &op.cdi_devices {
         key.part("device", &device.name);
@@ -100,11 +103,15 @@ fn inputs(op: &pb::ExecOp, count: usize) -> Result<Vec<InputMap>, OpError> {
         // What lies below another selected directory is in its digest.
         let all = selectors.clone();
         let covered = |path: &String| {
-            all.iter().any(|other| other != path && path.starts_with(&format!("{}/", other.trim_end_matches('/'))))
+            all.iter()
+                .any(|other| other != path && path.starts_with(&format!("{}/", other.trim_end_matches('/'))))
         };
         selectors.retain(|path| !covered(path));
-        let path = |path: String| ContentPath { path, follow_symlink: true, must_exist: true, ..Default::default() };
-        let content = content.unwrap_or(false).then(|| ContentQuery { paths: selectors.into_iter().map(path).collect() });
+        let path =
+            |path: String| ContentPath { path, follow_symlink: true, must_exist: true, ..Default::default() };
+        let content = content
+            .unwrap_or(false)
+            .then(|| ContentQuery { paths: selectors.into_iter().map(path).collect() });
         InputMap { selector, content }
     };
     Ok(selectors.into_iter().zip(by_content).map(map).collect())

@@ -59,7 +59,9 @@ impl ExecOp {
         op: pb::ExecOp,
     ) -> Result<Self, OpError> {
         let inputs = vertex.op.inputs.len();
-        let Some(mut meta) = op.meta.clone() else { return Err(OpError::new("invalid exec op with no meta")) };
+        let Some(mut meta) = op.meta.clone() else {
+            return Err(OpError::new("invalid exec op with no meta"));
+        };
         if meta.args.is_empty() {
             return Err(OpError::new("invalid exec op with no args"));
         }
@@ -103,7 +105,11 @@ impl Op<Ref> for ExecOp {
         Box::pin(std::future::ready(Ok(self.key.clone())))
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
             self.worker.materialize_all(&inputs, &self.step.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();

@@ -93,7 +93,9 @@ pub(super) fn prepare(
         match mount.mount_type() {
             pb::MountType::Bind => prepared.bind(layers, mount, dest, input(mount, inputs))?,
             pb::MountType::Cache => {
-                let Some(cache) = caches.next() else { return Err(OpError::new("cache mount was not opened")) };
+                let Some(cache) = caches.next() else {
+                    return Err(OpError::new("cache mount was not opened"));
+                };
                 prepared.cache(mount, dest, cache.path(), input(mount, inputs));
             }
             pb::MountType::Tmpfs => {

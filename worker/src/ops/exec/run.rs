@@ -64,7 +64,8 @@ impl Run {
 
     fn root(&self, inputs: &[Ref]) -> Ref {
         let root = self.step.op.mounts.iter().find(|mount| mounts::is_root(mount));
-        root.and_then(|mount| usize::try_from(mount.input).ok()).and_then(|index| inputs.get(index).cloned().flatten())
+        root.and_then(|mount| usize::try_from(mount.input).ok())
+            .and_then(|index| inputs.get(index).cloned().flatten())
     }
 
     /// Fetches secrets, opens agents' sockets, writes the files that name hosts.
@@ -109,7 +110,8 @@ impl Run {
             }
         }
         for variable in &step.op.secretenv {
-            let value = forwards::secret(&step.sessions, &variable.id, variable.optional).await?.unwrap_or_default();
+            let value =
+                forwards::secret(&step.sessions, &variable.id, variable.optional).await?.unwrap_or_default();
             opened.env.push(format!("{}={}", variable.name, String::from_utf8_lossy(&value)));
         }
         Ok(opened)
@@ -170,9 +172,12 @@ impl Run {
     ) -> Result<ExitOutcome, OpError> {
         let failed = |err: std::io::Error| OpError::new(format!("preparing the step's streams: {err}"));
         let id = kiln_session::new_id();
-        let mut spec = spec::build(&self.params(&id, prepared, opened, user)).map_err(|err| self.failed(&err))?;
+        let mut spec =
+            spec::build(&self.params(&id, prepared, opened, user)).map_err(|err| self.failed(&err))?;
         for mount in spec.mounts_mut().iter_mut().flatten() {
-            let Some((_, flags)) = opened.secrets.iter().find(|(dest, _)| dest == mount.destination()) else { continue };
+            let Some((_, flags)) = opened.secrets.iter().find(|(dest, _)| dest == mount.destination()) else {
+                continue;
+            };
             let options = mount.options().iter().flatten().chain(flags).cloned().collect();
             mount.set_options(Some(options));
         }
@@ -209,7 +214,8 @@ impl Run {
 impl Step {
     /// An exit status that is not allowed is an error.
     fn judge(&self, outcome: &ExitOutcome) -> Result<(), OpError> {
-        let allowed: &[i32] = if self.meta.valid_exit_codes.is_empty() { &[0] } else { &self.meta.valid_exit_codes };
+        let allowed: &[i32] =
+            if self.meta.valid_exit_codes.is_empty() { &[0] } else { &self.meta.valid_exit_codes };
         let code = i32::try_from(outcome.code).unwrap_or(i32::MAX);
         if allowed.contains(&code) {
             return Ok(());
@@ -231,7 +237,8 @@ fn proxy_env(proxy: &pb::ProxyEnv) -> Vec<String> {
         ("ALL_PROXY", &proxy.all_proxy),
     ];
     let set = values.into_iter().filter(|(_, value)| !value.is_empty());
-    set.flat_map(|(name, value)| [format!("{name}={value}"), format!("{}={value}", name.to_lowercase())]).collect()
+    set.flat_map(|(name, value)| [format!("{name}={value}"), format!("{}={value}", name.to_lowercase())])
+        .collect()
 }
 
 fn resources(asked: &pb::LinuxResources) -> Resources {
@@ -247,5 +254,7 @@ fn resources(asked: &pb::LinuxResources) -> Resources {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, OpError> {
-    tokio::task::spawn_blocking(work).await.map_err(|err| OpError::new(format!("a task of the step failed: {err}")))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|err| OpError::new(format!("a task of the step failed: {err}")))
 }

@@ -128,7 +128,9 @@ mod tests {
         std::fs::write(upper.join("srv/stub"), "").expect("write");
         std::fs::write(upper.join("used/file"), "x").expect("write");
         let stubs: Vec<PathBuf> =
-            ["/etc/hosts", "/srv/stub", "/made", "/made/deep", "/made/deep/mnt", "/used"].map(PathBuf::from).into();
+            ["/etc/hosts", "/srv/stub", "/made", "/made/deep", "/made/deep/mnt", "/used"]
+                .map(PathBuf::from)
+                .into();
         let written = [Written { dest: "/".into(), dir: upper.clone(), lowers: vec![lower] }];
         remove(&stubs, &written, true);
         assert!(!upper.join("etc").exists(), "copied up for the stub only");

@@ -33,10 +33,17 @@ impl From<String> for FileError {
 
 /// The wire's timestamp: nanoseconds since the epoch, -1 for none.
 pub(crate) fn timestamp(nanos: i64) -> Option<Timespec> {
-    (nanos != -1).then(|| Timespec { tv_sec: nanos.div_euclid(1_000_000_000), tv_nsec: nanos.rem_euclid(1_000_000_000) })
+    (nanos != -1).then(|| Timespec {
+        tv_sec: nanos.div_euclid(1_000_000_000),
+        tv_nsec: nanos.rem_euclid(1_000_000_000),
+    })
 }
 
-pub(crate) fn mkdir(root: Root<'_>, action: &pb::FileActionMkDir, owner: Option<Owner>) -> Result<(), FileError> {
+pub(crate) fn mkdir(
+    root: Root<'_>,
+    action: &pb::FileActionMkDir,
+    owner: Option<Owner>,
+) -> Result<(), FileError> {
     let failed = |errno| PathError::new("mkdir", &clean(&action.path), errno);
     let new = NewDir {
         mode: action.mode as u32 & 0o777,
@@ -55,7 +62,11 @@ pub(crate) fn mkdir(root: Root<'_>, action: &pb::FileActionMkDir, owner: Option<
     Ok(new.make(place.dir.as_fd(), &place.name).map_err(failed)?)
 }
 
-pub(crate) fn mkfile(root: Root<'_>, action: &pb::FileActionMkFile, owner: Option<Owner>) -> Result<(), FileError> {
+pub(crate) fn mkfile(
+    root: Root<'_>,
+    action: &pb::FileActionMkFile,
+    owner: Option<Owner>,
+) -> Result<(), FileError> {
     let path = clean(&action.path);
     let failed = |errno| PathError::new("open", &path, errno);
     let write = OFlags::WRONLY | OFlags::TRUNC | OFlags::NOCTTY | OFlags::NONBLOCK;
@@ -66,10 +77,12 @@ pub(crate) fn mkfile(root: Root<'_>, action: &pb::FileActionMkFile, owner: Optio
         Err(errno) => return Err(failed(errno).into()),
     };
     let mut file = std::fs::File::from(fd);
-    let io = |err: std::io::Error| PathError::new("write", &path, Errno::from_io_error(&err).unwrap_or(Errno::IO));
+    let io =
+        |err: std::io::Error| PathError::new("write", &path, Errno::from_io_error(&err).unwrap_or(Errno::IO));
     file.write_all(&action.data).map_err(io)?;
     let owner = owner.unwrap_or(Owner { uid: 0, gid: 0 });
-    rustix::fs::fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid))).map_err(failed)?;
+    rustix::fs::fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
+        .map_err(failed)?;
     if new {
         // Not at creation alone: the process's umask must not show.
         file.set_permissions(std::fs::Permissions::from_mode(mode)).map_err(io)?;
@@ -81,7 +94,11 @@ pub(crate) fn mkfile(root: Root<'_>, action: &pb::FileActionMkFile, owner: Optio
     Ok(())
 }
 
-pub(crate) fn symlink(root: Root<'_>, action: &pb::FileActionSymlink, owner: Option<Owner>) -> Result<(), FileError> {
+pub(crate) fn symlink(
+    root: Root<'_>,
+    action: &pb::FileActionSymlink,
+    owner: Option<Owner>,
+) -> Result<(), FileError> {
     let failed = |errno| PathError::new("symlink", &clean(&action.newpath), errno);
     let place = root.place(&action.newpath, true).map_err(failed)?;
     let dir = place.dir.as_fd();
@@ -113,7 +130,8 @@ pub(crate) fn rm(root: Root<'_>, action: &pb::FileActionRm) -> Result<(), FileEr
             }
             return Err(PathError::new("lstat", &path, Errno::NOENT).into());
         }
-        remove_all(place.dir.as_fd(), &place.name).map_err(|errno| PathError::new("unlinkat", &path, errno))?;
+        remove_all(place.dir.as_fd(), &place.name)
+            .map_err(|errno| PathError::new("unlinkat", &path, errno))?;
     }
     Ok(())
 }

@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 use super::actions::{FileError, timestamp};
 use super::modestr::ModeChange;
 use super::root::{
-    NewDir, Owner, PathError, Place, Root, clean, lstat, open_child, open_subdir, read_names, remove_all, split,
+    NewDir, Owner, PathError, Place, Root, clean, lstat, open_child, open_subdir, read_names, remove_all,
+    split,
 };
 use super::transfer::Transfer;
 use super::{unpack, wildcard};
@@ -31,8 +32,13 @@ pub(crate) fn copy(
     cancel: &CancellationToken,
 ) -> Result<(), FileError> {
     if !action.create_dest_path {
-        dst.place(&action.dest, true)
-            .map_err(|errno| format!("failed to stat {}: {}", action.dest, PathError::new("lstat", split(&clean(&action.dest)).0, errno)))?;
+        dst.place(&action.dest, true).map_err(|errno| {
+            format!(
+                "failed to stat {}: {}",
+                action.dest,
+                PathError::new("lstat", split(&clean(&action.dest)).0, errno)
+            )
+        })?;
     }
     let sources = match action.allow_wildcard {
         true => wildcard::resolve(src, &action.src)?,
@@ -78,7 +84,11 @@ impl Options {
         };
         let time = timestamp(action.timestamp);
         // Only a numeric mode is for directories that are made on the way.
-        let dir_mode = if action.mode_str.is_empty() && action.mode != -1 { action.mode as u32 } else { DEFAULT_DIR_MODE };
+        let dir_mode = if action.mode_str.is_empty() && action.mode != -1 {
+            action.mode as u32
+        } else {
+            DEFAULT_DIR_MODE
+        };
         Ok(Self {
             owner,
             time,
@@ -97,7 +107,9 @@ fn matcher(patterns: &[String], what: &str) -> Result<Option<PatternMatcher>, Fi
     if patterns.is_empty() {
         return Ok(None);
     }
-    PatternMatcher::new(patterns).map(Some).map_err(|err| FileError::Text(format!("invalid {what}: {patterns:?}: {err}")))
+    PatternMatcher::new(patterns)
+        .map(Some)
+        .map_err(|err| FileError::Text(format!("invalid {what}: {patterns:?}: {err}")))
 }
 
 /// Patterns each of which has to match something that was copied.
@@ -211,7 +223,8 @@ impl Copier<'_> {
             }
             match frame.names.next() {
                 Some(name) => {
-                    let dir = rustix::io::fcntl_dupfd_cloexec(&frame.src, 0).map_err(|e| self.failed("dup", &name, e))?;
+                    let dir = rustix::io::fcntl_dupfd_cloexec(&frame.src, 0)
+                        .map_err(|e| self.failed("dup", &name, e))?;
                     self.entry(dir.as_fd(), &name, None)?;
                 }
                 None => self.finish()?,
@@ -263,8 +276,10 @@ impl Copier<'_> {
             self.required.saw(&rel);
         }
         if kind == FileType::Directory {
-            let taken_back = || self.options.exclude.as_ref().is_some_and(|matcher| matcher.may_reinclude_below(&rel));
-            let wanted_below = || self.options.include.as_ref().is_some_and(|matcher| matcher.may_match_below(&rel));
+            let taken_back =
+                || self.options.exclude.as_ref().is_some_and(|matcher| matcher.may_reinclude_below(&rel));
+            let wanted_below =
+                || self.options.include.as_ref().is_some_and(|matcher| matcher.may_match_below(&rel));
             if (excluded && !taken_back()) || (!excluded && !included && !wanted_below()) {
                 return Ok(());
             }
@@ -304,7 +319,8 @@ impl Copier<'_> {
         include: MatchInfo,
         exclude: MatchInfo,
     ) -> Result<(), FileError> {
-        let src = open_child(src_dir, name, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| self.failed("open", name, e))?;
+        let src = open_child(src_dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
+            .map_err(|e| self.failed("open", name, e))?;
         let names = read_names(src.as_fd()).map_err(|e| self.failed("read", name, e))?;
         let top = self.stack.is_empty();
         let frame = Frame {
@@ -344,7 +360,10 @@ impl Copier<'_> {
                 && !is_dir(stat)
             {
                 if !self.options.replace {
-                    return Err(FileError::Text(format!("cannot copy to non-directory: {}", self.target_path(depth))));
+                    return Err(FileError::Text(format!(
+                        "cannot copy to non-directory: {}",
+                        self.target_path(depth)
+                    )));
                 }
                 remove_all(parent, &name).map_err(failed)?;
                 there = None;

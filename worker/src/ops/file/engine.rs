@@ -56,7 +56,16 @@ impl<'a> Engine<'a> {
         description: &'a str,
         cancel: &'a CancellationToken,
     ) -> Self {
-        Self { layers, actions, plan, inputs, description, cancel, made: HashMap::new(), views: HashMap::new() }
+        Self {
+            layers,
+            actions,
+            plan,
+            inputs,
+            description,
+            cancel,
+            made: HashMap::new(),
+            views: HashMap::new(),
+        }
     }
 
     /// Runs all actions; one result for each output of the operation.
@@ -87,7 +96,8 @@ impl<'a> Engine<'a> {
         } else {
             let Live { view, staged } = live;
             drop(view);
-            let result = self.layers.snapshots().commit(staged, SnapshotMeta::new(self.description)).map_err(text)?;
+            let result =
+                self.layers.snapshots().commit(staged, SnapshotMeta::new(self.description)).map_err(text)?;
             Made::Done(Some(result))
         };
         self.made.insert(index, made);
@@ -105,7 +115,9 @@ impl<'a> Engine<'a> {
             Some(Action::Symlink(action)) => actions::symlink(root, action, owner),
             Some(Action::Rm(action)) => actions::rm(root, action),
             Some(Action::Copy(action)) => {
-                let Some(source) = view(step.source) else { return Err(FileError::Text("copy has no source".into())) };
+                let Some(source) = view(step.source) else {
+                    return Err(FileError::Text("copy has no source".into()));
+                };
                 copy::copy(source, root, action, owner, self.cancel)
             }
             None => Err(FileError::Text("unsupported: unknown kind of file action".into())),

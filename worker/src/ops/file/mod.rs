@@ -71,7 +71,11 @@ impl FileOp {
             }
             for (operand, path) in [(step.user, "/etc/passwd"), (step.group, "/etc/group")] {
                 if let Some(Operand::Input(index)) = operand {
-                    reads[index].push(ContentPath { path: path.into(), follow_symlink: true, ..Default::default() });
+                    reads[index].push(ContentPath {
+                        path: path.into(),
+                        follow_symlink: true,
+                        ..Default::default()
+                    });
                 }
             }
             let mut keyed = action.clone();
@@ -144,12 +148,17 @@ impl Op<Ref> for FileOp {
         Box::pin(async { Ok(self.key()) })
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
             self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
             let _cancelled_when_dropped = cancel.clone().drop_guard();
-            let (layers, actions, plan) = (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());
+            let (layers, actions, plan) =
+                (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());
             let name = self.name.clone();
             let run = move || Engine::new(&layers, &actions, &plan, &inputs, &name, &cancel).run();
             let result = tokio::task::spawn_blocking(run).await;

@@ -33,7 +33,12 @@ enum Operator {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Perms {
-    Bits { rwx: u32, conditional_x: bool, set_id: bool, sticky: bool },
+    Bits {
+        rwx: u32,
+        conditional_x: bool,
+        set_id: bool,
+        sticky: bool,
+    },
     /// Shift of the class whose bits are taken (6 user, 3 group, 0 other).
     CopyOf(u32),
 }
@@ -100,7 +105,9 @@ impl ModeChange {
     pub(crate) fn apply(&self, mode: u32, is_dir: bool) -> u32 {
         match self {
             Self::Set(bits) => *bits,
-            Self::Clauses(clauses) => clauses.iter().fold(mode & 0o7777, |mode, clause| clause.apply(mode, is_dir)),
+            Self::Clauses(clauses) => {
+                clauses.iter().fold(mode & 0o7777, |mode, clause| clause.apply(mode, is_dir))
+            }
         }
     }
 }

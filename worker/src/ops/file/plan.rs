@@ -88,11 +88,14 @@ fn operands(step: &Step) -> impl Iterator<Item = Operand> {
 /// Inputs of the named user and group of an action, if it has any.
 fn named_owners(action: &pb::FileAction) -> Result<(Option<i64>, Option<i64>), String> {
     let Some(owner) = owner(action) else { return Ok((None, None)) };
-    let named = |option: Option<&pb::UserOpt>, what: &str| match option.and_then(|option| option.user.as_ref()) {
-        Some(pb::user_opt::User::ByName(named)) if named.input < 0 => Err(format!("invalid missing {what} mount")),
-        Some(pb::user_opt::User::ByName(named)) => Ok(Some(named.input)),
-        _ => Ok(None),
-    };
+    let named =
+        |option: Option<&pb::UserOpt>, what: &str| match option.and_then(|option| option.user.as_ref()) {
+            Some(pb::user_opt::User::ByName(named)) if named.input < 0 => {
+                Err(format!("invalid missing {what} mount"))
+            }
+            Some(pb::user_opt::User::ByName(named)) => Ok(Some(named.input)),
+            _ => Ok(None),
+        };
     Ok((named(owner.user.as_ref(), "user")?, named(owner.group.as_ref(), "group")?))
 }
 
@@ -114,7 +117,8 @@ fn outputs(op: &pb::FileOp) -> Result<Vec<usize>, String> {
             continue;
         }
         let number = usize::try_from(action.output).ok().filter(|number| *number < op.actions.len());
-        let number = number.ok_or_else(|| format!("invalid output {} of file action {index}", action.output))?;
+        let number =
+            number.ok_or_else(|| format!("invalid output {} of file action {index}", action.output))?;
         if outputs.len() <= number {
             outputs.resize(number + 1, None);
         }
@@ -126,7 +130,10 @@ fn outputs(op: &pb::FileOp) -> Result<Vec<usize>, String> {
         return Err("no outputs specified".into());
     }
     let missing = outputs.iter().position(Option::is_none);
-    outputs.into_iter().collect::<Option<_>>().ok_or_else(|| format!("missing output index {}", missing.unwrap_or(0)))
+    outputs
+        .into_iter()
+        .collect::<Option<_>>()
+        .ok_or_else(|| format!("missing output index {}", missing.unwrap_or(0)))
 }
 
 /// Operands before those who need them; a worklist over the actions.
@@ -152,7 +159,11 @@ fn order(steps: &[Step]) -> Result<Vec<usize>, String> {
             }
         }
     }
-    if order.len() == steps.len() { Ok(order) } else { Err("file actions depend on each other in a cycle".into()) }
+    if order.len() == steps.len() {
+        Ok(order)
+    } else {
+        Err("file actions depend on each other in a cycle".into())
+    }
 }
 
 #[cfg(test)]
@@ -165,7 +176,12 @@ mod tests {
     }
 
     fn copy(input: i64, secondary_input: i64, output: i64) -> pb::FileAction {
-        pb::FileAction { input, secondary_input, output, action: Some(Action::Copy(pb::FileActionCopy::default())) }
+        pb::FileAction {
+            input,
+            secondary_input,
+            output,
+            action: Some(Action::Copy(pb::FileActionCopy::default())),
+        }
     }
 
     fn plan(actions: Vec<pb::FileAction>, inputs: usize) -> Result<Plan, String> {

@@ -154,7 +154,8 @@ fn an_existing_top_directory_keeps_its_metadata() {
     let dirs = dirs();
     write(dirs.src(), "d/sub/f", "F");
     std::fs::set_permissions(dirs.src().join("d"), std::fs::Permissions::from_mode(0o700)).expect("chmod");
-    std::fs::set_permissions(dirs.src().join("d/sub"), std::fs::Permissions::from_mode(0o700)).expect("chmod");
+    std::fs::set_permissions(dirs.src().join("d/sub"), std::fs::Permissions::from_mode(0o700))
+        .expect("chmod");
     write(dirs.dst(), "t/sub/old", "O");
     std::fs::set_permissions(dirs.dst().join("t"), std::fs::Permissions::from_mode(0o711)).expect("chmod");
     dirs.copy(&action("/d", "/t")).expect("copy");
@@ -180,7 +181,8 @@ fn patterns_choose_and_make_only_needed_parents() {
     for path in ["out/a/y.txt", "out/b/skip", "out/empty"] {
         assert!(!dirs.dst().join(path).exists(), "{path}");
     }
-    let except = pb::FileActionCopy { exclude_patterns: vec!["b".into(), "!b/c/z.go".into()], ..action("/", "/ex") };
+    let except =
+        pb::FileActionCopy { exclude_patterns: vec!["b".into(), "!b/c/z.go".into()], ..action("/", "/ex") };
     dirs.copy(&except).expect("copy");
     assert_eq!(read(dirs.dst(), "ex/b/c/z.go"), "b/c/z.go");
     assert!(!dirs.dst().join("ex/b/skip").exists());
@@ -207,16 +209,22 @@ fn wildcards_expand_in_order_or_say_that_nothing_matches() {
 fn errors_are_worded_as_clients_expect() {
     let dirs = dirs();
     write(dirs.src(), "f", "F");
-    assert_eq!(dirs.copy(&action("/zzz", "/x")).unwrap_err().to_string(), "lstat /zzz: no such file or directory");
+    assert_eq!(
+        dirs.copy(&action("/zzz", "/x")).unwrap_err().to_string(),
+        "lstat /zzz: no such file or directory"
+    );
     let strict = pb::FileActionCopy { create_dest_path: false, ..action("/f", "/no/such/f") };
     assert!(dirs.copy(&strict).unwrap_err().to_string().starts_with("failed to stat /no/such/f: "));
     write(dirs.dst(), "file", "x");
     write(dirs.dst(), "dir/inner", "x");
     write(dirs.src(), "d/file/inner", "x");
     write(dirs.src(), "e/dir", "x");
-    assert!(dirs.copy(&action("/d", "/")).unwrap_err().to_string().contains("cannot copy to non-directory: "));
+    assert!(
+        dirs.copy(&action("/d", "/")).unwrap_err().to_string().contains("cannot copy to non-directory: ")
+    );
     assert!(dirs.copy(&action("/e", "/")).unwrap_err().to_string().contains("cannot replace to directory "));
-    let replace = |src: &str| pb::FileActionCopy { always_replace_existing_dest_paths: true, ..action(src, "/") };
+    let replace =
+        |src: &str| pb::FileActionCopy { always_replace_existing_dest_paths: true, ..action(src, "/") };
     dirs.copy(&replace("/d")).expect("directory over file");
     dirs.copy(&replace("/e")).expect("file over directory");
     assert!(dirs.dst().join("file").is_dir() && dirs.dst().join("dir").is_file());
@@ -248,10 +256,14 @@ fn symlinks_cannot_lead_out() {
 fn mkdir_makes_what_is_missing_and_leaves_what_is_there() {
     let dirs = dirs();
     let mkdir = |path: &str, make_parents, mode| {
-        let action = pb::FileActionMkDir { path: path.into(), mode, make_parents, timestamp: -1, owner: None };
+        let action =
+            pb::FileActionMkDir { path: path.into(), mode, make_parents, timestamp: -1, owner: None };
         with(dirs.dst(), |root| actions::mkdir(root, &action, None))
     };
-    assert_eq!(mkdir("/a/b/c", false, 0o755).unwrap_err().to_string(), "mkdir /a/b/c: no such file or directory");
+    assert_eq!(
+        mkdir("/a/b/c", false, 0o755).unwrap_err().to_string(),
+        "mkdir /a/b/c: no such file or directory"
+    );
     mkdir("/a/b/c", true, 0o777).expect("parents");
     assert_eq!(dirs.dst().join("a/b").metadata().expect("b").mode() & 0o7777, 0o777);
     mkdir("/a/b", false, 0o700).expect("existing");
@@ -270,7 +282,8 @@ fn mkdir_makes_what_is_missing_and_leaves_what_is_there() {
 fn mkfile_overwrites_content_and_keeps_the_mode() {
     let dirs = dirs();
     let mkfile = |path: &str, data: &[u8], mode| {
-        let action = pb::FileActionMkFile { path: path.into(), mode, data: data.into(), owner: None, timestamp: 7 };
+        let action =
+            pb::FileActionMkFile { path: path.into(), mode, data: data.into(), owner: None, timestamp: 7 };
         with(dirs.dst(), |root| actions::mkfile(root, &action, None))
     };
     mkfile("/f", b"long content", 0o666).expect("new");
@@ -304,7 +317,8 @@ fn rm_and_symlink() {
     rm("/d", false, false).expect("recursive");
     assert!(dirs.dst().join("keep").exists() && !dirs.dst().join("d").exists());
     assert!(rm("/", false, false).is_err());
-    let link = pb::FileActionSymlink { oldpath: "keep".into(), newpath: "/l".into(), owner: None, timestamp: -1 };
+    let link =
+        pb::FileActionSymlink { oldpath: "keep".into(), newpath: "/l".into(), owner: None, timestamp: -1 };
     with(dirs.dst(), |root| actions::symlink(root, &link, None)).expect("new");
     assert_eq!(read(dirs.dst(), "l"), "K");
 }
@@ -340,7 +354,8 @@ fn archives_are_unpacked_whatever_their_compression() {
         return;
     }
     use tar::EntryType::{Directory, Link, Regular, Symlink};
-    let plain = tar(&[("d/", Directory, ""), ("d/f", Regular, "F"), ("d/l", Symlink, "f"), ("h", Link, "d/f")]);
+    let plain =
+        tar(&[("d/", Directory, ""), ("d/f", Regular, "F"), ("d/l", Symlink, "f"), ("h", Link, "d/f")]);
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(&plain).expect("gzip");
     let mut bzip2 = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
@@ -415,7 +430,8 @@ fn a_cancelled_copy_ends() {
 #[test]
 fn a_very_deep_tree_needs_no_stack() {
     let dirs = dirs();
-    let mut dir = rustix::fs::open(dirs.src(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("open");
+    let mut dir =
+        rustix::fs::open(dirs.src(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("open");
     for _ in 0..400 {
         rustix::fs::mkdirat(&dir, "d", Mode::from_raw_mode(0o755)).expect("mkdir");
         dir = rustix::fs::openat(&dir, "d", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("open");

@@ -5,7 +5,9 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
+};
 use rustix::io::Errno;
 
 use super::modestr::ModeChange;
@@ -85,9 +87,11 @@ impl Transfer {
         }
         let mut from = File::from(open_child(src, name, OFlags::RDONLY).map_err(|e| ("open", e))?);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let to = rustix::fs::openat(dst, target, flags, Mode::from_raw_mode(0o600)).map_err(|e| ("open", e))?;
+        let to =
+            rustix::fs::openat(dst, target, flags, Mode::from_raw_mode(0o600)).map_err(|e| ("open", e))?;
         let mut to = File::from(to);
-        std::io::copy(&mut from, &mut to).map_err(|err| ("copy", Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
+        std::io::copy(&mut from, &mut to)
+            .map_err(|err| ("copy", Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
         self.attributes(stat, from.as_fd(), to.as_fd()).map_err(|e| ("chmod", e))?;
         if stat.st_nlink > 1 {
             self.links.insert(inode, path.iter().cloned().chain([target.to_owned()]).collect());
@@ -97,7 +101,12 @@ impl Transfer {
 
     /// Metadata of a file or directory: owner, then extended attributes, then mode and times, since each
     /// clears or changes what comes after it here.
-    pub(crate) fn attributes(&self, stat: &Stat, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
+    pub(crate) fn attributes(
+        &self,
+        stat: &Stat,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+    ) -> Result<(), Errno> {
         let owner = self.owner_of(stat);
         rustix::fs::fchown(to, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
         for (name, value) in read_xattrs(from) {
@@ -128,7 +137,12 @@ impl Transfer {
 }
 
 /// Links to an earlier copy. All its directories were made or checked by the copy, so none may be a symlink.
-fn hard_link(root: BorrowedFd<'_>, first: &[OsString], dst: BorrowedFd<'_>, target: &OsStr) -> Result<(), Errno> {
+fn hard_link(
+    root: BorrowedFd<'_>,
+    first: &[OsString],
+    dst: BorrowedFd<'_>,
+    target: &OsStr,
+) -> Result<(), Errno> {
     let Some((name, dirs)) = first.split_last() else { return Err(Errno::NOENT) };
     let dir = std::iter::once(OsStr::new(".")).chain(dirs.iter().map(OsString::as_os_str));
     let dir: std::path::PathBuf = dir.collect();

@@ -69,7 +69,9 @@ fn decompress<'a, R: Read + 'a>(reader: R) -> std::io::Result<Box<dyn Read + 'a>
     Ok(match head {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
         [b'B', b'Z', b'h', ..] => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(reader)),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(reader))
+        }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::stream::read::Decoder::with_buffer(reader)?),
         _ => Box::new(reader),
     })
@@ -114,7 +116,8 @@ impl Extraction<'_> {
         let attributes = self.attributes(&mut entry)?;
         let (dir, _) = self.root.ensure_dir(parent, &IMPLIED_DIR).map_err(failed("mkdir"))?;
         let there = lstat(dir.as_fd(), name).map_err(failed("lstat"))?;
-        let there_dir = there.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
+        let there_dir =
+            there.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
         if there.is_some() && !(there_dir && kind == EntryType::Directory) {
             remove_all(dir.as_fd(), name).map_err(failed("remove"))?;
         }
@@ -126,8 +129,10 @@ impl Extraction<'_> {
                 }
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let mut file = File::from(rustix::fs::openat(&dir, name, flags, mode).map_err(failed("open"))?);
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let mut file =
+                    File::from(rustix::fs::openat(&dir, name, flags, mode).map_err(failed("open"))?);
                 std::io::copy(&mut entry, &mut file).map_err(|err| self.text(&format!("{path}: {err}")))?;
             }
             EntryType::Symlink => {
@@ -140,15 +145,18 @@ impl Extraction<'_> {
                     return Err(self.text("unsupported: hard link to a name that is not UTF-8"));
                 };
                 let target = self.root.place(target, false).map_err(failed("link"))?;
-                rustix::fs::linkat(&target.dir, &target.name, &dir, name, AtFlags::empty()).map_err(failed("link"))?;
+                rustix::fs::linkat(&target.dir, &target.name, &dir, name, AtFlags::empty())
+                    .map_err(failed("link"))?;
                 // The first name carries the metadata.
                 return Ok(());
             }
             EntryType::Char | EntryType::Block => {
-                let kind = if kind == EntryType::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
+                let kind =
+                    if kind == EntryType::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
                 let header = entry.header();
                 let number = |part: std::io::Result<Option<u32>>| part.ok().flatten().unwrap_or(0);
-                let device = rustix::fs::makedev(number(header.device_major()), number(header.device_minor()));
+                let device =
+                    rustix::fs::makedev(number(header.device_major()), number(header.device_minor()));
                 rustix::fs::mknodat(&dir, name, kind, mode, device).map_err(failed("mknod"))?;
             }
             EntryType::Fifo => {
@@ -167,7 +175,8 @@ impl Extraction<'_> {
     fn attributes<R: Read>(&self, entry: &mut tar::Entry<'_, R>) -> Result<Attributes, FileError> {
         let bad = |err: std::io::Error| self.text(&err.to_string());
         let header = entry.header();
-        let mut owner = Owner { uid: header.uid().map_err(bad)? as u32, gid: header.gid().map_err(bad)? as u32 };
+        let mut owner =
+            Owner { uid: header.uid().map_err(bad)? as u32, gid: header.gid().map_err(bad)? as u32 };
         let mode = header.mode().map_err(bad)?;
         let mut time = Timespec { tv_sec: header.mtime().map_err(bad)? as i64, tv_nsec: 0 };
         let mut xattrs = Vec::new();
@@ -207,7 +216,10 @@ impl Extraction<'_> {
 
 fn apply(dir: BorrowedFd<'_>, name: &OsStr, kind: EntryType, attributes: &Attributes) -> Result<(), Errno> {
     chown(dir, name, attributes.owner)?;
-    if matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse | EntryType::Directory) {
+    if matches!(
+        kind,
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse | EntryType::Directory
+    ) {
         let fd = super::root::open_child(dir, name, OFlags::RDONLY)?;
         for (key, value) in &attributes.xattrs {
             // A file system that lacks a namespace or label loses it, as with any `tar -x`.

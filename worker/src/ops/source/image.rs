@@ -63,7 +63,8 @@ impl ImageSource {
 
     async fn resolve(&self, ctx: &OpContext) -> Result<&ResolvedImage, OpError> {
         let resolve = || async {
-            let access = Access { credentials: self.credentials.clone(), progress: Some(ctx.progress.clone()) };
+            let access =
+                Access { credentials: self.credentials.clone(), progress: Some(ctx.progress.clone()) };
             let images = self.worker.images();
             let resolved = images.resolve(&self.reference, &self.platform, self.mode, &access).await;
             let mut resolved = resolved.map_err(|err| OpError::new(err.to_string()))?;
@@ -94,7 +95,11 @@ impl Op<Ref> for ImageSource {
         })
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, _inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        _inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
             let resolved = self.resolve(ctx).await?;
             let pulled = self.worker.images().pull(resolved).await;

@@ -210,7 +210,11 @@ impl Op<Ref> for LocalSource {
         })
     }
 
-    fn execute<'a>(&'a self, ctx: &'a OpContext, _inputs: Vec<Ref>) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    fn execute<'a>(
+        &'a self,
+        ctx: &'a OpContext,
+        _inputs: Vec<Ref>,
+    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move { Ok(vec![self.receive(ctx).await?]) })
     }
 
