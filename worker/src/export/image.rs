@@ -54,7 +54,7 @@ fn names(attributes: &Attributes, digest: &str) -> Vec<String> {
         }
     }
     if let Some(prefix) = &attributes.dangling_prefix
-        && !(attributes.dangling_empty_only && !names.is_empty())
+        && (!attributes.dangling_empty_only || names.is_empty())
     {
         names.push(format!("{prefix}@{digest}"));
     }
@@ -82,7 +82,8 @@ async fn push(
     assembled: &Assembled,
     name: &str,
 ) -> Result<(), ExportError> {
-    let failed = |source: RegistryError| ExportError::Push { name: name.to_string(), source };
+    let failed =
+        |source: RegistryError| ExportError::Push { name: name.to_string(), source: Box::new(source) };
     let reference = Reference::parse(name)
         .map_err(|e| ExportError::Attribute(format!("failed to parse {name}: {e}")))?
         .with_default_tag();
@@ -96,11 +97,10 @@ async fn push(
     let mut layers: Vec<&LayerContent> = assembled.images.iter().flat_map(|image| &image.layers).collect();
     layers.sort_by(|a, b| a.blob.digest.cmp(&b.blob.digest));
     layers.dedup_by(|a, b| a.blob.digest == b.blob.digest);
-    futures::stream::iter(layers)
-        .map(|layer| push_layer(context, &repository, &reference, layer, name))
-        .buffer_unordered(PUSHES)
-        .try_collect::<Vec<()>>()
-        .await?;
+    // Collected first: a closure held across an await would keep the future from being `Send`.
+    let pushes: Vec<_> =
+        layers.into_iter().map(|layer| push_layer(context, &repository, &reference, layer, name)).collect();
+    futures::stream::iter(pushes).buffer_unordered(PUSHES).try_collect::<Vec<()>>().await?;
     status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
     let top = assembled.top()?;
     let shown = format!("pushing manifest for {}@{}", reference.clone().without_tag_and_digest(), top.digest);
@@ -147,7 +147,8 @@ async fn push_layer(
     layer: &LayerContent,
     name: &str,
 ) -> Result<(), ExportError> {
-    let failed = |source: RegistryError| ExportError::Push { name: name.to_string(), source };
+    let failed =
+        |source: RegistryError| ExportError::Push { name: name.to_string(), source: Box::new(source) };
     let (digest, size) = (&layer.blob.digest, layer.blob.size);
     let status = context.access.progress.as_ref().map(|p| p.status(digest, "pushing", size as i64));
     let status = Mutex::new(status);

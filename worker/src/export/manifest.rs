@@ -156,11 +156,9 @@ async fn assemble_platform(
         clamp: attributes.epoch.filter(|_| attributes.rewrite_timestamp),
         docker_types: !attributes.oci_types,
     };
-    let contents: Vec<LayerContent> = futures::stream::iter(&snapshots)
-        .map(|layer| context.images.layer_content(layer, options, &context.access))
-        .buffered(PACKING)
-        .try_collect()
-        .await?;
+    let packed: Vec<_> =
+        snapshots.iter().map(|layer| context.images.layer_content(layer, options, &context.access)).collect();
+    let contents: Vec<LayerContent> = futures::stream::iter(packed).buffered(PACKING).try_collect().await?;
     let facts: Vec<LayerFacts> = snapshots
         .iter()
         .zip(&contents)

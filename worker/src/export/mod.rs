@@ -48,7 +48,7 @@ pub enum ExportError {
         /// Name as given.
         name: String,
         /// The registry's error.
-        source: RegistryError,
+        source: Box<RegistryError>,
     },
     /// The local store.
     #[error(transparent)]

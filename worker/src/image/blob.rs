@@ -116,8 +116,8 @@ impl Images {
             };
         }
         let usable = |form: Compression| {
-            form == options.compression
-                || !options.force && !(options.docker_types && form == Compression::Zstd)
+            let fits = !options.force && (!options.docker_types || form != Compression::Zstd);
+            fits || form == options.compression
         };
         let mut forms = FORMS.to_vec();
         forms.sort_by_key(|form| *form != options.compression);

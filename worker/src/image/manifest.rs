@@ -10,8 +10,8 @@ use crate::registry::{INDEX_DOCKER, INDEX_OCI, MANIFEST_DOCKER, MANIFEST_OCI};
 
 /// A manifest or an index.
 pub(crate) enum Document {
-    Index(ImageIndex),
-    Manifest(ImageManifest),
+    Index(Box<ImageIndex>),
+    Manifest(Box<ImageManifest>),
 }
 
 /// Reads a document by its media type; one without a media type is told by its fields.
@@ -35,9 +35,9 @@ pub(crate) fn parse(reference: &str, media_type: &str, bytes: &[u8]) -> Result<D
         }
     };
     Ok(if index {
-        Document::Index(serde_json::from_slice(bytes).map_err(bad)?)
+        Document::Index(Box::new(serde_json::from_slice(bytes).map_err(bad)?))
     } else {
-        Document::Manifest(serde_json::from_slice(bytes).map_err(bad)?)
+        Document::Manifest(Box::new(serde_json::from_slice(bytes).map_err(bad)?))
     })
 }
 

@@ -13,7 +13,7 @@ use rustix::fs::{FileType, Mode, OFlags, Stat, openat};
 use super::LayerError;
 use super::compress::{Compression, Compressor, DigestWriter};
 use super::fsutil::{self, lstat};
-use super::tar_read::Kind;
+use super::tar_read::{Kind, Pair};
 use super::tar_write::{TarEntry, TarWriter};
 
 /// What goes into the archive, and how.
@@ -213,12 +213,7 @@ impl<W: Write> Packer<'_, W> {
     }
 
     /// The xattrs that belong to the image: file capabilities and `user.*`.
-    fn xattrs(
-        &self,
-        dir: &OwnedFd,
-        name: &OsStr,
-        shown: &Path,
-    ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError> {
+    fn xattrs(&self, dir: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Vec<Pair>, LayerError> {
         let mut all = fsutil::xattrs(dir, name).map_err(|e| LayerError::io("read xattrs of", shown, e))?;
         let moved = |key: &[u8]| {
             matches!(

@@ -12,6 +12,9 @@ use tar::{EntryType, GnuExtSparseHeader, Header};
 
 use super::LayerError;
 
+/// A name and its value: a PAX record or an extended attribute.
+pub(super) type Pair = (Vec<u8>, Vec<u8>);
+
 const BLOCK: usize = 512;
 /// Longest extension header (PAX records, long names) that is accepted.
 const MAX_EXTENSION: u64 = 1 << 20;
@@ -115,7 +118,7 @@ impl<R: Read> TarReader<R> {
     pub fn next_entry(&mut self) -> Result<Option<Entry>, LayerError> {
         let mut extensions = Extensions::default();
         loop {
-            self.skip(self.data + self.padding)?;
+            self.skip(self.data.saturating_add(self.padding))?;
             (self.data, self.padding, self.pieces) = (0, 0, None);
             let mut block = [0u8; BLOCK];
             if !self.read_block(&mut block)? || block.iter().all(|b| *b == 0) {
@@ -446,7 +449,7 @@ fn check(header: &Header, block: &[u8; BLOCK]) -> Result<(), LayerError> {
 }
 
 /// `LENGTH KEY=VALUE\n` records; a value may hold any byte.
-fn pax_records(mut data: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError> {
+fn pax_records(mut data: &[u8]) -> Result<Vec<Pair>, LayerError> {
     let malformed = || bad("malformed pax record");
     let mut records = Vec::new();
     while !data.is_empty() && data[0] != 0 {

@@ -82,6 +82,8 @@ impl BlobStream {
                     }
                     return Ok(Some(chunk));
                 }
+                // Only an empty blob gets here with all it needs.
+                Ok(None) if self.position == self.size => {}
                 Ok(None) => self.broken("connection closed before the end".to_string()).await?,
                 Err(error) => {
                     let message = http::chain(error);

@@ -312,9 +312,8 @@ async fn refusal(call: &Call<'_>, url: &Url, endpoint: &Endpoint, response: Resp
             what,
             method: call.method.to_string(),
             url: shown(url),
-            status: status.to_string(),
+            status: format!("{status}{message}"),
             code,
-            message,
         },
     }
 }

@@ -53,7 +53,7 @@ pub enum RegistryError {
         message: String,
     },
     /// Any other answer that is not success.
-    #[error("{what}: unexpected status from {method} request to {url}: {status}{message}")]
+    #[error("{what}: unexpected status from {method} request to {url}: {status}")]
     Status {
         /// Reference or repository.
         what: String,
@@ -61,12 +61,10 @@ pub enum RegistryError {
         method: String,
         /// Where, without query.
         url: String,
-        /// Code and reason, e.g. `500 Internal Server Error`.
+        /// Code, reason and the registry's own words, e.g. `500 Internal Server Error: disk full`.
         status: String,
         /// HTTP status code.
         code: u16,
-        /// `: ` and the registry's own words, or nothing.
-        message: String,
     },
     /// The registry could not be reached or the connection broke, also on the last attempt.
     #[error("{what}: {method} {url}: {message}")]
