@@ -46,7 +46,7 @@ pub(crate) enum Command {
     /// Free disk space of the cache
     Prune(PruneArgs),
     /// Look into builds
-    Debug(DebugArgs),
+    Debug(Box<DebugArgs>),
     /// Stop the daemon
     Shutdown,
     /// Print the version
@@ -282,7 +282,7 @@ pub(crate) struct DebugArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum DebugCommand {
     /// Print the LLB that a Dockerfile compiles to
-    DumpLlb(DumpArgs),
+    DumpLlb(Box<DumpArgs>),
     /// List the daemon's workers
     Workers,
 }

@@ -25,7 +25,7 @@ const BUILD_ID: &str = "buildkit-controlapi-buildid";
 /// Runs one of the debug commands.
 pub(crate) fn main(connection: &Connection, command: DebugCommand) -> Result<(), CliError> {
     match command {
-        DebugCommand::DumpLlb(args) => dump(connection, args),
+        DebugCommand::DumpLlb(args) => dump(connection, *args),
         DebugCommand::Workers => workers(connection),
     }
 }
