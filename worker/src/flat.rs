@@ -14,10 +14,11 @@ use rustix::io::Errno;
 use crate::ops::file::root::{lstat, open_child, read_names, remove_all};
 use crate::view::ViewError;
 
-/// Layers that are mounted as they are; more are gathered.
-const MAX_LAYERS: usize = 320;
+/// Layers that are mounted as they are; more are gathered. Far below what the kernel takes, because the time of
+/// a mount grows with its layers.
+const MAX_LAYERS: usize = 128;
 /// How many layers one gathered directory stands for.
-const GATHERED: usize = 256;
+const GATHERED: usize = 96;
 /// Name under which a layer remembers the directory that stands for it and all below.
 const FLAT_KEY: &str = "flat";
 

@@ -69,7 +69,7 @@ impl ExecOp {
             return Err(OpError::new("invalid exec op with no mounts"));
         }
         let root = op.mounts.iter().find(|mount| mounts::is_root(mount));
-        if !root.is_some_and(|mount| mount.mount_type() == pb::MountType::Bind) {
+        if root.is_none_or(|mount| mount.mount_type() != pb::MountType::Bind) {
             return Err(OpError::new("invalid exec op with no rootfs"));
         }
         for mount in &op.mounts {
@@ -123,7 +123,7 @@ impl Op<Ref> for ExecOp {
             };
             // A task of its own: when this future is dropped the step's directories must stay until
             // its last process is gone.
-            let task = self.worker.steps.spawn(run.to_end(inputs));
+            let task = self.worker.steps.spawn(run.finish(inputs));
             task.await.unwrap_or_else(|err| Err(OpError::new(format!("running the step failed: {err}"))))
         })
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kiln_cache::{Ref, SnapshotMeta, Staged};
+use kiln_cache::{Ref, SnapshotMeta, SnapshotRef, Staged};
 use kiln_proto::pb;
 use kiln_solver::op::OpError;
 
@@ -67,6 +67,8 @@ pub(super) struct Prepared {
     outputs: Vec<Output>,
     /// Staged for writing, but no result.
     discarded: Vec<Staged>,
+    /// What is mounted stays while it is.
+    held: Vec<SnapshotRef>,
     _caches: Vec<Arc<CacheMount>>,
 }
 
@@ -85,6 +87,7 @@ pub(super) fn prepare(
         written: Vec::new(),
         outputs: Vec::new(),
         discarded: Vec::new(),
+        held: Vec::new(),
         _caches: caches.clone(),
     };
     let mut caches = caches.iter();
@@ -113,6 +116,7 @@ impl Prepared {
         let failed = |err: &dyn std::fmt::Display| OpError::new(format!("mount {}: {err}", mount.dest));
         let chain = layers.chain(&input).map_err(|err| failed(&err))?;
         let lowers: Vec<PathBuf> = chain.iter().rev().map(|layer| layer.dir()).collect();
+        self.held.extend(chain);
         let root = is_root(mount);
         let keeps = mount.output != -1;
         let selector = Some(clean(&mount.selector)).filter(|path| path != "/").map(PathBuf::from);

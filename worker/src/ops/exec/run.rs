@@ -40,7 +40,7 @@ struct Opened {
 
 impl Run {
     /// Runs the step on its inputs; one result for each output.
-    pub(super) async fn to_end(self, inputs: Vec<Ref>) -> Result<Vec<Ref>, OpError> {
+    pub(super) async fn finish(self, inputs: Vec<Ref>) -> Result<Vec<Ref>, OpError> {
         let wanted = mounts::wanted_caches(&self.step, &inputs);
         let caches = cache_mounts::open_all(&self.worker, &wanted, self.fresh, &self.cancel).await?;
         let opened = self.open().await?;
