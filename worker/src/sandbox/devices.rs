@@ -227,6 +227,24 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_takes_the_program_and_keeps_to_it() {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let v2 = mounts.lines().find(|l| l.contains(" - cgroup2 ")).and_then(|l| l.split(' ').nth(4));
+        let (Some(v2), true) = (v2, rustix::process::geteuid().is_root()) else {
+            println!("skipped: needs root and a version 2 cgroup tree");
+            return;
+        };
+        let dir = std::path::Path::new(v2).join(format!("kiln-test-devices-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        let fd = rustix::fs::open(&dir, rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+        attach_v2(std::os::fd::AsFd::as_fd(&fd), CONFINED).unwrap();
+        let script = "echo $$ > $0/cgroup.procs; : < /dev/null && : < /dev/zero && ! (: < /dev/kmsg) 2>/dev/null";
+        let status = std::process::Command::new("sh").args(["-c", script]).arg(&dir).status().unwrap();
+        std::fs::remove_dir(&dir).unwrap();
+        assert!(status.success());
+    }
+
+    #[test]
     fn v1_form() {
         let lines = v1_lines(CONFINED);
         assert_eq!(lines[0], "c *:* m");

@@ -87,7 +87,6 @@ fn start(
     status: &OwnedFd,
     stdio: [OwnedFd; 3],
 ) -> Result<i32, Failure> {
-    default_signals();
     // The zygote ends with the daemon; should it be killed, its pid namespace ends too. This is the third string.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Failure::setup("parent death signal", e))?;
@@ -114,15 +113,16 @@ fn unshare(flags: libc::c_int) -> io::Result<()> {
     if unsafe { libc::unshare(flags) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Undoes what the daemon's runtime changed: ignored signals and blocked ones survive an exec.
-fn default_signals() {
+/// Undoes what the daemon and the runtime library changed: ignored and blocked signals survive an exec. The zygote
+/// does it once for all.
+pub(super) fn default_signals() {
     // All zeroes is the default disposition and the empty set, in the kernel's own form: the C library hides two
     // signals from its callers, and those may be ignored as well.
     let zero = [0u64; 8];
     let set_bytes = size_of::<u64>();
     let nothing = std::ptr::null_mut::<u64>();
-    // SAFETY: the kernel only reads from an array larger than both structures; the zygote's own handlers are not
-    // needed any more. Numbers that cannot be set are refused.
+    // SAFETY: the kernel only reads from an array larger than both structures; no handler of this process is needed
+    // any more. Numbers that cannot be set are refused.
     unsafe {
         for signal in 1..=64 {
             libc::syscall(libc::SYS_rt_sigaction, signal, zero.as_ptr(), nothing, set_bytes);

@@ -1,10 +1,10 @@
 //! Seccomp: the default profile of a container as OCI data, and its compilation to BPF.
 //!
 //! The profile is Docker's: what a container may call, which of it depends on a capability, and `clone` without
-//! namespace flags. `seccompiler` turns rules into BPF; this module only joins the programs of a 64-bit kernel's
-//! native and 32-bit ABI, because one process may use both.
+//! namespace flags. `seccompiler` turns rules about arguments into BPF; this module puts a search tree over call
+//! numbers in front and joins the programs of a 64-bit kernel's native and 32-bit ABI, as one process may use both.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use oci_spec::runtime::{
     Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder,
@@ -269,54 +269,110 @@ fn program(
     with_compat: bool,
 ) -> Result<BpfProgram, SandboxError> {
     let native_abi = if cfg!(target_arch = "x86_64") { Abi::X86_64 } else { Abi::Generic };
-    let mut native = single(rules, native_abi, mismatch.clone(), matched.clone())?;
-    if !with_compat {
-        return Ok(native);
+    let (mut joined, body) = single(rules, native_abi, &mismatch, &matched)?;
+    if with_compat {
+        let (check, compat) = single(rules, Abi::I386, &mismatch, &matched)?;
+        // ld arch; native? over the jump : over the body. The second check sees the same accumulator.
+        joined.pop();
+        joined.push(jump(body.len()));
+        joined.extend(body);
+        joined.push(sock_filter { code: JUMP_EQUAL, jt: 1, jf: 0, k: AUDIT_ARCH_I386 });
+        joined.extend(check.into_iter().skip(ARCH_CHECK - 1));
+        joined.extend(compat);
+    } else {
+        joined.extend(body);
     }
-    let compat = single(rules, Abi::I386, mismatch, matched)?;
-    let body = native.split_off(ARCH_CHECK);
-    // ld arch; native? over the jump : over the body. The second check sees the same accumulator.
-    let mut joined = vec![native[0].clone(), native[1].clone()];
-    joined.push(sock_filter { code: (libc::BPF_JMP | libc::BPF_JA) as u16, jt: 0, jf: 0, k: body.len() as u32 });
-    joined.extend(body);
-    let jump_equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    joined.push(sock_filter { code: jump_equal, jt: 1, jf: 0, k: AUDIT_ARCH_I386 });
-    joined.extend(compat.into_iter().skip(ARCH_CHECK - 1));
     if joined.len() > MAX_INSTRUCTIONS {
         return Err(SandboxError::Invalid(format!("seccomp profile compiles to {} instructions", joined.len())));
     }
     Ok(joined)
 }
 
+/// The architecture check and the body for one ABI.
+///
+/// Calls that are decided by their number alone go through a search tree in front of what `seccompiler` makes of the
+/// others. As a chain of comparisons they would cost every sandbox 3 ms: the kernel walks the program once for each
+/// call number when it is installed.
 fn single(
     rules: &[&LinuxSyscall],
     abi: Abi,
-    mismatch: SeccompAction,
-    matched: SeccompAction,
-) -> Result<BpfProgram, SandboxError> {
+    mismatch: &SeccompAction,
+    matched: &SeccompAction,
+) -> Result<(BpfProgram, BpfProgram), SandboxError> {
     let compiled = |e: seccompiler::BackendError| SandboxError::Invalid(format!("seccomp profile: {e}"));
-    let mut by_number: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let mut unconditional = std::collections::BTreeSet::new();
+    let mut by_argument: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut by_number = BTreeSet::new();
     for rule in rules {
         let args = rule.args().as_deref().unwrap_or_default();
         for name in rule.names() {
             // A name this ABI does not have cannot be called, so there is nothing to allow or refuse.
             let Some(number) = syscalls::number(abi, name) else { continue };
-            let list = by_number.entry(number).or_default();
             if args.is_empty() {
-                unconditional.insert(number);
+                by_number.insert(number as u32);
             } else {
                 let conditions = args.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
-                list.push(SeccompRule::new(conditions).map_err(compiled)?);
+                by_argument.entry(number).or_default().push(SeccompRule::new(conditions).map_err(compiled)?);
             }
         }
     }
-    for number in unconditional {
-        by_number.insert(number, Vec::new());
-    }
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(compiled)?;
-    let filter = SeccompFilter::new(by_number, mismatch, matched, arch).map_err(compiled)?;
-    BpfProgram::try_from(filter).map_err(compiled)
+    let filter = SeccompFilter::new(by_argument, mismatch.clone(), matched.clone(), arch).map_err(compiled)?;
+    let mut check = BpfProgram::try_from(filter).map_err(compiled)?;
+    let rest = check.split_off(ARCH_CHECK);
+    let mut body = search_tree(&by_number, u32::from(matched.clone()));
+    body.extend(rest);
+    Ok((check, body))
+}
+
+/// Answers `verdict` for the numbers of the set and goes on behind its end for others.
+fn search_tree(numbers: &BTreeSet<u32>, verdict: u32) -> BpfProgram {
+    // Where membership changes, in ascending order; below the first one nothing is a member.
+    let mut edges: Vec<u32> = Vec::new();
+    for number in numbers {
+        match edges.last_mut() {
+            Some(end) if *end == *number => *end += 1,
+            _ => edges.extend([*number, number + 1]),
+        }
+    }
+    let mut tree = subtree(&edges, false, verdict);
+    let length = tree.len();
+    for (at, instruction) in tree.iter_mut().enumerate() {
+        if instruction.code == JUMP && instruction.k == u32::MAX {
+            instruction.k = (length - at - 1) as u32;
+        }
+    }
+    let load_number = sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: 0 };
+    tree.insert(0, load_number);
+    tree
+}
+
+/// Decides between the regions that `edges` separate, the lowest of which is a member or not. Jumps to the end have
+/// the distance still open. As deep as the logarithm of the number of edges.
+fn subtree(edges: &[u32], member: bool, verdict: u32) -> BpfProgram {
+    if edges.is_empty() {
+        let answer = sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: verdict };
+        return vec![if member { answer } else { jump(u32::MAX as usize) }];
+    }
+    let middle = edges.len() / 2;
+    let below = subtree(&edges[..middle], member, verdict);
+    let above = subtree(&edges[middle + 1..], member ^ (middle % 2 == 0), verdict);
+    let at_least = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
+    let mut code = match u8::try_from(below.len()) {
+        Ok(distance) => vec![sock_filter { code: at_least, jt: distance, jf: 0, k: edges[middle] }],
+        Err(_) => {
+            vec![sock_filter { code: at_least, jt: 0, jf: 1, k: edges[middle] }, jump(below.len())]
+        }
+    };
+    code.extend(below);
+    code.extend(above);
+    code
+}
+
+const JUMP: u16 = (libc::BPF_JMP | libc::BPF_JA) as u16;
+const JUMP_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+
+fn jump(over: usize) -> sock_filter {
+    sock_filter { code: JUMP, jt: 0, jf: 0, k: over as u32 }
 }
 
 fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, SandboxError> {
@@ -424,6 +480,26 @@ mod tests {
         assert_eq!(ask("clone3", [0; 6]), ENOSYS);
         assert_eq!(ask("clone", [0x1000_0000, 0, 0, 0, 0, 0]), EPERM);
         assert_eq!(answer(&programs, 0xc000_00b7, native(), "read", [0; 6]), libc::SECCOMP_RET_KILL_PROCESS);
+    }
+
+    #[test]
+    fn the_search_tree_is_exact() {
+        use proptest::prelude::*;
+        proptest!(ProptestConfig::with_cases(48), |(numbers in proptest::collection::btree_set(0u32..2000, 0..700))| {
+            let mut program = search_tree(&numbers, 7);
+            program.push(sock_filter { code: 0x06, jt: 0, jf: 0, k: 9 });
+            for nr in 0..2005u32 {
+                let wanted = if numbers.contains(&nr) { 7 } else { 9 };
+                prop_assert_eq!(verdict(&program, 0, nr.into(), [0; 6]), wanted);
+            }
+        });
+    }
+
+    #[test]
+    fn the_default_profile_stays_small() {
+        let programs = compile(&default_profile(&super::super::spec::DEFAULT_CAPABILITIES).unwrap()).unwrap();
+        let instructions: usize = programs.iter().map(Vec::len).sum();
+        assert!(instructions < 1000, "{instructions} instructions");
     }
 
     #[test]

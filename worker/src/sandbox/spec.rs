@@ -394,3 +394,76 @@ fn loop_devices() -> Result<Vec<oci_spec::runtime::LinuxDevice>, SandboxError> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> SpecParams {
+        SpecParams { id: "x".into(), args: vec!["true".into()], ..SpecParams::default() }
+    }
+
+    fn dests(spec: &Spec) -> Vec<&Path> {
+        spec.mounts().iter().flatten().map(|m| m.destination().as_path()).collect()
+    }
+
+    #[test]
+    fn defaults_are_those_of_a_container() {
+        let spec = build(&params()).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.env().as_deref().unwrap(), [format!("PATH={DEFAULT_PATH}")]);
+        assert_eq!((process.cwd().as_path(), process.no_new_privileges()), (Path::new("/"), Some(false)));
+        let caps = process.capabilities().as_ref().unwrap();
+        assert_eq!(caps.bounding().as_ref().unwrap().len(), DEFAULT_CAPABILITIES.len());
+        assert!(caps.ambient().as_ref().unwrap().is_empty() && process.rlimits().is_none());
+        assert_eq!(spec.hostname().as_deref(), Some(DEFAULT_HOSTNAME));
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.seccomp().is_some() && linux.cgroups_path().is_none());
+        let network = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
+        assert!(!network);
+        let wanted = ["/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup"];
+        assert_eq!(dests(&spec), wanted.map(Path::new));
+    }
+
+    #[test]
+    fn insecure_hides_and_forbids_nothing() {
+        let spec = build(&SpecParams { security: SecurityMode::Insecure, ..params() }).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.seccomp().is_none() && linux.masked_paths().as_ref().unwrap().is_empty());
+        assert!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
+        let held = caps::read(None, caps::CapSet::Permitted).unwrap().len();
+        let caps = spec.process().as_ref().unwrap().capabilities().clone().unwrap();
+        assert_eq!(caps.permitted().as_ref().unwrap().len(), held);
+    }
+
+    #[test]
+    fn a_later_mount_replaces_a_default_one() {
+        let tmpfs = Tmpfs { dest: "/dev/shm".into(), size: Some(1) };
+        let spec = build(&SpecParams { tmpfs: vec![tmpfs], ..params() }).unwrap();
+        let shm: Vec<_> =
+            spec.mounts().iter().flatten().filter(|m| m.destination() == Path::new("/dev/shm")).collect();
+        assert_eq!(shm.len(), 1);
+        assert!(shm[0].options().as_ref().unwrap().contains(&"size=1".to_owned()));
+    }
+
+    #[test]
+    fn cgroup_parents() {
+        assert_eq!(cgroup_path("a/b", "id").unwrap(), Path::new("/a/b/buildkit/id"));
+        assert_eq!(cgroup_path("/a", "id").unwrap(), Path::new("/a/buildkit/id"));
+        assert!(matches!(cgroup_path("x.slice:", "id"), Err(SandboxError::Unsupported(_))));
+        assert!(matches!(cgroup_path("/../..", "id"), Err(SandboxError::Invalid(_))));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let cases = [
+            SpecParams { args: vec![], ..params() },
+            SpecParams { cwd: "relative".into(), ..params() },
+            SpecParams { ulimits: vec![Ulimit { name: "speed".into(), soft: 1, hard: 1 }], ..params() },
+            SpecParams { tmpfs: vec![Tmpfs { dest: "tmp".into(), size: None }], ..params() },
+        ];
+        for case in cases {
+            assert!(matches!(build(&case), Err(SandboxError::Invalid(_))), "{case:?}");
+        }
+    }
+}

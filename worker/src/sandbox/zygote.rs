@@ -134,6 +134,7 @@ struct Server {
 
 fn serve(control: OwnedFd, daemon: u32) -> ! {
     let _ = rustix::thread::set_name(c"kiln-zygote");
+    init::default_signals();
     let cgroups = Cgroups::open(daemon);
     if wire::send_json(&control, &Hello::Ready).is_err() {
         std::process::exit(1);
