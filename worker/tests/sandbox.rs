@@ -16,9 +16,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use kiln_worker::sandbox::spec::{Bind, NetworkMode, Resources, SecurityMode, SpecParams, Tmpfs, Ulimit, build};
+use kiln_worker::sandbox::spec::{
+    Bind, NetworkMode, Resources, SecurityMode, SpecParams, Tmpfs, Ulimit, build,
+};
 use kiln_worker::sandbox::{
-    ExecutorChoice, Executor, ExitOutcome, LayeredMount, RootSource, SandboxError, SandboxRequest, open, zygote,
+    Executor, ExecutorChoice, ExitOutcome, LayeredMount, RootSource, SandboxError, SandboxRequest, open,
+    zygote,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +46,13 @@ fn main() -> ExitCode {
     for choice in if groups.is_empty() { choices() } else { vec![ExecutorChoice::Lean] } {
         let state = base.path().join("state");
         let executor = open(&choice, &state).unwrap();
-        let world = World { executor, root: root.clone(), base: base.path().to_owned(), choice, groups: groups.clone() };
+        let world = World {
+            executor,
+            root: root.clone(),
+            base: base.path().to_owned(),
+            choice,
+            groups: groups.clone(),
+        };
         for (name, test) in TESTS {
             let name = format!("{}::{name}", world.executor.name());
             let name = if groups.is_empty() { name } else { format!("{groups}::{name}") };
@@ -148,12 +157,14 @@ fn make_root(base: &Path) -> PathBuf {
     }
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
-    fs::copy(busybox.expect("busybox (package busybox-static) is not installed"), root.join("bin/busybox")).unwrap();
+    fs::copy(busybox.expect("busybox (package busybox-static) is not installed"), root.join("bin/busybox"))
+        .unwrap();
     let list = Command::new(root.join("bin/busybox")).arg("--list").output().unwrap();
     for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|a| *a != "busybox") {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nann:x:1000:1001::/home/ann:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nann:x:1000:1001::/home/ann:/bin/sh\n")
+        .unwrap();
     fs::write(root.join("keep/old"), "old").unwrap();
     fs::write(root.join("keep/gone"), "gone").unwrap();
     root
@@ -366,7 +377,9 @@ fn confinement(world: &World) {
     let ran = world.sh("cat /proc/self/status").run(world);
     let fields = status_fields(ran.out());
     let zero = "0000000000000000";
-    for (set, bits) in [("CapEff", "00000000a80425fb"), ("CapBnd", "00000000a80425fb"), ("CapInh", zero), ("CapAmb", zero)] {
+    for (set, bits) in
+        [("CapEff", "00000000a80425fb"), ("CapBnd", "00000000a80425fb"), ("CapInh", zero), ("CapAmb", zero)]
+    {
         assert_eq!(fields[set], bits, "{set}");
     }
     assert_eq!((fields["Seccomp"], fields["NoNewPrivs"]), ("2", "0"));
@@ -401,7 +414,11 @@ fn devices(world: &World) {
     assert_eq!(ran.out(), "3\n2\n/proc/self/fd/1\npts/ptmx\n/proc/self/fd\n666\n1777\n755");
     // Making a node is allowed, opening the disk or memory behind it is not. Where no cgroup can tell devices apart,
     // nodes made in the sandbox do not work at all.
-    let own = if world.groups == "no_cgroups" { "! sh -c 'echo x > /tmp/null' 2>/dev/null" } else { "echo x > /tmp/null" };
+    let own = if world.groups == "no_cgroups" {
+        "! sh -c 'echo x > /tmp/null' 2>/dev/null"
+    } else {
+        "echo x > /tmp/null"
+    };
     let root = fs::metadata("/").unwrap().dev();
     let (major, minor) = (rustix::fs::major(root), rustix::fs::minor(root));
     let ran = world.sh(&format!("mknod /tmp/disk b {major} {minor} && mknod /tmp/mem c 1 1 && mknod /tmp/null c 1 3 && echo made; head -c 1 /tmp/disk || head -c 1 /tmp/mem || {own} && echo refused")).run(world);
@@ -426,7 +443,8 @@ fn user_and_directory(world: &World) {
     step.params.cwd = "/made/for/ann".into();
     let upper = step.upper();
     let ran = step.run(world);
-    let wanted = "1000\n1001\n1001 5 6\n/home/ann\n/made/for/ann\n1000:1001\n1000:1001\nCapEff:\t0000000000000000";
+    let wanted =
+        "1000\n1001\n1001 5 6\n/home/ann\n/made/for/ann\n1000:1001\n1000:1001\nCapEff:\t0000000000000000";
     assert_eq!(ran.out(), wanted);
     let made = fs::metadata(upper.join("made/for")).unwrap();
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (1000, 1001, 0o755));
@@ -514,7 +532,12 @@ fn layered_mounts(world: &World) {
         mount("/m/dir", both(), Some("/a"), true),
         mount("/m/file", both(), Some("f"), true),
         mount("/m/link", both(), Some("link"), true),
-        mount("/m/one", RootSource::Overlay { lowers: vec![low.clone()], upper: None, work: None }, None, false),
+        mount(
+            "/m/one",
+            RootSource::Overlay { lowers: vec![low.clone()], upper: None, work: None },
+            None,
+            false,
+        ),
         mount("/w", writable, None, false),
         mount("/c", RootSource::Dir(cache.clone()), None, false),
     ];
@@ -617,7 +640,13 @@ fn memory_limit(world: &World) {
     let ran = step.run(world);
     assert_eq!(ran.result.unwrap(), ExitOutcome { code: 3, oom_killed: false, stubs: stubs() });
     for dir in cgroups_named("kiln-test-parent") {
-        assert_eq!(fs::read_dir(dir.join("buildkit")).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 0);
+        assert_eq!(
+            fs::read_dir(dir.join("buildkit"))
+                .unwrap()
+                .filter(|e| e.as_ref().unwrap().path().is_dir())
+                .count(),
+            0
+        );
         fs::remove_dir(dir.join("buildkit")).unwrap();
         fs::remove_dir(dir).unwrap();
     }
@@ -630,7 +659,12 @@ fn stubs() -> Vec<PathBuf> {
 fn programs_that_do_not_start(world: &World) {
     let missing = world.program(&["no-such-program"]).run(world);
     let text = missing.error().to_string();
-    assert!(text.contains("no-such-program") && text.contains("executable file") && text.contains("not found in $PATH"), "{text}");
+    assert!(
+        text.contains("no-such-program")
+            && text.contains("executable file")
+            && text.contains("not found in $PATH"),
+        "{text}"
+    );
     let missing = world.program(&["/no/such"]).run(world);
     let text = missing.error().to_string();
     assert!(text.contains("/no/such") && text.to_lowercase().contains("no such file or directory"), "{text}");
@@ -807,7 +841,9 @@ fn daemon(mode: &str) -> ExitCode {
         if runtime.as_os_str().is_empty() { ExecutorChoice::Lean } else { ExecutorChoice::Runtime(runtime) };
     let executor = open(&choice, &base.join("state-daemon")).unwrap();
     let world = World { executor, root: base.join("root"), base, choice, groups: String::new() };
-    let ready = world.sh(&format!("echo ready; sleep {mark}")).request(rustix::stdio::stdout().try_clone_to_owned().unwrap(), null());
+    let ready = world
+        .sh(&format!("echo ready; sleep {mark}"))
+        .request(rustix::stdio::stdout().try_clone_to_owned().unwrap(), null());
     let result = self::runtime().block_on(world.executor.run(ready, CancellationToken::new()));
     if mode == "helper" {
         assert!(matches!(result, Err(SandboxError::Helper(_))), "{result:?}");
@@ -837,7 +873,9 @@ fn death_of_the_helper(world: &World) {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         let line = fs::read(entry.path().join("status")).unwrap_or_default();
         // The helper's own pid is the second to last: it is the first of a nested namespace.
-        let nested = String::from_utf8_lossy(&line).lines().any(|l| l.starts_with("NSpid:") && l.split('\t').count() == 3);
+        let nested = String::from_utf8_lossy(&line)
+            .lines()
+            .any(|l| l.starts_with("NSpid:") && l.split('\t').count() == 3);
         name.trim() == "kiln-zygote" && nested && environment.split(|b| *b == 0).any(|v| v == ours.as_bytes())
     });
     let pid: i32 = helper.unwrap().file_name().to_str().unwrap().parse().unwrap();

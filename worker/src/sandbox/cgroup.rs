@@ -53,7 +53,8 @@ impl Layout {
             let Some((before, after)) = line.split_once(" - ") else { continue };
             let before: Vec<&str> = before.split(' ').collect();
             let after: Vec<&str> = after.split(' ').collect();
-            let (Some(root), Some(mount), Some(&fstype)) = (before.get(3), before.get(4), after.first()) else {
+            let (Some(root), Some(mount), Some(&fstype)) = (before.get(3), before.get(4), after.first())
+            else {
                 continue;
             };
             let hierarchy = |path: &str| {
@@ -188,7 +189,10 @@ impl Cgroups {
             Ok(None) if on_v2.is_empty() => {}
             Ok(None) => {
                 let names: Vec<_> = on_v2.iter().map(Setting::controller).collect();
-                return Err(io::Error::other(format!("no cgroup controller for limits: {}", names.join(", "))));
+                return Err(io::Error::other(format!(
+                    "no cgroup controller for limits: {}",
+                    names.join(", ")
+                )));
             }
             // Without a limit to enforce, a group of its own is a convenience only.
             Err(_) if !needs_v2 => {}
@@ -318,7 +322,9 @@ impl Cgroups {
             }
             let group = match joined.iter().find(|t| t.starts_with(&hierarchy.mount)) {
                 Some(tasks) => tasks.parent().unwrap_or(&hierarchy.own).to_owned(),
-                None if controller == "devices" && self.devices_v1.is_some() => hierarchy.own.join(&self.name),
+                None if controller == "devices" && self.devices_v1.is_some() => {
+                    hierarchy.own.join(&self.name)
+                }
                 None => hierarchy.own.clone(),
             };
             list.push((name.to_owned(), group));
@@ -457,7 +463,10 @@ fn enable(dir: &Path, base: &Path, controllers: &[&str]) -> io::Result<()> {
         for controller in controllers {
             if !now.split_ascii_whitespace().any(|c| c == *controller) {
                 fs::write(&file, format!("+{controller}")).map_err(|e| {
-                    io::Error::new(e.kind(), format!("cgroup controller {controller} in {}: {e}", group.display()))
+                    io::Error::new(
+                        e.kind(),
+                        format!("cgroup controller {controller} in {}: {e}", group.display()),
+                    )
                 })?;
             }
         }
@@ -527,9 +536,7 @@ impl Setting {
                 ("memory.swap.max", if *n < 0 { max(-1) } else { max((*n - memory.unwrap_or(0)).max(0)) })
             }
             // Both scales, 2 to 262144 and 1 to 10000, mapped end to end.
-            Self::Shares(n) => {
-                ("cpu.weight", (1 + (n.clamp(&2, &262_144) - 2) * 9999 / 262_142).to_string())
-            }
+            Self::Shares(n) => ("cpu.weight", (1 + (n.clamp(&2, &262_144) - 2) * 9999 / 262_142).to_string()),
             Self::Quota(quota, period) => {
                 ("cpu.max", format!("{} {}", max(quota.unwrap_or(-1)), period.unwrap_or(DEFAULT_PERIOD)))
             }

@@ -29,14 +29,14 @@ const fn rule(kind: char, major: Option<u32>, minor: Option<u32>, access: u8) ->
 pub(super) const CONFINED: &[DeviceRule] = &[
     rule('c', None, None, MKNOD),
     rule('b', None, None, MKNOD),
-    rule('c', Some(1), Some(3), ALL),   // null
-    rule('c', Some(1), Some(5), ALL),   // zero
-    rule('c', Some(1), Some(7), ALL),   // full
-    rule('c', Some(1), Some(8), ALL),   // random
-    rule('c', Some(1), Some(9), ALL),   // urandom
-    rule('c', Some(5), Some(0), ALL),   // tty
-    rule('c', Some(5), Some(2), ALL),   // ptmx
-    rule('c', Some(136), None, ALL),    // pts
+    rule('c', Some(1), Some(3), ALL), // null
+    rule('c', Some(1), Some(5), ALL), // zero
+    rule('c', Some(1), Some(7), ALL), // full
+    rule('c', Some(1), Some(8), ALL), // random
+    rule('c', Some(1), Some(9), ALL), // urandom
+    rule('c', Some(5), Some(0), ALL), // tty
+    rule('c', Some(5), Some(2), ALL), // ptmx
+    rule('c', Some(136), None, ALL),  // pts
 ];
 
 /// Nodes every `/dev` gets: name, major, minor.
@@ -238,7 +238,8 @@ mod tests {
         std::fs::create_dir(&dir).unwrap();
         let fd = rustix::fs::open(&dir, rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
         attach_v2(std::os::fd::AsFd::as_fd(&fd), CONFINED).unwrap();
-        let script = "echo $$ > $0/cgroup.procs; : < /dev/null && : < /dev/zero && ! (: < /dev/kmsg) 2>/dev/null";
+        let script =
+            "echo $$ > $0/cgroup.procs; : < /dev/null && : < /dev/zero && ! (: < /dev/kmsg) 2>/dev/null";
         let status = std::process::Command::new("sh").args(["-c", script]).arg(&dir).status().unwrap();
         std::fs::remove_dir(&dir).unwrap();
         assert!(status.success());

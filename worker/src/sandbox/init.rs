@@ -60,7 +60,12 @@ impl From<MountError> for Failure {
 }
 
 /// Becomes the planned process, or exits.
-pub(super) fn run(plan: &Plan, programs: &[Vec<libc::sock_filter>], placement: &Placement, streams: Streams) -> ! {
+pub(super) fn run(
+    plan: &Plan,
+    programs: &[Vec<libc::sock_filter>],
+    placement: &Placement,
+    streams: Streams,
+) -> ! {
     let Streams { status, stdio } = streams;
     let attempt = std::panic::AssertUnwindSafe(|| start(plan, programs, placement, &status, stdio));
     let failure = match std::panic::catch_unwind(attempt) {
@@ -92,7 +97,8 @@ fn start(
         .map_err(|e| Failure::setup("parent death signal", e))?;
     rustix::process::setsid().map_err(|e| Failure::setup("new session", e))?;
     for tasks in &placement.tasks {
-        fs::write(tasks, "0").map_err(|e| Failure::setup(&format!("joining cgroup {}", tasks.display()), e))?;
+        fs::write(tasks, "0")
+            .map_err(|e| Failure::setup(&format!("joining cgroup {}", tasks.display()), e))?;
     }
     if plan.cgroup.namespace {
         // Now, so that its root is the group just joined.
@@ -162,7 +168,8 @@ fn become_program(
     streams_to_stdio(stdio).map_err(|e| Failure::setup("standard streams", e))?;
     close_on_exec().map_err(|e| Failure::setup("closing descriptors", e))?;
     for (resource, soft, hard) in &process.rlimits {
-        set_rlimit(*resource, *soft, *hard).map_err(|e| Failure::setup(&format!("resource limit {resource}"), e))?;
+        set_rlimit(*resource, *soft, *hard)
+            .map_err(|e| Failure::setup(&format!("resource limit {resource}"), e))?;
     }
     let env = environment(process);
     let arguments: Vec<CString> = c_strings(&process.args)?;
@@ -226,12 +233,17 @@ fn close_on_exec() -> io::Result<()> {
 fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: `limit` outlives the call; an unknown resource is refused.
-    if unsafe { libc::setrlimit(resource as _, &limit) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if unsafe { libc::setrlimit(resource as _, &limit) } < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn loopback_up() -> io::Result<()> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     // SAFETY: an all-zero ifreq is valid, and both calls read and write only inside it.
     unsafe {
         let mut request: libc::ifreq = std::mem::zeroed();
@@ -253,11 +265,11 @@ fn join_network(path: &Path) -> io::Result<()> {
 
 fn install_filters(programs: &[Vec<libc::sock_filter>]) -> io::Result<()> {
     for program in programs {
-        let filter =
-            libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+        let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
         // SAFETY: the kernel copies `filter.len` instructions from a vector of that length and changes nothing.
-        let result =
-            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, std::ptr::from_ref(&filter)) };
+        let result = unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, std::ptr::from_ref(&filter))
+        };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -345,7 +357,9 @@ fn home(uid: u32) -> Option<String> {
 
 fn c_strings(list: &[String]) -> Result<Vec<CString>, Failure> {
     list.iter()
-        .map(|s| CString::new(s.as_str()).map_err(|_| Failure::exec("an argument contains a zero byte".into())))
+        .map(|s| {
+            CString::new(s.as_str()).map_err(|_| Failure::exec("an argument contains a zero byte".into()))
+        })
         .collect()
 }
 
@@ -387,7 +401,9 @@ fn run_runtime(plan: &RuntimePlan, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Res
     let stubs = mounts::assemble_for_runtime(&Kernel, plan)?;
     report_stubs(status, stubs)?;
     // The runtime looks processes up in /proc, which has to be that of this pid namespace.
-    let proc = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+    let proc = rustix::mount::MountFlags::NOSUID
+        | rustix::mount::MountFlags::NODEV
+        | rustix::mount::MountFlags::NOEXEC;
     rustix::mount::mount("proc", "/proc", "proc", proc, None).map_err(|e| Failure::setup("/proc", e))?;
     if plan.hide_unified {
         // Not there is as good as hidden.
@@ -397,7 +413,8 @@ fn run_runtime(plan: &RuntimePlan, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Res
     streams_to_stdio(stdio).map_err(|e| Failure::setup("standard streams", e))?;
     let mut command = std::process::Command::new(OsStr::new(&plan.command[0]));
     command.args(&plan.command[1..]);
-    let mut child = command.spawn().map_err(|e| Failure::exec(format!("exec {}: {}", plan.command[0], plain(&e))))?;
+    let mut child =
+        command.spawn().map_err(|e| Failure::exec(format!("exec {}: {}", plan.command[0], plain(&e))))?;
     // The runtime has its own copies; ours would keep the pipes open after it.
     for fd in 0..3 {
         if let Ok(null) = fs::File::options().read(true).write(true).open("/dev/null") {

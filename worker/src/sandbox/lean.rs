@@ -106,7 +106,12 @@ impl Helper {
     }
 
     /// Sends a plan to the zygote. Blocks for a short time.
-    pub(super) fn start(&self, plan: &Plan, programs: &[u8], stdio: [&OwnedFd; 3]) -> Result<OwnedFd, SandboxError> {
+    pub(super) fn start(
+        &self,
+        plan: &Plan,
+        programs: &[u8],
+        stdio: [&OwnedFd; 3],
+    ) -> Result<OwnedFd, SandboxError> {
         let json = serde_json::to_vec(plan)
             .map_err(|e| SandboxError::Invalid(format!("sandbox {}: {e}", plan.id)))?;
         let stdio = stdio.map(AsFd::as_fd);
@@ -146,15 +151,17 @@ pub(super) async fn watch(status: OwnedFd, cancel: CancellationToken) -> Result<
         };
         match message.map_err(|e| SandboxError::io("answer of the sandbox helper", e))? {
             None => return Err(SandboxError::Helper("ended while a sandbox was running".into())),
-            Some((bytes, _)) => match wire::parse(&bytes).map_err(|e| SandboxError::io("sandbox helper", e))? {
-                Status::Stubs(paths) => outcome.stubs.extend(paths),
-                Status::Failed { kind, message } => failure = Some((kind, message)),
-                Status::Exited { code, oom_killed } => {
-                    outcome.code = code;
-                    outcome.oom_killed = oom_killed;
-                    break;
+            Some((bytes, _)) => {
+                match wire::parse(&bytes).map_err(|e| SandboxError::io("sandbox helper", e))? {
+                    Status::Stubs(paths) => outcome.stubs.extend(paths),
+                    Status::Failed { kind, message } => failure = Some((kind, message)),
+                    Status::Exited { code, oom_killed } => {
+                        outcome.code = code;
+                        outcome.oom_killed = oom_killed;
+                        break;
+                    }
                 }
-            },
+            }
         }
     }
     match failure {

@@ -104,7 +104,13 @@ pub(super) fn assemble<S: Sys>(sys: &S, plan: &SandboxPlan, host: &Host) -> Resu
 }
 
 /// Makes the working directory. It belongs to the user who works there and is part of the result, not a stub.
-fn working_directory<S: Sys>(sys: &S, root: &S::Fd, cwd: &Path, uid: u32, gid: u32) -> Result<(), MountError> {
+fn working_directory<S: Sys>(
+    sys: &S,
+    root: &S::Fd,
+    cwd: &Path,
+    uid: u32,
+    gid: u32,
+) -> Result<(), MountError> {
     let at = || format!("working directory {}", cwd.display());
     let mut created = Vec::new();
     sys.make_target(root, cwd, TargetKind::Dir, &mut created).during(at)?;
@@ -159,7 +165,9 @@ fn source<S: Sys>(sys: &S, mount: &MountPlan, everywhere: u32) -> io::Result<Opt
             }
             Ok(Some(tree))
         }
-        MountSource::Layers { source, selector } => selected(sys, source, selector.as_deref(), attrs).map(Some),
+        MountSource::Layers { source, selector } => {
+            selected(sys, source, selector.as_deref(), attrs).map(Some)
+        }
         MountSource::Cgroup => Ok(None),
     }
 }
@@ -195,7 +203,9 @@ fn tree<S: Sys>(sys: &S, source: &RootSource, attrs: u32) -> io::Result<S::Fd> {
         RootSource::Dir(path) => plain(path, attrs),
         RootSource::Overlay { lowers, upper: Some(upper), .. } if lowers.is_empty() => plain(upper, attrs),
         // An overlay needs two directories; one alone is what it would show.
-        RootSource::Overlay { lowers, upper: None, .. } if lowers.len() == 1 => plain(&lowers[0], attrs | RDONLY),
+        RootSource::Overlay { lowers, upper: None, .. } if lowers.len() == 1 => {
+            plain(&lowers[0], attrs | RDONLY)
+        }
         RootSource::Overlay { lowers, upper, work } => {
             let upper = upper.as_deref().zip(work.as_deref());
             sys.overlay(lowers, upper, if upper.is_none() { attrs | RDONLY } else { attrs })
@@ -237,7 +247,8 @@ fn cgroup_mount<S: Sys>(
 fn devices<S: Sys>(sys: &S, root: &S::Fd, plan: &SandboxPlan, host: &Host) -> Result<(), MountError> {
     let at = || "filling /dev".to_owned();
     let own_dev = plan.mounts.iter().any(|m| {
-        m.dest == Path::new("/dev") && matches!(&m.source, MountSource::New { fstype, .. } if fstype == "tmpfs")
+        m.dest == Path::new("/dev")
+            && matches!(&m.source, MountSource::New { fstype, .. } if fstype == "tmpfs")
     });
     if own_dev {
         let dev = sys.lookup(root, Path::new("/dev")).during(at)?;

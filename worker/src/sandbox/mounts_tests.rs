@@ -179,7 +179,8 @@ fn mounts_are_made_first_then_the_root_then_attached_then_hidden_then_entered() 
         files: ["/host/hosts", "/proc/kcore"].into(),
         ..Recorder::default()
     };
-    let mounts = vec![fresh("proc", "/proc"), fresh("tmpfs", "/dev"), bind("/host/hosts", "/etc/hosts", RDONLY)];
+    let mounts =
+        vec![fresh("proc", "/proc"), fresh("tmpfs", "/dev"), bind("/host/hosts", "/etc/hosts", RDONLY)];
     let made = assemble(&sys, &plan(layers(), mounts), &Host::default()).unwrap();
     assert_eq!(made, [PathBuf::from("/etc/hosts")]);
     let overlay = "overlay(/top:/base)";
@@ -251,7 +252,8 @@ fn a_selected_part_is_copied_out_of_its_layers() {
         attrs: RDONLY,
     };
     assemble(&sys, &plan(layers(), vec![mount]), &Host::default()).unwrap();
-    let order = ["overlay -", "park overlay(/l1", "copy overlay(/l1", "attrs copy(overlay", "park overlay(/top"];
+    let order =
+        ["overlay -", "park overlay(/l1", "copy overlay(/l1", "attrs copy(overlay", "park overlay(/top"];
     let places: Vec<_> = order.iter().map(|c| sys.position(c)).collect();
     assert!(places.is_sorted(), "{places:?}");
     sys.position("attach copy(overlay(/l1:/l2)src/file) at /mnt");
@@ -263,7 +265,9 @@ fn without_a_device_cgroup_nothing_but_bound_devices_opens() {
     let mounts = vec![fresh("tmpfs", "/dev"), fresh("devpts", "/dev/pts"), bind("/cache", "/c", 0)];
     let host = Host { nodev: true, ..Host::default() };
     assemble(&sys, &plan(layers(), mounts), &host).unwrap();
-    for call in ["new tmpfs [] 0x4", "new devpts [] 0x0", "attrs /cache 0x4", "overlay /up+/work on /top:/base 0x4"] {
+    for call in
+        ["new tmpfs [] 0x4", "new devpts [] 0x0", "attrs /cache 0x4", "overlay /up+/work on /top:/base 0x4"]
+    {
         sys.position(call);
     }
     sys.position("make File /dev/null");
@@ -283,7 +287,9 @@ fn cgroup_views() {
     assert!(!run(CgroupView::None).calls.borrow().iter().any(|c| c.contains("cgroup")));
     run(CgroupView::Unified).position("attach cgroup2 at /sys/fs/cgroup");
     let split = run(CgroupView::Split(vec![("memory".into(), "/h/memory/x".into())]));
-    assert!(split.position("attach tmpfs at /sys/fs/cgroup") < split.position("attach /h/memory/x at memory"));
+    assert!(
+        split.position("attach tmpfs at /sys/fs/cgroup") < split.position("attach /h/memory/x at memory")
+    );
     assert!(split.position("attach /h/memory/x at memory") < split.position("attrs tmpfs 0x1"));
 }
 

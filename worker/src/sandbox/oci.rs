@@ -168,7 +168,9 @@ impl Bundle {
         let config = self.dir.join("config.json");
         spec.save(&config).map_err(|e| SandboxError::Invalid(format!("{}: {e}", config.display())))?;
 
-        let Some(process) = spec.process() else { return Err(SandboxError::Invalid("no process in the spec".into())) };
+        let Some(process) = spec.process() else {
+            return Err(SandboxError::Invalid("no process in the spec".into()));
+        };
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let command = vec![
             text(&settings.binary),
@@ -235,8 +237,9 @@ fn is_file(selector: Option<&Path>, source: &super::RootSource) -> bool {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let Ok(dir) = rustix::fs::open(dir, flags, rustix::fs::Mode::empty()) else { continue };
         if let Ok(found) = super::sys::open_in(std::os::fd::AsFd::as_fd(&dir), selector, flags) {
-            let directory = rustix::fs::fstat(&found)
-                .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory);
+            let directory = rustix::fs::fstat(&found).is_ok_and(|s| {
+                rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory
+            });
             return !directory;
         }
     }
@@ -265,7 +268,8 @@ fn targets(mounts: &[Mount]) -> Vec<(PathBuf, Option<PathBuf>)> {
         .filter(|m| !below_another(m))
         .map(|m| {
             let options = m.options().as_deref().unwrap_or_default();
-            let bind = m.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
+            let bind =
+                m.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
             (m.destination().clone(), bind.then(|| m.source().clone()).flatten())
         })
         .collect()

@@ -268,7 +268,9 @@ fn namespaces(spec: &Spec) -> Result<(u64, NetworkPlan, bool), SandboxError> {
         use LinuxNamespaceType as N;
         match (namespace.typ(), namespace.path()) {
             (N::Network, Some(path)) => network = NetworkPlan::Join(path.clone()),
-            (typ, Some(path)) => return unsupported(format!("joining a {typ:?} namespace ({})", path.display())),
+            (typ, Some(path)) => {
+                return unsupported(format!("joining a {typ:?} namespace ({})", path.display()));
+            }
             (N::Mount, None) => flags |= libc::CLONE_NEWNS as u64,
             (N::Pid, None) => flags |= libc::CLONE_NEWPID as u64,
             (N::Ipc, None) => flags |= libc::CLONE_NEWIPC as u64,
@@ -395,7 +397,9 @@ fn plain_mount(mount: &Mount) -> Result<MountPlan, SandboxError> {
         }
     }
     let source = match (mount.typ().as_deref(), bind) {
-        (_, Some(recursive)) => MountSource::Bind { path: mount.source().clone().unwrap_or_default(), recursive },
+        (_, Some(recursive)) => {
+            MountSource::Bind { path: mount.source().clone().unwrap_or_default(), recursive }
+        }
         (Some("bind"), None) => {
             MountSource::Bind { path: mount.source().clone().unwrap_or_default(), recursive: false }
         }
@@ -419,7 +423,8 @@ fn devices(list: &[oci_spec::runtime::LinuxDevice]) -> Result<Vec<DevicePlan>, S
                 LinuxDeviceType::P => 'p',
                 LinuxDeviceType::A => return invalid(format!("device type of {}", d.path().display())),
             };
-            let number = |n: i64| u32::try_from(n).or_else(|_| invalid(format!("device {}", d.path().display())));
+            let number =
+                |n: i64| u32::try_from(n).or_else(|_| invalid(format!("device {}", d.path().display())));
             Ok(DevicePlan {
                 path: d.path().clone(),
                 kind,
@@ -552,7 +557,9 @@ mod tests {
     #[test]
     fn the_default_spec_becomes_a_plan() {
         let plan = sandbox(&request(|_| {})).unwrap();
-        assert!(plan.cgroup.confine_devices && plan.cgroup.namespace && plan.cgroup.limits == Limits::default());
+        assert!(
+            plan.cgroup.confine_devices && plan.cgroup.namespace && plan.cgroup.limits == Limits::default()
+        );
         let Task::Sandbox(sandbox) = &plan.task else { panic!("{plan:?}") };
         assert_eq!(sandbox.process.capabilities.effective, 0xa804_25fb);
         assert_eq!(sandbox.process.umask, 0o022);
@@ -591,7 +598,8 @@ mod tests {
             (Box::new(move |s| drop(s.set_mounts(Some(vec![shared])))), "shared"),
             (
                 linux(|l| {
-                    let user = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::User).build().unwrap();
+                    let user =
+                        LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::User).build().unwrap();
                     l.set_namespaces(Some(vec![user]));
                 }),
                 "user namespace",

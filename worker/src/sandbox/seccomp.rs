@@ -283,7 +283,10 @@ fn program(
         joined.extend(body);
     }
     if joined.len() > MAX_INSTRUCTIONS {
-        return Err(SandboxError::Invalid(format!("seccomp profile compiles to {} instructions", joined.len())));
+        return Err(SandboxError::Invalid(format!(
+            "seccomp profile compiles to {} instructions",
+            joined.len()
+        )));
     }
     Ok(joined)
 }
@@ -316,7 +319,8 @@ fn single(
         }
     }
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(compiled)?;
-    let filter = SeccompFilter::new(by_argument, mismatch.clone(), matched.clone(), arch).map_err(compiled)?;
+    let filter =
+        SeccompFilter::new(by_argument, mismatch.clone(), matched.clone(), arch).map_err(compiled)?;
     let mut check = BpfProgram::try_from(filter).map_err(compiled)?;
     let rest = check.split_off(ARCH_CHECK);
     let mut body = search_tree(&by_number, u32::from(matched.clone()));
@@ -341,7 +345,8 @@ fn search_tree(numbers: &BTreeSet<u32>, verdict: u32) -> BpfProgram {
             instruction.k = (length - at - 1) as u32;
         }
     }
-    let load_number = sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: 0 };
+    let load_number =
+        sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: 0 };
     tree.insert(0, load_number);
     tree
 }
@@ -457,7 +462,9 @@ mod tests {
         for name in ["read", "execve", "chroot", "ptrace", "landlock_create_ruleset"] {
             assert_eq!(ask(name, [0; 6]), ALLOW, "{name}");
         }
-        for name in ["mount", "unshare", "setns", "bpf", "reboot", "init_module", "syslog", "open_by_handle_at"] {
+        for name in
+            ["mount", "unshare", "setns", "bpf", "reboot", "init_module", "syslog", "open_by_handle_at"]
+        {
             assert_eq!(ask(name, [0; 6]), EPERM, "{name}");
         }
         assert_eq!(ask("clone", [0x0120_0011, 0, 0, 0, 0, 0]), ALLOW);

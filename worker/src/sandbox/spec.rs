@@ -6,10 +6,11 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceBuilder,
-    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxMemoryBuilder, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType,
-    Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
+    LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxMemoryBuilder, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit,
+    PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    UserBuilder,
 };
 
 use super::{SandboxError, seccomp};
@@ -211,7 +212,8 @@ fn process(params: &SpecParams, cwd: &str) -> Result<Process, SandboxError> {
         .inheritable(Capabilities::new())
         .ambient(Capabilities::new())
         .build();
-    let user = UserBuilder::default().uid(params.uid).gid(params.gid).additional_gids(params.groups.clone()).build();
+    let user =
+        UserBuilder::default().uid(params.uid).gid(params.gid).additional_gids(params.groups.clone()).build();
     let mut process = oci(ProcessBuilder::default()
         .terminal(false)
         .user(oci(user)?)
@@ -230,7 +232,10 @@ fn process(params: &SpecParams, cwd: &str) -> Result<Process, SandboxError> {
 fn held_capabilities() -> Result<Capabilities, SandboxError> {
     let held = caps::read(None, caps::CapSet::Permitted)
         .map_err(|e| SandboxError::Setup(format!("reading the daemon's capabilities: {e}")))?;
-    Ok(held.into_iter().filter_map(|c| c.to_string().trim_start_matches("CAP_").parse::<Capability>().ok()).collect())
+    Ok(held
+        .into_iter()
+        .filter_map(|c| c.to_string().trim_start_matches("CAP_").parse::<Capability>().ok())
+        .collect())
 }
 
 fn rlimit(limit: &Ulimit) -> Result<PosixRlimit, SandboxError> {
@@ -292,7 +297,8 @@ fn mounts(params: &SpecParams) -> Result<Vec<Mount>, SandboxError> {
     }
     // A later mount at the same place replaces an earlier one instead of hiding it.
     let mut seen = HashSet::new();
-    let mut kept: Vec<Mount> = list.into_iter().rev().filter(|m| seen.insert(m.destination().clone())).collect();
+    let mut kept: Vec<Mount> =
+        list.into_iter().rev().filter(|m| seen.insert(m.destination().clone())).collect();
     kept.reverse();
     Ok(kept)
 }
@@ -356,9 +362,11 @@ fn linux(params: &SpecParams, insecure: bool) -> Result<Linux, SandboxError> {
         }
     }
 
-    let mut linux =
-        LinuxBuilder::default().namespaces(namespaces).resources(oci(resources.build())?).masked_paths(vec![])
-            .readonly_paths(vec![]);
+    let mut linux = LinuxBuilder::default()
+        .namespaces(namespaces)
+        .resources(oci(resources.build())?)
+        .masked_paths(vec![])
+        .readonly_paths(vec![]);
     if let Some(parent) = &params.cgroup_parent {
         linux = linux.cgroups_path(cgroup_path(parent, &params.id)?);
     }
@@ -390,7 +398,13 @@ fn loop_devices() -> Result<Vec<oci_spec::runtime::LinuxDevice>, SandboxError> {
     std::iter::once(control)
         .chain(loops)
         .map(|(path, typ, major, minor)| {
-            oci(LinuxDeviceBuilder::default().path(path).typ(typ).major(major).minor(minor).file_mode(0o660u32).build())
+            oci(LinuxDeviceBuilder::default()
+                .path(path)
+                .typ(typ)
+                .major(major)
+                .minor(minor)
+                .file_mode(0o660u32)
+                .build())
         })
         .collect()
 }

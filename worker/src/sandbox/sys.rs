@@ -13,8 +13,8 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
 };
 
 use super::plan::DevicePlan;
@@ -205,7 +205,11 @@ impl Sys for Kernel {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     let parent = open_in(root.as_fd(), &done, OFlags::PATH | OFlags::DIRECTORY)?;
                     if rest.is_empty() && kind == TargetKind::File {
-                        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::WRONLY;
+                        let flags = OFlags::CREATE
+                            | OFlags::EXCL
+                            | OFlags::NOFOLLOW
+                            | OFlags::CLOEXEC
+                            | OFlags::WRONLY;
                         drop(rustix::fs::openat(&parent, &name, flags, Mode::from_raw_mode(0o755))?);
                     } else {
                         rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
@@ -253,7 +257,13 @@ impl Sys for Kernel {
 
     fn chown(&self, root: &OwnedFd, path: &Path, uid: u32, gid: u32) -> io::Result<()> {
         let fd = self.lookup(root, path)?;
-        Ok(rustix::fs::chownat(&fd, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)?)
+        Ok(rustix::fs::chownat(
+            &fd,
+            "",
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
+            AtFlags::EMPTY_PATH,
+        )?)
     }
 
     fn write(&self, root: &OwnedFd, path: &Path, value: &str) -> io::Result<()> {
@@ -316,7 +326,11 @@ fn explain(fs: &OwnedFd, error: Errno) -> io::Error {
         texts.push(text.get(2..).unwrap_or(&text).to_owned());
     }
     let error = io::Error::from(error);
-    if texts.is_empty() { error } else { io::Error::new(error.kind(), format!("{error} ({})", texts.join("; "))) }
+    if texts.is_empty() {
+        error
+    } else {
+        io::Error::new(error.kind(), format!("{error} ({})", texts.join("; ")))
+    }
 }
 
 /// An overlay of at most [`MAX_LOWERS`] lower directories.
@@ -331,7 +345,8 @@ fn overlay_once(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> 
             other => other.map_err(|e| explain(&fs, e))?,
         }
     }
-    let mut options: Vec<(&str, &str)> = vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
+    let mut options: Vec<(&str, &str)> =
+        vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
     if let Some((upper, work)) = upper {
         for (key, path) in [("upperdir", upper), ("workdir", work)] {
             let text = short(path, &mut held)?;

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -76,7 +76,12 @@ pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<Owne
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(START_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
+        rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
     })?;
     let mut fds = Vec::new();
     for message in control.drain() {
@@ -112,7 +117,10 @@ pub(super) fn plan_file(json: &[u8], programs: &[u8]) -> io::Result<OwnedFd> {
     while done < all.len() {
         done += rustix::io::retry_on_intr(|| rustix::io::pwrite(&file, &all[done..], done as u64))?;
     }
-    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    rustix::fs::fcntl_add_seals(
+        &file,
+        SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+    )?;
     Ok(file)
 }
 
@@ -129,7 +137,8 @@ pub(super) fn read_plan_file(file: impl AsFd) -> io::Result<(Vec<u8>, Vec<u8>)> 
     }
     let bad = || io::Error::other("malformed plan");
     let head: [u8; 8] = all.get(..8).and_then(|b| b.try_into().ok()).ok_or_else(bad)?;
-    let end = usize::try_from(u64::from_le_bytes(head)).ok().and_then(|n| n.checked_add(8)).ok_or_else(bad)?;
+    let end =
+        usize::try_from(u64::from_le_bytes(head)).ok().and_then(|n| n.checked_add(8)).ok_or_else(bad)?;
     if end > all.len() {
         return Err(bad());
     }

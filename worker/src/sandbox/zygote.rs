@@ -101,7 +101,9 @@ fn clone(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> 
     }
     // SAFETY: without CLONE_VM the child has a copy of everything, and this process has one thread, so the child may
     // go on as any program would.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_mut(&mut args), size_of::<libc::clone_args>()) };
+    let pid = unsafe {
+        libc::syscall(libc::SYS_clone3, std::ptr::from_mut(&mut args), size_of::<libc::clone_args>())
+    };
     match pid {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Cloned::Child),
@@ -317,7 +319,8 @@ impl Zygote {
         if std::env::var_os(MARK).is_some() {
             return Err(SandboxError::Helper(format!("{MARK} is set, but main did not become the helper")));
         }
-        let (ours, theirs) = wire::pair(false).map_err(|e| SandboxError::io("socket for the sandbox helper", e))?;
+        let (ours, theirs) =
+            wire::pair(false).map_err(|e| SandboxError::io("socket for the sandbox helper", e))?;
         let mut child = Command::new("/proc/self/exe")
             .arg0(ARGV0)
             .env(MARK, "1")
@@ -352,7 +355,12 @@ impl Zygote {
 
     /// Starts a sandbox; its answers come on the returned socket, which does not block. Closing or shutting that
     /// down kills the sandbox. An error means that the zygote is gone.
-    pub(super) fn start(&self, plan: &[u8], programs: &[u8], stdio: [BorrowedFd<'_>; 3]) -> io::Result<OwnedFd> {
+    pub(super) fn start(
+        &self,
+        plan: &[u8],
+        programs: &[u8],
+        stdio: [BorrowedFd<'_>; 3],
+    ) -> io::Result<OwnedFd> {
         let file = wire::plan_file(plan, programs)?;
         let (ours, theirs) = wire::pair(false)?;
         rustix::io::ioctl_fionbio(&ours, true)?;
