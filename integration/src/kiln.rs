@@ -38,6 +38,20 @@ pub struct Built {
     pub stderr: String,
 }
 
+/// How many instructions other than FROM plain progress shows as cached.
+pub fn cached(progress: &str) -> usize {
+    let bases: Vec<&str> = progress
+        .lines()
+        .filter(|line| line.contains("] FROM "))
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    progress
+        .lines()
+        .filter_map(|line| line.strip_suffix(" CACHED"))
+        .filter(|number| number.starts_with('#') && !bases.contains(number))
+        .count()
+}
+
 impl From<Output> for Built {
     fn from(output: Output) -> Self {
         Self {
@@ -66,9 +80,9 @@ impl Built {
         self
     }
 
-    /// How many vertices were answered by the cache.
+    /// How many instructions other than FROM were answered by the cache.
     pub fn cached(&self) -> usize {
-        self.stderr.lines().filter(|line| line.starts_with('#') && line.ends_with(" CACHED")).count()
+        cached(&self.stderr)
     }
 }
 

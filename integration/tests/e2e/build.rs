@@ -27,7 +27,7 @@ fn a_pushed_image_is_read_by_skopeo_unpacked_by_umoci_and_run_by_runc() {
     let kiln = Kiln::new(&registry);
     let context = Context::new(concat!(
         "FROM busybox\n",
-        "RUN echo one > /one && mkdir -m 0750 /dir && chown 1000:50 /dir && ln -s one /link && rm -r /var\n",
+        "RUN echo one > /one && mkdir -m 0751 /dir && chown 1000:50 /dir && ln -s one /link && rm -r /var\n",
         "RUN echo two > /dir/two && chmod 4755 /dir/two && rm /one\n",
         "CMD [\"cat\", \"/dir/two\"]\n",
     ));
@@ -47,7 +47,7 @@ fn a_pushed_image_is_read_by_skopeo_unpacked_by_umoci_and_run_by_runc() {
         tools::tar_listing(&tools::blob(&layout, layers[index]["digest"].as_str().expect("a digest")))
     };
     let (whiteouts, entries): (Vec<_>, Vec<_>) = listing(1).into_iter().partition(|line| line.contains(".wh."));
-    assert_eq!(entries, ["drwxr-x--- 1000/50 dir/", "lrwxrwxrwx 0/0 link -> one", "-rw-r--r-- 0/0 one"]);
+    assert_eq!(entries, ["drwxr-x--x 1000/50 dir/", "lrwxrwxrwx 0/0 link -> one", "-rw-r--r-- 0/0 one"]);
     assert_eq!(whiteouts.len(), 1, "{whiteouts:?}");
     assert!(whiteouts[0].ends_with(" .wh.var"), "{whiteouts:?}");
     let second = listing(2);
@@ -209,7 +209,7 @@ fn secrets_reach_the_step_and_nothing_else() {
     let context = Context::new(concat!(
         "FROM busybox\n",
         "RUN --mount=type=secret,id=token --mount=type=secret,id=token,env=TOKEN ",
-        "test \"$(cat /run/secrets/token)\" = s3cr3t-v4lue && test \"$TOKEN\" = s3cr3t-v4lue\n"
+        "test $(rev /run/secrets/token) = eul4v-t3rc3s && test $(echo $TOKEN | rev) = eul4v-t3rc3s\n"
     ));
     let secret = TempDir::new().expect("temporary directory");
     let file = secret.path().join("token");

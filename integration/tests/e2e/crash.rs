@@ -3,6 +3,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use kiln_integration::kiln::cached;
 use kiln_integration::{Context, Kiln, Registry, wait_until};
 
 /// A small linear congruential generator: the moments differ, the sequence is always the same.
@@ -46,7 +47,7 @@ fn twenty_kills_lose_no_finished_step_and_leave_nothing_mounted() {
         kiln.kill();
         let output = child.wait_with_output().expect("the client ends when its daemon is gone");
         let text = String::from_utf8_lossy(&output.stderr);
-        let cached = text.lines().filter(|line| line.starts_with('#') && line.ends_with(" CACHED")).count();
+        let cached = cached(&text);
         assert!(cached >= finished || !output.status.success(), "round {round}: {cached} < {finished}");
         let done = text.lines().filter(|line| line.starts_with('#') && line.contains(" DONE ")).count();
         finished = finished.max(cached.min(done));

@@ -116,7 +116,8 @@ async fn push(
     };
     let status = progress.map(|p| p.status(&shown, "", 0));
     for image in &assembled.images {
-        push_config(&repository, image).await.map_err(failed)?;
+        let pushed = push_config(&repository, image);
+        context.images.in_turn(turn(&reference, &image.config.digest), pushed).await.map_err(failed)?;
         if assembled.index.is_some() {
             let manifest = &image.manifest;
             let pushed =
@@ -131,6 +132,12 @@ async fn push(
     repository.push_manifest(target, &top.media_type, &top.bytes).await.map_err(failed)?;
     status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
     Ok(())
+}
+
+/// Builds that push one blob to one repository at the same time take turns: the later ones find it there.
+/// Registries have been seen to lose a blob that arrives twice at once.
+fn turn(reference: &Reference, digest: &str) -> String {
+    format!("push {}/{}@{digest}", reference.registry_host(), reference.path())
 }
 
 async fn push_config(repository: &Repository, image: &PlatformImage) -> Result<(), RegistryError> {
@@ -160,13 +167,15 @@ async fn push_layer(
     let mount_from = layer.mountable(reference.registry_host());
     let path = layer.local.as_ref().map(|blob| blob.path());
     let source = path.as_deref().map(BlobSource::File);
-    let mut outcome = repository.push_blob(digest, size, source, &mount_from, &sent).await.map_err(failed)?;
+    let pushed = repository.push_blob(digest, size, source, &mount_from, &sent);
+    let mut outcome = context.images.in_turn(turn(reference, digest), pushed).await.map_err(failed)?;
     if outcome == PushOutcome::Missing {
         // The layer was never read here, and the target can't take it over from where it is.
         let blob = context.images.local_blob(layer, &context.access).await?;
         let path = blob.path();
         let source = Some(BlobSource::File(&path));
-        outcome = repository.push_blob(digest, size, source, &mount_from, &sent).await.map_err(failed)?;
+        let pushed = repository.push_blob(digest, size, source, &mount_from, &sent);
+        outcome = context.images.in_turn(turn(reference, digest), pushed).await.map_err(failed)?;
     }
     tracing::debug!(%digest, ?outcome, "layer pushed");
     if let Some(status) = status.into_inner().unwrap_or_else(PoisonError::into_inner) {

@@ -79,15 +79,22 @@ impl Images {
         if let Some(found) = self.existing(layer, options)? {
             return Ok(found);
         }
-        let key = format!("{}/{}", layer.id(), form_key(options));
-        let lock = self.packing.entry(key.clone()).or_default().clone();
-        let guard = lock.lock().await;
-        let result = match self.existing(layer, options)? {
-            Some(found) => Ok(found),
-            None => self.make(layer, options, access).await,
+        let make = async {
+            match self.existing(layer, options)? {
+                Some(found) => Ok(found),
+                None => self.make(layer, options, access).await,
+            }
         };
+        self.in_turn(format!("pack {}/{}", layer.id(), form_key(options)), make).await
+    }
+
+    /// Does `work` while no other work with the same key is being done.
+    pub(crate) async fn in_turn<T>(&self, key: String, work: impl Future<Output = T>) -> T {
+        let lock = self.turns.entry(key.clone()).or_default().clone();
+        let guard = lock.lock().await;
+        let result = work.await;
         drop(guard);
-        self.packing.remove_if(&key, |_, known| Arc::strong_count(known) <= 2);
+        self.turns.remove_if(&key, |_, known| Arc::strong_count(known) <= 2);
         result
     }
 

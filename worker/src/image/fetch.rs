@@ -1,8 +1,9 @@
 //! Filling lazy layers: download and unpacking in one pass, verified, once for all who wait.
 
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
@@ -19,7 +20,6 @@ use crate::layer::{Decompressor, DigestWriter, LayerError, Unpacked, settle, unp
 use crate::registry::BlobStream;
 
 type Flight = Shared<BoxFuture<'static, Result<(), ImageError>>>;
-pub(super) type WeakFlight = WeakShared<BoxFuture<'static, Result<(), ImageError>>>;
 
 /// Pieces on their way from the network to the unpacking thread.
 const PIPE: usize = 32;
@@ -34,83 +34,66 @@ impl Images {
         if target.is_materialized() {
             return Ok(());
         }
-        match self.fill(target, access, true).await {
-            // Somebody else's credentials or connection failed: ours may do.
-            Err((_, true)) => self.fill(target, access, false).await.map_err(|(error, _)| error),
-            other => other.map_err(|(error, _)| error),
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match self.fill(target, access).await {
+                // Somebody else's credentials or connection failed: ours may do.
+                Err((ImageError::Registry(error), true)) if attempts < 3 => {
+                    tracing::debug!(%error, "a shared download failed");
+                }
+                other => return other.map_err(|(error, _)| error),
+            }
         }
     }
 
     /// The error comes with whether somebody else's work failed.
-    async fn fill(
-        self: &Arc<Self>,
-        target: &SnapshotRef,
-        access: &Access,
-        join: bool,
-    ) -> Result<(), (ImageError, bool)> {
-        let mut flights: Vec<(Flight, bool)> = Vec::new();
-        let mut below: Option<(String, Flight)> = None;
-        for layer in target.layers() {
-            if layer.is_filled() {
-                below = None;
-                continue;
-            }
-            // In a stack, the layer underneath need not be the parent.
-            let parent = layer.parent().map(|parent| parent.id().to_string());
-            let wait = match &below {
-                Some((id, flight)) if Some(id) == parent.as_ref() => Some(flight.clone()),
-                _ => None,
-            };
-            let (flight, joined) = self.flight(&layer, wait, access, join);
-            below = Some((layer.id().to_string(), flight.clone()));
-            flights.push((flight, joined));
+    async fn fill(self: &Arc<Self>, target: &SnapshotRef, access: &Access) -> Result<(), (ImageError, bool)> {
+        let mut flights: HashMap<String, (Flight, bool)> = HashMap::new();
+        for layer in missing(target) {
+            let below =
+                layer.parent().and_then(|parent| flights.get(parent.id()).map(|(flight, _)| flight.clone()));
+            let flight = self.flight(&layer, below, access);
+            flights.insert(layer.id().to_string(), flight);
         }
         let waits =
-            flights.into_iter().map(|(flight, joined)| flight.map(move |r| r.map_err(|e| (e, joined))));
+            flights.into_values().map(|(flight, joined)| flight.map(move |r| r.map_err(|e| (e, joined))));
         futures::future::try_join_all(waits).await?;
         Ok(())
     }
 
+    /// The work that fills a layer, and whether it was under way already.
     fn flight(
         self: &Arc<Self>,
         layer: &SnapshotRef,
         below: Option<Flight>,
         access: &Access,
-        join: bool,
     ) -> (Flight, bool) {
-        use dashmap::mapref::entry::Entry;
-        let make = || {
-            let work = fill_layer(self.clone(), layer.clone(), below, access.clone());
-            let (this, id) = (self.clone(), layer.id().to_string());
-            let guard = Landed { images: this, id };
-            async move {
-                let _guard = guard;
-                work.await
-            }
-            .boxed()
-            .shared()
-        };
-        match self.flights.entry(layer.id().to_string()) {
-            Entry::Occupied(mut entry) => {
-                match entry.get().upgrade().filter(|flight| join && flight.peek().is_none()) {
-                    Some(flight) => (flight, true),
-                    None => {
-                        let flight = make();
-                        if let Some(weak) = flight.downgrade() {
-                            entry.insert(weak);
-                        }
-                        (flight, false)
-                    }
-                }
-            }
-            Entry::Vacant(entry) => {
-                let flight = make();
-                if let Some(weak) = flight.downgrade() {
-                    entry.insert(weak);
-                }
-                (flight, false)
-            }
+        let id = layer.id();
+        // Dropping the last handle to work runs its destructors, which take the same lock: this one
+        // is declared before the guard, and so dropped after it.
+        let known;
+        let mut table = self.flights.lock();
+        known = table.by_layer.get(id).and_then(|(_, weak)| weak.upgrade());
+        if let Some(flight) = &known
+            && flight.peek().is_none()
+        {
+            return (flight.clone(), true);
         }
+        table.count += 1;
+        let landed = Landed { images: self.clone(), layer: id.to_string(), number: table.count };
+        let work = fill_layer(self.clone(), layer.clone(), below, access.clone());
+        let flight = async move {
+            let _landed = landed;
+            work.await
+        }
+        .boxed()
+        .shared();
+        if let Some(weak) = flight.downgrade() {
+            let number = table.count;
+            table.by_layer.insert(id.to_string(), (number, weak));
+        }
+        (flight, false)
     }
 
     /// A layer's blob as a local file: from the store, else downloaded. Nothing is unpacked.
@@ -166,18 +149,53 @@ impl Images {
     }
 }
 
-/// Takes a finished or cancelled flight off the table.
+/// Work under way, by layer. Held weakly: those who wait keep it going.
+#[derive(Default)]
+pub(super) struct Flights(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    by_layer: HashMap<String, (u64, WeakShared<BoxFuture<'static, Result<(), ImageError>>>)>,
+    count: u64,
+}
+
+impl Flights {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes finished or cancelled work off the table.
 struct Landed {
     images: Arc<Images>,
-    id: String,
+    layer: String,
+    number: u64,
 }
 
 impl Drop for Landed {
     fn drop(&mut self) {
-        self.images
-            .flights
-            .remove_if(&self.id, |_, weak| weak.upgrade().is_none_or(|flight| flight.peek().is_some()));
+        let mut table = self.images.flights.lock();
+        if table.by_layer.get(&self.layer).is_some_and(|(number, _)| *number == self.number) {
+            table.by_layer.remove(&self.layer);
+        }
     }
+}
+
+/// Layers of a snapshot without files, and those below them, which they are fitted onto; parents come first.
+fn missing(target: &SnapshotRef) -> Vec<SnapshotRef> {
+    let mut seen = HashSet::new();
+    let mut out = Vec::new();
+    for layer in target.layers() {
+        let mut chain = Vec::new();
+        let mut next = Some(layer);
+        while let Some(layer) = next.filter(|layer| !layer.is_filled() && seen.insert(layer.id().to_string()))
+        {
+            next = layer.parent();
+            chain.push(layer);
+        }
+        out.extend(chain.into_iter().rev());
+    }
+    out
 }
 
 async fn fill_layer(
@@ -327,6 +345,7 @@ fn extract<R: Read>(reader: R, staged: &Staged, blob: &LayerBlob) -> Result<(R, 
     match (&result, drained) {
         // Out of disk or the like: nothing to do with the content.
         (Err(LayerError::Io { .. } | LayerError::Write(_)), _) => {}
+        (Err(LayerError::Read(error)), _) if error.raw_os_error().is_some() => {}
         (Ok(_), Err(error)) => return Err(failed(LayerError::Read(error))),
         // Damaged content shows as all kinds of errors; what matters is that it is not what was asked for.
         (_, Ok(_)) if digest != blob.digest && blob.digest.starts_with("sha256:") => {

@@ -34,8 +34,8 @@ pub struct Images {
     snapshots: Snapshots,
     blobs: Blobs,
     values: Values,
-    flights: DashMap<String, fetch::WeakFlight>,
-    packing: DashMap<String, Arc<tokio::sync::Mutex<()>>>,
+    flights: fetch::Flights,
+    turns: DashMap<String, Arc<tokio::sync::Mutex<()>>>,
     transfers: Arc<Semaphore>,
 }
 
@@ -63,8 +63,8 @@ impl Images {
             snapshots: store.snapshots(),
             blobs: store.blobs(),
             values: store.values(),
-            flights: DashMap::new(),
-            packing: DashMap::new(),
+            flights: fetch::Flights::default(),
+            turns: DashMap::new(),
             transfers: Arc::new(Semaphore::new(TRANSFERS)),
         })
     }

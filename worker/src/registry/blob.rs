@@ -61,7 +61,7 @@ impl BlobStream {
                 continue;
             }
             let Some(response) = &mut self.response else { continue };
-            match response.chunk().await {
+            match http::next_chunk(response).await {
                 Ok(Some(mut chunk)) => {
                     let drop = self.skip.min(chunk.len() as u64);
                     self.skip -= drop;
@@ -85,10 +85,7 @@ impl BlobStream {
                 // Only an empty blob gets here with all it needs.
                 Ok(None) if self.position == self.size => {}
                 Ok(None) => self.broken("connection closed before the end".to_string()).await?,
-                Err(error) => {
-                    let message = http::chain(error);
-                    self.broken(message).await?;
-                }
+                Err(message) => self.broken(message).await?,
             }
         }
     }

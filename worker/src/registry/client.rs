@@ -249,21 +249,33 @@ impl Repository {
             }
             request = request.headers(headers);
             let request = call.body.attach(request).await?;
-            let response = match request.send().await {
-                Ok(response) => response,
-                Err(error) => {
-                    attempt += 1;
-                    if call.retry && attempt <= RETRIES && !error.is_builder() && may_pass(&error) {
-                        tokio::time::sleep(http::pause(attempt, None)).await;
-                        continue;
-                    }
-                    return Err(RegistryError::Network {
-                        what: call.what.to_string(),
-                        method: call.method.to_string(),
-                        url: shown(&url),
-                        message: http::chain(error),
-                    });
-                }
+            // While a body goes up, silence is no sign; the connection itself notices a dead peer.
+            let limit = if call.body.is_small() { http::IDLE } else { http::UPLOAD };
+            let sent = tokio::time::timeout(limit, request.send()).await;
+            let failure = match &sent {
+                Ok(Ok(_)) => None,
+                Ok(Err(error)) => Some(!error.is_builder() && may_pass(error)),
+                Err(_) => Some(true),
+            };
+            if let Some(passes) = failure
+                && passes
+                && call.retry
+                && attempt < RETRIES
+            {
+                attempt += 1;
+                tokio::time::sleep(http::pause(attempt, None)).await;
+                continue;
+            }
+            let lost = |message| RegistryError::Network {
+                what: call.what.to_string(),
+                method: call.method.to_string(),
+                url: shown(&url),
+                message,
+            };
+            let response = match sent {
+                Ok(Ok(response)) => response,
+                Ok(Err(error)) => return Err(lost(http::chain(error))),
+                Err(_) => return Err(lost(format!("no answer for {} s", limit.as_secs()))),
             };
             let status = response.status();
             let code = status.as_u16();

@@ -14,7 +14,9 @@ use super::config::{Endpoint, HostConfig};
 pub(super) const RETRIES: u32 = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// No byte for this long means that the connection is dead.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const IDLE: Duration = Duration::from_secs(60);
+/// Longest time that one piece of an upload may take.
+pub(super) const UPLOAD: Duration = Duration::from_secs(3600);
 /// Longest pause that a registry may ask for.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 
@@ -60,7 +62,7 @@ fn build(
     let mut builder = Client::builder()
         .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(READ_TIMEOUT)
+        .tcp_user_timeout(IDLE)
         .pool_idle_timeout(Duration::from_secs(30));
     if loopback {
         builder = builder.no_proxy();
@@ -71,7 +73,7 @@ fn build(
             return Ok(client);
         }
         let bare =
-            Client::builder().connect_timeout(CONNECT_TIMEOUT).read_timeout(READ_TIMEOUT).tls_certs_only([]);
+            Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_user_timeout(IDLE).tls_certs_only([]);
         return if loopback { bare.no_proxy() } else { bare }.build().map_err(chain);
     }
     if endpoint.skip_verify {
@@ -167,10 +169,20 @@ pub(super) fn server_message(body: &[u8]) -> String {
     format!(": {}", line.chars().take(200).collect::<String>())
 }
 
+/// The next piece of a body; one that does not come in time is an error.
+///
+/// The client's own read timeout is not used: it also runs while a request's body is being sent.
+pub(super) async fn next_chunk(response: &mut Response) -> Result<Option<bytes::Bytes>, String> {
+    match tokio::time::timeout(IDLE, response.chunk()).await {
+        Ok(result) => result.map_err(chain),
+        Err(_) => Err(format!("no data for {} s", IDLE.as_secs())),
+    }
+}
+
 /// A body of at most `limit` bytes.
 pub(super) async fn read_limited(mut response: Response, limit: usize) -> Result<Vec<u8>, String> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(chain)? {
+    while let Some(chunk) = next_chunk(&mut response).await? {
         if body.len() + chunk.len() > limit {
             return Err(format!("answer is longer than {limit} bytes"));
         }

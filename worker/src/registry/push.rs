@@ -47,6 +47,15 @@ pub(super) enum Body<'a> {
 }
 
 impl Body<'_> {
+    /// Whether an answer can be expected at once.
+    pub(super) fn is_small(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Bytes(bytes) => bytes.len() < 64 << 10,
+            Self::File(..) => false,
+        }
+    }
+
     pub(super) async fn attach(&self, request: RequestBuilder) -> Result<RequestBuilder, RegistryError> {
         Ok(match self {
             Self::Empty => request,
