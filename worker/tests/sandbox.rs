@@ -449,6 +449,13 @@ fn user_and_directory(world: &World) {
     let made = fs::metadata(upper.join("made/for")).unwrap();
     assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (1000, 1001, 0o755));
     assert!(!ran.result.unwrap().stubs.iter().any(|s| s.starts_with("/made")));
+    // A directory that only root may enter.
+    let mut step = world.sh("pwd");
+    let closed = step.upper().join("closed");
+    fs::create_dir_all(closed.join("in")).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    (step.params.uid, step.params.gid, step.params.cwd) = (1000, 1001, "/closed/in".into());
+    assert_eq!(step.run(world).code(), 0);
     let mut step = world.program(&["true"]);
     step.params.cwd = "/etc/passwd".into();
     assert!(matches!(step.run(world).error(), SandboxError::Setup(_) | SandboxError::Exec(_)));

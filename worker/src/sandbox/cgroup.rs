@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -20,6 +21,10 @@ use super::mounts::CgroupView;
 use super::plan::{CgroupPlan, Limits};
 
 const PREFIX: &str = "kiln-";
+
+/// How often, and with which pause, the removal of busy groups is tried at the end.
+const CLOSE_TRIES: u32 = 500;
+const CLOSE_PAUSE: Duration = Duration::from_millis(2);
 
 /// One hierarchy: where it is mounted, and the directory of this process's group in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -373,9 +378,13 @@ impl Cgroups {
         if let Some(devices) = &self.devices_v1 {
             let _ = fs::write(devices.own.join("tasks"), "0");
         }
-        self.retry();
-        for dir in self.parents.drain(..).rev() {
-            let _ = fs::remove_dir(dir);
+        // A group stays busy for a moment after its last process was waited for.
+        self.busy.extend(self.parents.drain(..).rev());
+        for _ in 0..CLOSE_TRIES {
+            if !self.retry() {
+                break;
+            }
+            std::thread::sleep(CLOSE_PAUSE);
         }
     }
 

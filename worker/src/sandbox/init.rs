@@ -181,12 +181,13 @@ fn become_program(
     if !process.no_new_privileges {
         install_filters(programs).map_err(|e| Failure::setup("seccomp filter", e))?;
     }
+    // A directory may be closed to the user who is to work in it.
+    enter_directory(&process.cwd)?;
     set_user(process).map_err(|(what, e)| Failure::setup(what, e))?;
     if process.no_new_privileges {
         rustix::thread::set_no_new_privs(true).map_err(|e| Failure::setup("no_new_privileges", e))?;
         install_filters(programs).map_err(|e| Failure::setup("seccomp filter", e))?;
     }
-    enter_directory(&process.cwd)?;
     // Changing the user cleared it.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Failure::setup("parent death signal", e))?;

@@ -18,12 +18,15 @@ use super::wire::{self, FailureKind, Status};
 use super::zygote::{self, Zygote};
 use super::{Executor, ExitOutcome, SandboxError, SandboxRequest, seccomp};
 
+/// A profile and its packed programs.
+type Compiled = Mutex<Option<(LinuxSeccomp, Arc<Vec<u8>>)>>;
+
 /// Kiln's own executor. Needs root.
 #[derive(Debug)]
 pub struct LeanExecutor {
     helper: Arc<Helper>,
     /// The profile compiled last; nearly always the default one.
-    compiled: Arc<Mutex<Option<(LinuxSeccomp, Arc<Vec<u8>>)>>>,
+    compiled: Arc<Compiled>,
 }
 
 impl LeanExecutor {
@@ -61,10 +64,7 @@ impl Executor for LeanExecutor {
     }
 }
 
-fn programs(
-    cache: &Mutex<Option<(LinuxSeccomp, Arc<Vec<u8>>)>>,
-    profile: Option<&LinuxSeccomp>,
-) -> Result<Arc<Vec<u8>>, SandboxError> {
+fn programs(cache: &Compiled, profile: Option<&LinuxSeccomp>) -> Result<Arc<Vec<u8>>, SandboxError> {
     let Some(profile) = profile else { return Ok(Arc::default()) };
     let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((known, bytes)) = &*cache

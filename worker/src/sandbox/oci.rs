@@ -217,7 +217,7 @@ impl Bundle {
         }
         let text = fs::read_to_string(self.log()).ok()?;
         let lines = text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok());
-        let message = lines.filter(|l| matches!(l.level.as_str(), "error" | "fatal")).last()?.msg;
+        let message = lines.rev().find(|l| matches!(l.level.as_str(), "error" | "fatal"))?.msg;
         match message.find("exec: ").or_else(|| message.find("executable file")) {
             Some(at) => Some(SandboxError::Exec(message[at..].to_owned())),
             None => Some(SandboxError::Setup(message)),

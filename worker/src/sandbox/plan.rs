@@ -506,7 +506,7 @@ fn mask(set: &Option<Capabilities>) -> Result<u64, SandboxError> {
 
 fn resource(limit: PosixRlimitType) -> u32 {
     use PosixRlimitType as T;
-    (match limit {
+    match limit {
         T::RlimitCpu => libc::RLIMIT_CPU,
         T::RlimitFsize => libc::RLIMIT_FSIZE,
         T::RlimitData => libc::RLIMIT_DATA,
@@ -523,7 +523,7 @@ fn resource(limit: PosixRlimitType) -> u32 {
         T::RlimitNice => libc::RLIMIT_NICE,
         T::RlimitRtprio => libc::RLIMIT_RTPRIO,
         T::RlimitRttime => libc::RLIMIT_RTTIME,
-    }) as u32
+    }
 }
 
 #[cfg(test)]
@@ -594,8 +594,18 @@ mod tests {
         let ext4 = mount("ext4", &[]);
         let shared = mount("bind", &["bind", "shared"]);
         let cases: Vec<(Change, &str)> = vec![
-            (Box::new(move |s| drop(s.set_mounts(Some(vec![ext4])))), "ext4"),
-            (Box::new(move |s| drop(s.set_mounts(Some(vec![shared])))), "shared"),
+            (
+                Box::new(move |s| {
+                    s.set_mounts(Some(vec![ext4]));
+                }),
+                "ext4",
+            ),
+            (
+                Box::new(move |s| {
+                    s.set_mounts(Some(vec![shared]));
+                }),
+                "shared",
+            ),
             (
                 linux(|l| {
                     let user =
@@ -604,8 +614,18 @@ mod tests {
                 }),
                 "user namespace",
             ),
-            (linux(|l| drop(l.set_namespaces(Some(vec![])))), "mount namespace"),
-            (linux(|l| drop(l.set_mount_label(Some("x".into())))), "SELinux"),
+            (
+                linux(|l| {
+                    l.set_namespaces(Some(vec![]));
+                }),
+                "mount namespace",
+            ),
+            (
+                linux(|l| {
+                    l.set_mount_label(Some("x".into()));
+                }),
+                "SELinux",
+            ),
             (
                 Box::new(|s| {
                     let mut process = s.process().clone().unwrap();

@@ -360,7 +360,7 @@ fn subtree(edges: &[u32], member: bool, verdict: u32) -> BpfProgram {
     }
     let middle = edges.len() / 2;
     let below = subtree(&edges[..middle], member, verdict);
-    let above = subtree(&edges[middle + 1..], member ^ (middle % 2 == 0), verdict);
+    let above = subtree(&edges[middle + 1..], member ^ middle.is_multiple_of(2), verdict);
     let at_least = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
     let mut code = match u8::try_from(below.len()) {
         Ok(distance) => vec![sock_filter { code: at_least, jt: distance, jf: 0, k: edges[middle] }],

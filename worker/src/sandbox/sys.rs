@@ -335,23 +335,29 @@ fn explain(fs: &OwnedFd, error: Errno) -> io::Error {
 
 /// An overlay of at most [`MAX_LOWERS`] lower directories.
 fn overlay_once(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
+    match overlay_by_config(lowers, upper, attrs) {
+        // Kernels before 6.5 have no option for a single layer, and notice it late.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            overlay_by_mount(lowers, upper, attrs).map_err(|_| error)
+        }
+        other => other,
+    }
+}
+
+fn overlay_by_config(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
     let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let mut held = Vec::new();
-    for (at, lower) in lowers.iter().enumerate() {
-        let text = short(lower, &mut held)?;
-        match rustix::mount::fsconfig_set_string(&fs, "lowerdir+", text.as_path()) {
-            // Kernels before 6.5 know only the old form.
-            Err(Errno::INVAL) if at == 0 => return overlay_by_mount(lowers, upper, attrs),
-            other => other.map_err(|e| explain(&fs, e))?,
-        }
+    let mut set = |key: &str, path: &Path| -> io::Result<()> {
+        let text = short(path, &mut held)?;
+        rustix::mount::fsconfig_set_string(&fs, key, text.as_path()).map_err(|e| explain(&fs, e))
+    };
+    for lower in lowers {
+        set("lowerdir+", lower)?;
     }
-    let mut options: Vec<(&str, &str)> =
-        vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
+    let mut options = vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
     if let Some((upper, work)) = upper {
-        for (key, path) in [("upperdir", upper), ("workdir", work)] {
-            let text = short(path, &mut held)?;
-            rustix::mount::fsconfig_set_string(&fs, key, text.as_path()).map_err(|e| explain(&fs, e))?;
-        }
+        set("upperdir", upper)?;
+        set("workdir", work)?;
         options.push(("index", "off"));
         // What a sandbox wrote is made durable by the store, once for many; a step must not wait for the disk.
         rustix::mount::fsconfig_set_flag(&fs, "volatile").map_err(|e| explain(&fs, e))?;
@@ -423,4 +429,75 @@ pub(super) fn read_limited(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     std::fs::File::from(fd).take(limit).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn both_ways_to_an_overlay_agree() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: mounts need root");
+            return;
+        }
+        let base = tempfile::tempdir().unwrap();
+        for dir in ["a", "b,:\\", "up1", "work1", "up2", "work2"] {
+            fs::create_dir(base.path().join(dir)).unwrap();
+        }
+        let (a, b) = (base.path().join("a"), base.path().join("b,:\\"));
+        fs::write(a.join("f"), "a").unwrap();
+        fs::write(b.join("f"), "b").unwrap();
+        fs::write(b.join("g"), "g").unwrap();
+        // A mount namespace of its own, for this thread only.
+        let work = move || {
+            // SAFETY: only this thread leaves the namespaces, and it ends with the test.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_FS) }, 0);
+            Kernel.make_private().unwrap();
+            for number in [1, 2] {
+                let (up, work) =
+                    (base.path().join(format!("up{number}")), base.path().join(format!("work{number}")));
+                let (lowers, upper) = ([a.as_path(), b.as_path()], Some((up.as_path(), work.as_path())));
+                let root = match number {
+                    1 => overlay_by_config(&lowers, upper, 0),
+                    _ => overlay_by_mount(&lowers, upper, 0),
+                }
+                .unwrap();
+                for (name, text) in [("f", "a"), ("g", "g")] {
+                    let file = open_in(root.as_fd(), Path::new(name), OFlags::RDONLY).unwrap();
+                    assert_eq!(read_limited(file, 9).unwrap(), text.as_bytes(), "way {number}");
+                }
+                let flags = OFlags::CREATE | OFlags::WRONLY;
+                drop(rustix::fs::openat(&root, "new", flags, Mode::from_raw_mode(0o600)).unwrap());
+                assert!(up.join("new").exists());
+            }
+            let missing = overlay_once(&[Path::new("/nowhere"), &a], None, 0).unwrap_err();
+            assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        };
+        std::thread::spawn(work).join().unwrap();
+    }
+
+    #[test]
+    fn targets_stay_beneath_their_root() {
+        let base = tempfile::tempdir().unwrap();
+        let root = base.path().join("root");
+        fs::create_dir_all(root.join("real")).unwrap();
+        for (name, target) in
+            [("up", "../../.."), ("abs", "/"), ("loop", "loop"), ("next", "real/../fresh/x")]
+        {
+            std::os::unix::fs::symlink(target, root.join(name)).unwrap();
+        }
+        let fd = Kernel.open_host(&root).unwrap();
+        let mut made = Vec::new();
+        let mut make = |path: &str, kind| Kernel.make_target(&fd, Path::new(path), kind, &mut made).map(drop);
+        make("/up/a/b", TargetKind::Dir).unwrap();
+        make("abs/real/f", TargetKind::File).unwrap();
+        make("/next/../../../y", TargetKind::File).unwrap();
+        assert_eq!(make("/loop/x", TargetKind::Dir).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+        assert!(make("/real/f/x", TargetKind::Dir).is_err());
+        assert_eq!(made, ["/a", "/a/b", "/real/f", "/fresh", "/fresh/x", "/y"].map(PathBuf::from));
+        assert!(root.join("a/b").is_dir() && root.join("real/f").is_file() && root.join("y").is_file());
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 1);
+    }
 }

@@ -154,8 +154,8 @@ impl Server {
             let pause = self.cgroups.retry().then(|| timespec(RETRY_PAUSE));
             let Ok(ready) = self.wait(pause.as_ref()) else { continue };
             let (control, sandboxes) = ready;
-            for at in sandboxes.into_iter().rev() {
-                match at {
+            for event in sandboxes {
+                match event {
                     (at, Event::Ended) => self.finish(at),
                     (at, Event::Abandoned) => self.running[at].kill(),
                 }
@@ -168,30 +168,28 @@ impl Server {
 
     /// Whether the daemon says something, and what happened to which sandbox.
     fn wait(&self, timeout: Option<&Timespec>) -> io::Result<(bool, Vec<(usize, Event)>)> {
-        let mut fds = Vec::with_capacity(1 + 2 * self.running.len());
-        for sandbox in &self.running {
-            fds.push(PollFd::new(&sandbox.pidfd, PollFlags::IN));
-            // Once killed, only its end is of interest.
-            let flags = if sandbox.killed { PollFlags::empty() } else { PollFlags::IN | PollFlags::RDHUP };
-            fds.push(PollFd::new(&sandbox.status, flags));
+        let count = self.running.len();
+        let mut fds = Vec::with_capacity(1 + 2 * count);
+        fds.extend(self.running.iter().map(|sandbox| PollFd::new(&sandbox.pidfd, PollFlags::IN)));
+        // A socket that hung up stays ready for ever; once killed, only its sandbox's end is of interest.
+        let followed: Vec<usize> = (0..count).filter(|at| !self.running[*at].killed).collect();
+        for at in &followed {
+            fds.push(PollFd::new(&self.running[*at].status, PollFlags::IN | PollFlags::RDHUP));
         }
         if let Some(control) = &self.control {
             fds.push(PollFd::new(control, PollFlags::IN));
         }
         rustix::event::poll(&mut fds, timeout)?;
-        let mut events = Vec::new();
-        for (at, sandbox) in self.running.iter().enumerate() {
-            if !fds[2 * at].revents().is_empty() {
-                events.push((at, Event::Ended));
-            } else if !sandbox.killed && !fds[2 * at + 1].revents().is_empty() {
+        let ready = |at: usize| !fds[at].revents().is_empty();
+        let mut events: Vec<_> = (0..count).filter(|at| ready(*at)).map(|at| (at, Event::Ended)).collect();
+        for (place, at) in followed.into_iter().enumerate() {
+            if ready(count + place) && !ready(at) {
                 events.push((at, Event::Abandoned));
-            } else if sandbox.killed && fds[2 * at + 1].revents().contains(PollFlags::HUP) {
-                // A hung-up socket cannot be masked; do not spin while the kernel takes the processes down.
-                std::thread::sleep(Duration::from_micros(200));
             }
         }
-        let control = self.control.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty());
-        Ok((control, events))
+        // Removing from the end keeps the other places valid.
+        events.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+        Ok((self.control.is_some() && ready(fds.len() - 1), events))
     }
 
     fn finish(&mut self, at: usize) {
