@@ -396,14 +396,23 @@ impl SnapshotRef {
         let _changing = lock(&self.inner.change);
         let mut record = self.load_record()?;
         let Some(lazy) = &mut record.lazy else { return Ok(()) };
-        let before = lazy.sources.len();
-        for source in layer.sources {
-            if !lazy.sources.contains(&source) {
-                lazy.sources.push(source);
+        if lazy.blob.digest != layer.blob.digest {
+            // Two images promise the same files by different blobs. An image may promise what it does not
+            // hold, so before anything was unpacked the one that is asked for now has its say.
+            if self.is_filled() {
+                return Ok(());
             }
-        }
-        if lazy.sources.len() == before {
-            return Ok(());
+            *lazy = layer;
+        } else {
+            let before = lazy.sources.len();
+            for source in layer.sources {
+                if !lazy.sources.contains(&source) {
+                    lazy.sources.push(source);
+                }
+            }
+            if lazy.sources.len() == before {
+                return Ok(());
+            }
         }
         self.inner.shared.check_open()?;
         let mut batch = Batch::new();

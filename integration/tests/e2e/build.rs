@@ -208,7 +208,7 @@ fn secrets_reach_the_step_and_nothing_else() {
     let kiln = Kiln::new(&registry);
     let context = Context::new(concat!(
         "FROM busybox\n",
-        "RUN --mount=type=secret,id=token --mount=type=secret,id=token,env=TOKEN ",
+        "RUN --mount=type=secret,id=token,required=true --mount=type=secret,id=token,env=TOKEN,required=true ",
         "test $(rev /run/secrets/token) = eul4v-t3rc3s && test $(echo $TOKEN | rev) = eul4v-t3rc3s\n"
     ));
     let secret = TempDir::new().expect("temporary directory");

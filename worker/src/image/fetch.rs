@@ -272,8 +272,8 @@ async fn obtain(
                 images.note_source(&blob.digest, source);
                 return Ok(done);
             }
-            // Another source has the same bytes: only failures to get them are worth another try.
-            Err(error @ ImageError::Registry(_)) => last = Some(error),
+            // Another source may have the right bytes: only failures to get them are worth another try.
+            Err(error @ (ImageError::Registry(_) | ImageError::Mismatch { .. })) => last = Some(error),
             Err(error) => return Err(error),
         }
     }
