@@ -13,6 +13,7 @@ mod cgroup;
 mod devices;
 mod init;
 mod lean;
+mod limits;
 mod mounts;
 mod oci;
 mod plan;
