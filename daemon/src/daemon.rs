@@ -94,7 +94,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 
 /// The first signal asks to stop, the second one does not ask.
 async fn watch_signals(stop: CancellationToken) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         tracing::warn!("signals cannot be watched");
         return;
     };
@@ -205,8 +206,6 @@ async fn listen(
     }
 }
 
-fn flatten(
-    joined: Result<Result<(), DaemonError>, tokio::task::JoinError>,
-) -> Result<(), DaemonError> {
+fn flatten(joined: Result<Result<(), DaemonError>, tokio::task::JoinError>) -> Result<(), DaemonError> {
     joined.unwrap_or_else(|error| Err(DaemonError::Serve(error.to_string())))
 }

@@ -89,7 +89,10 @@ impl From<Status> for BuildError {
 }
 
 fn detail(type_url: &str, value: &Value) -> Any {
-    Any { type_url: format!("github.com/moby/buildkit/{type_url}+json"), value: value.to_string().into_bytes() }
+    Any {
+        type_url: format!("github.com/moby/buildkit/{type_url}+json"),
+        value: value.to_string().into_bytes(),
+    }
 }
 
 /// Ties an error to a vertex.
@@ -213,7 +216,10 @@ mod tests {
                 "sha256:aa".to_owned(),
                 pb::Locations {
                     locations: vec![
-                        pb::Location { source_index: 0, ranges: vec![pb::Range { start: line(2), end: line(2) }] },
+                        pb::Location {
+                            source_index: 0,
+                            ranges: vec![pb::Range { start: line(2), end: line(2) }],
+                        },
                         pb::Location { source_index: 7, ranges: vec![] },
                     ],
                 },

@@ -50,7 +50,11 @@ impl History {
     }
 
     /// Starts the record of a build.
-    pub(crate) fn begin(self: &Arc<Self>, request: &control::SolveRequest, progress: Arc<ProgressLog>) -> Recording {
+    pub(crate) fn begin(
+        self: &Arc<Self>,
+        request: &control::SolveRequest,
+        progress: Arc<ProgressLog>,
+    ) -> Recording {
         let record = BuildHistoryRecord {
             r#ref: request.r#ref.clone(),
             frontend: request.frontend.clone(),
@@ -207,8 +211,11 @@ impl History {
             .map(|record| event(BuildHistoryEventType::Started, record.value().clone()))
             .collect();
         if !request.active_only {
-            let mut stored: Vec<BuildHistoryRecord> =
-                self.stored()?.into_iter().filter(|record| wanted(record) && filter.holds(&|name| field(record, name))).collect();
+            let mut stored: Vec<BuildHistoryRecord> = self
+                .stored()?
+                .into_iter()
+                .filter(|record| wanted(record) && filter.holds(&|name| field(record, name)))
+                .collect();
             if limit > 0 {
                 stored.sort_by_key(|record| std::cmp::Reverse(time(&record.created_at)));
                 stored.truncate(limit);
@@ -284,7 +291,8 @@ impl Recording {
                 record.result = Some(BuildResultInfo::default());
             }
             let (history, progress) = (self.history.clone(), self.progress.clone());
-            let stored = tokio::task::spawn_blocking(move || store(&history, record, &progress, error.as_ref()));
+            let stored =
+                tokio::task::spawn_blocking(move || store(&history, record, &progress, error.as_ref()));
             if let Err(error) = stored.await {
                 tracing::error!(%error, "storing the record of a build");
             }
@@ -292,7 +300,12 @@ impl Recording {
     }
 }
 
-fn store(history: &History, mut record: BuildHistoryRecord, progress: &ProgressLog, error: Option<&BuildError>) {
+fn store(
+    history: &History,
+    mut record: BuildHistoryRecord,
+    progress: &ProgressLog,
+    error: Option<&BuildError>,
+) {
     let counts = progress.counts();
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
     record.num_total_steps = number(counts.total);

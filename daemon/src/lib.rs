@@ -17,8 +17,8 @@ mod services;
 mod workers;
 
 pub use config::{
-    Config, ConfigError, DiskSpace, DnsConfig, GcConfig, GcPolicy, HistoryConfig, HostConfig, NetworkMode, RegistryConfig,
-    TlsFiles, default_root, default_socket,
+    Config, ConfigError, DiskSpace, DnsConfig, GcConfig, GcPolicy, HistoryConfig, HostConfig, NetworkMode,
+    RegistryConfig, TlsFiles, default_root, default_socket,
 };
 pub use daemon::{DaemonError, run, serve};
 pub use error::BuildError;

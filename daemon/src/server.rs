@@ -35,7 +35,8 @@ pub(crate) fn parse(config: &Config) -> Result<Vec<Listener>, DaemonError> {
 }
 
 fn parse_one(address: &str) -> Result<Listener, DaemonError> {
-    let wrong = |message: &str| DaemonError::Address { address: address.to_owned(), message: message.to_owned() };
+    let wrong =
+        |message: &str| DaemonError::Address { address: address.to_owned(), message: message.to_owned() };
     match address.split_once("://") {
         Some(("unix", path)) if path.starts_with('/') => {
             Ok(Listener::Unix { address: address.to_owned(), path: path.into() })
@@ -72,7 +73,10 @@ impl Listener {
             Self::Tcp { address, host } => {
                 let tls = config.tls.as_ref().map(read_tls).transpose()?;
                 if tls.is_none() && !is_loopback(&host) {
-                    tracing::warn!(address, "TLS is not enabled: anyone who reaches this address has root here");
+                    tracing::warn!(
+                        address,
+                        "TLS is not enabled: anyone who reaches this address has root here"
+                    );
                 }
                 let socket = TcpListener::bind(&host)
                     .await
@@ -128,8 +132,8 @@ pub(crate) struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode);
+        let ours =
+            std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode);
         if ours {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -157,9 +161,8 @@ impl Bound {
         shutdown: CancellationToken,
     ) -> Result<(), DaemonError> {
         let failed = |error: tonic::transport::Error| DaemonError::Serve(chain(&error));
-        let builder = Server::builder()
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(8 << 20);
+        let builder =
+            Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(8 << 20);
         match self {
             Self::Unix { socket, file, .. } => {
                 let stop = leave(file, activity.clone(), shutdown);
@@ -175,7 +178,10 @@ impl Bound {
                 };
                 let incoming = activity.count(TcpListenerStream::new(socket));
                 let router = builder.add_routes(routes);
-                router.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await.map_err(failed)
+                router
+                    .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
+                    .await
+                    .map_err(failed)
             }
         }
     }
@@ -237,10 +243,7 @@ impl Activity {
         }
     }
 
-    fn count<S, T>(
-        &self,
-        incoming: S,
-    ) -> impl Stream<Item = Result<Counted<T>, std::io::Error>> + use<S, T>
+    fn count<S, T>(&self, incoming: S) -> impl Stream<Item = Result<Counted<T>, std::io::Error>> + use<S, T>
     where
         S: Stream<Item = Result<T, std::io::Error>>,
     {
@@ -274,13 +277,21 @@ impl<T: Connected> Connected for Counted<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.io).poll_read(cx, buf)
     }
 }
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Counted<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 

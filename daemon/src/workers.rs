@@ -82,7 +82,12 @@ fn amd64_variants() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
-        let v2 = has!("cmpxchg16b") && has!("popcnt") && has!("sse3") && has!("sse4.1") && has!("sse4.2") && has!("ssse3");
+        let v2 = has!("cmpxchg16b")
+            && has!("popcnt")
+            && has!("sse3")
+            && has!("sse4.1")
+            && has!("sse4.2")
+            && has!("ssse3");
         let v3 = v2
             && has!("avx")
             && has!("avx2")
@@ -92,8 +97,15 @@ fn amd64_variants() -> Vec<&'static str> {
             && has!("fma")
             && has!("lzcnt")
             && has!("movbe");
-        let v4 = v3 && has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl");
-        variants.extend([(v2, "v2"), (v3, "v3"), (v4, "v4")].into_iter().filter(|(has, _)| *has).map(|(_, name)| name));
+        let v4 = v3
+            && has!("avx512f")
+            && has!("avx512bw")
+            && has!("avx512cd")
+            && has!("avx512dq")
+            && has!("avx512vl");
+        variants.extend(
+            [(v2, "v2"), (v3, "v3"), (v4, "v4")].into_iter().filter(|(has, _)| *has).map(|(_, name)| name),
+        );
     }
     variants
 }

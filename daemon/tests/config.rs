@@ -98,12 +98,27 @@ fn what_is_not_there_is_refused_by_name() {
         ("[worker.containerd]\nenabled = true", "unsupported: worker.containerd.enabled in buildkitd.toml"),
         ("[worker.oci]\nrootless = true", "unsupported: worker.oci.rootless in buildkitd.toml"),
         ("[worker.oci]\nsnapshotter = \"stargz\"", "unsupported: worker.oci.snapshotter in buildkitd.toml"),
-        ("[worker.oci]\nnetworkMode = \"cni\"", "unsupported: worker.oci.networkMode = cni in buildkitd.toml"),
-        ("insecure-entitlements = [\"device\"]", "unsupported: insecure-entitlements device in buildkitd.toml"),
+        (
+            "[worker.oci]\nnetworkMode = \"cni\"",
+            "unsupported: worker.oci.networkMode = cni in buildkitd.toml",
+        ),
+        (
+            "insecure-entitlements = [\"device\"]",
+            "unsupported: insecure-entitlements device in buildkitd.toml",
+        ),
         ("[log]\nformat = \"json\"", "unsupported: log.format = json in buildkitd.toml"),
-        ("[registry.x]\nhttp = 1", "buildkitd.toml: registry.x: invalid type: integer `1`, expected a boolean"),
-        ("[worker.oci]\nmax-parallelism = -1", "buildkitd.toml: worker.oci.max-parallelism: number out of range"),
-        ("[worker.oci]\nreservedSpace = \"x\"", "buildkitd.toml: worker.oci.reservedSpace: expected bytes, or a text such as 512MB or 10%"),
+        (
+            "[registry.x]\nhttp = 1",
+            "buildkitd.toml: registry.x: invalid type: integer `1`, expected a boolean",
+        ),
+        (
+            "[worker.oci]\nmax-parallelism = -1",
+            "buildkitd.toml: worker.oci.max-parallelism: number out of range",
+        ),
+        (
+            "[worker.oci]\nreservedSpace = \"x\"",
+            "buildkitd.toml: worker.oci.reservedSpace: expected bytes, or a text such as 512MB or 10%",
+        ),
         ("[grpc.tls]\ncert = \"/c\"", "buildkitd.toml: grpc.tls.cert: cert and key must be given together"),
     ];
     for (text, message) in cases {

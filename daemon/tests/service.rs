@@ -22,8 +22,10 @@ fn vertex<'a>(messages: &'a [StatusResponse], digest: &str) -> Vec<&'a Vertex> {
 }
 
 async fn history(daemon: &Daemon, id: &str) -> Vec<kiln_proto::control::BuildHistoryEvent> {
-    let request = BuildHistoryRequest { r#ref: id.into(), early_exit: true, ..BuildHistoryRequest::default() };
-    let mut stream = daemon.control().await.listen_build_history(request).await.expect("history").into_inner();
+    let request =
+        BuildHistoryRequest { r#ref: id.into(), early_exit: true, ..BuildHistoryRequest::default() };
+    let mut stream =
+        daemon.control().await.listen_build_history(request).await.expect("history").into_inner();
     let mut events = Vec::new();
     while let Some(event) = stream.message().await.expect("event") {
         events.push(event);
@@ -109,7 +111,8 @@ async fn refuses_before_it_builds() {
     assert_eq!(response.expect_err("no such exporter").message(), "exporter \"floppy\" could not be found");
     assert!(vertex(&status, &digest).is_empty());
 
-    let granted = SolveRequest { entitlements: vec!["network.host".into()], ..request("y", definition.clone()) };
+    let granted =
+        SolveRequest { entitlements: vec!["network.host".into()], ..request("y", definition.clone()) };
     let error = daemon.control().await.solve(granted).await.expect_err("not allowed");
     assert_eq!(
         error.message(),
@@ -158,7 +161,8 @@ async fn client_is_the_frontend() {
     };
     assert!(reference.def.is_some());
     let read = |path: &str| {
-        let message = ReadFileRequest { r#ref: reference.id.clone(), file_path: path.into(), ..Default::default() };
+        let message =
+            ReadFileRequest { r#ref: reference.id.clone(), file_path: path.into(), ..Default::default() };
         for_build("b", message)
     };
     let data = gateway.read_file(read("/hello")).await.expect("read").into_inner().data;

@@ -158,7 +158,8 @@ impl Kiln {
             .append(true)
             .open(self.directory.path().join("daemon.log"))
             .expect("open the daemon's log");
-        let child = self.command(&["daemon"]).stdout(Stdio::null()).stderr(log).spawn().expect("start the daemon");
+        let child =
+            self.command(&["daemon"]).stdout(Stdio::null()).stderr(log).spawn().expect("start the daemon");
         let pid = child.id();
         self.daemon = Some(child);
         let socket = self.socket();
@@ -208,7 +209,11 @@ impl Kiln {
         let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
         let state = self.root.display().to_string();
         let own = format!(" {state} ");
-        table.lines().filter(|line| line.contains(&state) && !line.contains(&own)).map(str::to_owned).collect()
+        table
+            .lines()
+            .filter(|line| line.contains(&state) && !line.contains(&own))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Stops every daemon of this Kiln and waits until it is gone.

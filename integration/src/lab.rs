@@ -70,7 +70,9 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn()
             .expect("start docker-registry (Debian package docker-registry)");
-        wait_until("docker-registry to answer", Duration::from_secs(20), || TcpStream::connect(&address).is_ok());
+        wait_until("docker-registry to answer", Duration::from_secs(20), || {
+            TcpStream::connect(&address).is_ok()
+        });
         Self { child, address, directory }
     }
 
@@ -83,16 +85,20 @@ impl Registry {
 
     /// Copies an image from an OCI layout into the registry.
     pub fn push_layout(&self, layout: &Path, tag: &str, name: &str) {
-        run(Command::new("skopeo").args(["copy", "-q", "--dest-tls-verify=false"]).args([
-            format!("oci:{}:{tag}", layout.display()),
-            format!("docker://{}/{name}", self.address),
-        ]));
+        run(Command::new("skopeo")
+            .args(["copy", "-q", "--dest-tls-verify=false"])
+            .args([format!("oci:{}:{tag}", layout.display()), format!("docker://{}/{name}", self.address)]));
     }
 
     /// Path of a blob's data on disk.
     pub fn blob_path(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").expect("a sha256 digest");
-        self.directory.path().join("data/docker/registry/v2/blobs/sha256").join(&hex[..2]).join(hex).join("data")
+        self.directory
+            .path()
+            .join("data/docker/registry/v2/blobs/sha256")
+            .join(&hex[..2])
+            .join(hex)
+            .join("data")
     }
 }
 

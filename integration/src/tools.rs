@@ -20,13 +20,23 @@ pub fn run(command: &mut Command) -> Vec<u8> {
 
 /// The raw manifest (or index) that a registry serves for an image, as skopeo reads it.
 pub fn manifest(image: &str) -> Value {
-    let out = run(Command::new("skopeo").args(["inspect", "--raw", "--tls-verify=false", &format!("docker://{image}")]));
+    let out = run(Command::new("skopeo").args([
+        "inspect",
+        "--raw",
+        "--tls-verify=false",
+        &format!("docker://{image}"),
+    ]));
     serde_json::from_slice(&out).expect("a manifest is JSON")
 }
 
 /// The image's configuration, as skopeo reads it.
 pub fn config(image: &str) -> Value {
-    let out = run(Command::new("skopeo").args(["inspect", "--config", "--tls-verify=false", &format!("docker://{image}")]));
+    let out = run(Command::new("skopeo").args([
+        "inspect",
+        "--config",
+        "--tls-verify=false",
+        &format!("docker://{image}"),
+    ]));
     serde_json::from_slice(&out).expect("a configuration is JSON")
 }
 
@@ -44,10 +54,9 @@ pub fn digest(image: &str) -> String {
 
 /// Copies an image from a registry into an OCI layout `layout:tag`.
 pub fn fetch(image: &str, layout: &Path, tag: &str) {
-    run(Command::new("skopeo").args(["copy", "-q", "--src-tls-verify=false"]).args([
-        format!("docker://{image}"),
-        format!("oci:{}:{tag}", layout.display()),
-    ]));
+    run(Command::new("skopeo")
+        .args(["copy", "-q", "--src-tls-verify=false"])
+        .args([format!("docker://{image}"), format!("oci:{}:{tag}", layout.display())]));
 }
 
 /// Unpacks `layout:tag` as a runtime bundle with umoci.

@@ -94,8 +94,12 @@ mod tests {
         assert!(text(SolveRequest { compatibility_version: 15, ..request() }).contains("15"));
         assert!(text(SolveRequest::default()).contains("ref"));
         let attest = [("attest:sbom".to_owned(), String::new())].into();
-        assert_eq!(text(SolveRequest { frontend_attrs: attest, ..request() }), "unsupported: attestation sbom");
+        assert_eq!(
+            text(SolveRequest { frontend_attrs: attest, ..request() }),
+            "unsupported: attestation sbom"
+        );
         let disabled = [("attest:provenance".to_owned(), "disabled=true".to_owned())].into();
-        checked(SolveRequest { frontend_attrs: disabled, ..request() }, &Config::default()).expect("disabled");
+        checked(SolveRequest { frontend_attrs: disabled, ..request() }, &Config::default())
+            .expect("disabled");
     }
 }

@@ -62,7 +62,11 @@ impl<'a> Section<'a> {
     }
 
     fn wrong<T>(&self, key: &str, message: &str) -> Result<T, ConfigError> {
-        Err(ConfigError::Value { path: self.path.to_owned(), key: self.key(key), message: message.to_owned() })
+        Err(ConfigError::Value {
+            path: self.path.to_owned(),
+            key: self.key(key),
+            message: message.to_owned(),
+        })
     }
 
     /// The value, unless absent or empty in the way that Go's zero value is.
@@ -321,10 +325,7 @@ fn read_oci(mut oci: Section<'_>, config: &mut Config) -> Result<(), ConfigError
     match oci.string("snapshotter")?.as_deref() {
         None | Some("" | "auto" | "overlayfs") => {}
         Some(_) => {
-            return Err(ConfigError::Unsupported {
-                path: oci.path.to_owned(),
-                key: oci.key("snapshotter"),
-            });
+            return Err(ConfigError::Unsupported { path: oci.path.to_owned(), key: oci.key("snapshotter") });
         }
     }
     oci.refuse(&[

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use kiln_cache::Ref;
 use kiln_proto::control;
 use kiln_solver::progress::VertexProgress;
-use kiln_worker::export::{ExportContext, ExportError, ExportInput, Exporter, Kind, NoOutput, Output, SessionOutput};
+use kiln_worker::export::{
+    ExportContext, ExportError, ExportInput, Exporter, Kind, NoOutput, Output, SessionOutput,
+};
 use kiln_worker::image::Access;
 use tonic::Code;
 
@@ -82,7 +84,10 @@ impl EngineBuild {
         let context = ExportContext {
             images: worker.images().clone(),
             store: worker.store().clone(),
-            access: Access { credentials: self.worker.credentials().clone(), progress: Some(progress.clone()) },
+            access: Access {
+                credentials: self.worker.credentials().clone(),
+                progress: Some(progress.clone()),
+            },
         };
         let output: Box<dyn Output> = match planned.exporter.attributes().kind {
             Kind::Image => Box::new(NoOutput),

@@ -38,7 +38,8 @@ pub(crate) fn read_file(
     length: u64,
 ) -> Result<Vec<u8>, BuildError> {
     // Non-blocking, so that a FIFO in an image holds nobody up.
-    let fd = open(root, path, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|error| failed("open", path, error))?;
+    let fd =
+        open(root, path, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|error| failed("open", path, error))?;
     let stat = rustix::fs::fstat(&fd).map_err(|error| failed("stat", path, error))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(BuildError::build(format!("{path} is not a regular file")));
@@ -52,14 +53,17 @@ pub(crate) fn read_file(
     let mut data = Vec::new();
     file.take(wanted.min(MAX_FILE + 1)).read_to_end(&mut data).map_err(io)?;
     if data.len() as u64 > MAX_FILE {
-        return Err(BuildError::build(format!("{path} is too large: at most {MAX_FILE} bytes can be read at once")));
+        return Err(BuildError::build(format!(
+            "{path} is too large: at most {MAX_FILE} bytes can be read at once"
+        )));
     }
     Ok(data)
 }
 
 /// The entries of a directory, by name; `include` is one pattern, empty for all.
 pub(crate) fn read_dir(root: BorrowedFd<'_>, path: &str, include: &str) -> Result<Vec<Stat>, BuildError> {
-    let fd = open(root, path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|error| failed("open", path, error))?;
+    let fd =
+        open(root, path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|error| failed("open", path, error))?;
     let matcher = if include.is_empty() {
         None
     } else {
@@ -107,10 +111,8 @@ pub(crate) fn stat_file(root: BorrowedFd<'_>, path: &str) -> Result<Stat, BuildE
 }
 
 fn describe(path: String, stat: &rustix::fs::Stat, linkname: String) -> Stat {
-    let device = matches!(
-        FileType::from_raw_mode(stat.st_mode),
-        FileType::CharacterDevice | FileType::BlockDevice
-    );
+    let device =
+        matches!(FileType::from_raw_mode(stat.st_mode), FileType::CharacterDevice | FileType::BlockDevice);
     let size = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => stat.st_size,
         FileType::Symlink => i64::try_from(linkname.len()).unwrap_or_default(),

@@ -11,6 +11,7 @@ mod worker;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_cache::{Ref, Store, StoreError, StoreOptions, Values};
 use kiln_proto::{pb, types};
@@ -49,6 +50,9 @@ impl EngineError {
         matches!(self, Self::Store(StoreError::Locked { .. }))
     }
 }
+
+/// How long cancelled work may take to be torn down when the daemon stops.
+const TEAR_DOWN: Duration = Duration::from_secs(10);
 
 /// What all builds share.
 pub(crate) struct Engine {
@@ -101,9 +105,8 @@ impl Engine {
     /// Starts a build.
     pub(crate) fn begin(self: &Arc<Self>, scope: BuildScope) -> Arc<EngineBuild> {
         let worker = self.worker.begin(&scope);
-        let build = self
-            .solver
-            .build(BuildOptions { factory: worker.factory(), progress: scope.progress.clone() });
+        let build =
+            self.solver.build(BuildOptions { factory: worker.factory(), progress: scope.progress.clone() });
         Arc::new(EngineBuild { engine: self.clone(), build, worker, session: scope.session })
     }
 
@@ -115,7 +118,9 @@ impl Engine {
     /// Waits for work that is still being torn down, then closes the store.
     pub(crate) async fn close(&self) -> Result<(), EngineError> {
         self.sessions.close_all();
-        self.solver.idle().await;
+        if tokio::time::timeout(TEAR_DOWN, self.solver.idle()).await.is_err() {
+            tracing::warn!("cancelled work did not end in time");
+        }
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.close())
             .await
@@ -149,7 +154,7 @@ impl EngineBuild {
             if !caps::supported(cap.0) {
                 return Err(BuildError::new(
                     Code::Unimplemented,
-                    format!("failed to load LLB: requested feature {} is not supported by build server", cap.0),
+                    format!("unsupported: requested feature {} is not supported by build server", cap.0),
                 ));
             }
         }

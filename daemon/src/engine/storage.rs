@@ -46,14 +46,20 @@ fn record(record: UsageRecord) -> control::UsageRecord {
 
 impl Engine {
     /// What is in the store.
-    pub(crate) fn usage(&self, request: &control::DiskUsageRequest) -> Result<Vec<control::UsageRecord>, BuildError> {
+    pub(crate) fn usage(
+        &self,
+        request: &control::DiskUsageRequest,
+    ) -> Result<Vec<control::UsageRecord>, BuildError> {
         let age = (request.age_limit > 0).then(|| duration(request.age_limit));
         let records = self.store.usage(&request.filter, age).map_err(store_error)?;
         Ok(records.into_iter().map(record).collect())
     }
 
     /// Removes what a client no longer wants; gives what went.
-    pub(crate) fn prune(&self, request: &control::PruneRequest) -> Result<Vec<control::UsageRecord>, BuildError> {
+    pub(crate) fn prune(
+        &self,
+        request: &control::PruneRequest,
+    ) -> Result<Vec<control::UsageRecord>, BuildError> {
         let options = PruneOptions {
             filters: request.filter.clone(),
             all: request.all,

@@ -148,12 +148,16 @@ impl BuildWorker {
             "pull" => ResolveMode::ForcePull,
             "local" => ResolveMode::PreferLocal,
             other => {
-                return Err(BuildError::new(Code::InvalidArgument, format!("invalid resolve mode {other:?}")));
+                return Err(BuildError::new(
+                    Code::InvalidArgument,
+                    format!("invalid resolve mode {other:?}"),
+                ));
             }
         };
         let reference = Reference::parse(reference)
             .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
-        let access = Access { credentials: self.context.credentials.clone(), progress: Some(progress.clone()) };
+        let access =
+            Access { credentials: self.context.credentials.clone(), progress: Some(progress.clone()) };
         let image = self.worker.images().resolve(&reference, platform, mode, &access).await;
         let image = image.map_err(|error| BuildError::build(error.to_string()))?;
         Ok(ResolvedImage { digest: image.digest, config: image.config })

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
-    CompileError, CompileInput, Compiled, ContextSource, ImageResolver, Options, ResolveError, ResolveMode, ResolvedImage,
+    CompileError, CompileInput, Compiled, ContextSource, ImageResolver, Options, ResolveError, ResolveMode,
+    ResolvedImage,
 };
 use kiln_proto::{pb, platform};
 use tonic::Code;
@@ -98,9 +99,9 @@ impl ImageResolver for Resolver<'_> {
                     config: image.config,
                     reference: reference.to_owned(),
                 }),
-                Err(error) => {
-                    Err(error.context(format_args!("failed to resolve source metadata for {reference}")).into())
-                }
+                Err(error) => Err(error
+                    .context(format_args!("failed to resolve source metadata for {reference}"))
+                    .into()),
             }
         })
     }
@@ -112,8 +113,12 @@ mod tests {
 
     #[test]
     fn builtin_frontends() {
-        for name in ["dockerfile.v0", "docker/dockerfile:1", "docker.io/docker/dockerfile:1.7-labs", "docker/dockerfile@sha256:00"]
-        {
+        for name in [
+            "dockerfile.v0",
+            "docker/dockerfile:1",
+            "docker.io/docker/dockerfile:1.7-labs",
+            "docker/dockerfile@sha256:00",
+        ] {
             assert!(is_builtin(name), "{name}");
         }
         for name in ["tonistiigi/dockerfile:1", "localhost:5000/docker/dockerfile", "docker/dockerfile-x"] {

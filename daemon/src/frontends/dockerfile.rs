@@ -31,8 +31,8 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     if let Some(remote) = request.opts.get(context_key) {
         return Err(BuildError::unsupported(format_args!("remote build context {remote}")));
     }
-    let options =
-        Options::from_attrs(&request.opts).map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
+    let options = Options::from_attrs(&request.opts)
+        .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
     let mut file = locals.dockerfile().await?;
     let given = request.inputs.get(context_key);
     let ignore = match (file.ignore.take(), given) {
@@ -176,7 +176,8 @@ fn optional(read: Result<Vec<u8>, BuildError>) -> Result<Option<Vec<u8>>, BuildE
 }
 
 fn warn(bridge: &Bridge, file: &Dockerfile, warnings: &[LintWarning]) {
-    let position = |line: u32| Some(pb::Position { line: i32::try_from(line).unwrap_or(i32::MAX), character: 0 });
+    let position =
+        |line: u32| Some(pb::Position { line: i32::try_from(line).unwrap_or(i32::MAX), character: 0 });
     for warning in warnings {
         bridge.progress().event(Event::Warning(VertexWarning {
             vertex: file.vertex.clone(),
@@ -191,7 +192,11 @@ fn warn(bridge: &Bridge, file: &Dockerfile, warnings: &[LintWarning]) {
 }
 
 /// Takes the compiled targets into the build. Their file systems are made on first use.
-async fn result(bridge: &Arc<Bridge>, options: &Options, compiled: Compiled) -> Result<BuildResult, BuildError> {
+async fn result(
+    bridge: &Arc<Bridge>,
+    options: &Options,
+    compiled: Compiled,
+) -> Result<BuildResult, BuildError> {
     let map = options.multi_platform;
     let mut metadata = BTreeMap::new();
     let mut platforms = Vec::new();

@@ -18,7 +18,10 @@ const CAPS: &[&str] = &["moby.buildkit.frontend.contexts", "moby.buildkit.fronte
 ///
 /// # Errors
 /// The frontend is not known, lacks what the client requires, or failed.
-pub(crate) async fn run(bridge: &Arc<Bridge>, mut request: FrontendRequest) -> Result<BuildResult, BuildError> {
+pub(crate) async fn run(
+    bridge: &Arc<Bridge>,
+    mut request: FrontendRequest,
+) -> Result<BuildResult, BuildError> {
     if request.name == "gateway.v0" {
         let source = request.opts.get("source").cloned().unwrap_or_default();
         if source.is_empty() {
@@ -37,7 +40,8 @@ pub(crate) async fn run(bridge: &Arc<Bridge>, mut request: FrontendRequest) -> R
     for cap in required.split(',').filter(|cap| !cap.is_empty()) {
         let cap = cap.split('+').next().unwrap_or(cap);
         if !CAPS.contains(&cap) {
-            return Err(BuildError::unsupported(format_args!("frontend capability {cap}")).with(frontend_cap_detail(cap)));
+            return Err(BuildError::unsupported(format_args!("frontend capability {cap}"))
+                .with(frontend_cap_detail(cap)));
         }
     }
     dockerfile::run(bridge, &request).await

@@ -110,7 +110,10 @@ impl Bridge {
     ///
     /// # Errors
     /// What the frontend says, or that it is not known.
-    pub(crate) async fn run_frontend(self: &Arc<Self>, request: FrontendRequest) -> Result<BuildResult, BuildError> {
+    pub(crate) async fn run_frontend(
+        self: &Arc<Self>,
+        request: FrontendRequest,
+    ) -> Result<BuildResult, BuildError> {
         frontends::run(self, request).await
     }
 
@@ -153,7 +156,9 @@ impl Bridge {
     /// There is one already, or it names references that are not of this build.
     pub(crate) fn accept(&self, request: gateway::ReturnRequest) -> Result<(), BuildError> {
         let outcome = match request.error {
-            Some(status) if status.code != 0 || !status.message.is_empty() => Err(BuildError::from_rpc(status)),
+            Some(status) if status.code != 0 || !status.message.is_empty() => {
+                Err(BuildError::from_rpc(status))
+            }
             _ => Ok(self.decode_result(request.result.unwrap_or_default())?),
         };
         let sender = self.returned.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -219,7 +224,8 @@ pub(crate) fn text_digest(text: &str) -> String {
 
 /// Errors of gateway calls carry a detail that says so.
 fn as_solve_error(error: BuildError) -> BuildError {
-    if error.code == Code::Cancelled || error.details.iter().any(|any| any.type_url.contains("errdefs.Solve")) {
+    if error.code == Code::Cancelled || error.details.iter().any(|any| any.type_url.contains("errdefs.Solve"))
+    {
         return error;
     }
     error.with(solve_detail(None))

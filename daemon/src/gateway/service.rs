@@ -10,9 +10,9 @@ use kiln_proto::gateway::{
     EvaluateRequest, EvaluateResponse, ExecMessage, InputsRequest, InputsResponse, NewContainerRequest,
     NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse, ReadFileRequest,
     ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse, ResolveImageConfigRequest,
-    ResolveImageConfigResponse, ResolveSourceImageResponse, ResolveSourceMetaRequest, ResolveSourceMetaResponse,
-    ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest, StatFileResponse, WarnRequest,
-    WarnResponse,
+    ResolveImageConfigResponse, ResolveSourceImageResponse, ResolveSourceMetaRequest,
+    ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest,
+    StatFileResponse, WarnRequest, WarnResponse,
 };
 use kiln_proto::{platform, types};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
@@ -93,7 +93,9 @@ impl LlbBridge for GatewayService {
             }
             let result = if !request.frontend.is_empty() {
                 if request.definition.is_some_and(|definition| !definition.def.is_empty()) {
-                    return Err(BuildError::build("cannot solve with both Definition and Frontend specified"));
+                    return Err(BuildError::build(
+                        "cannot solve with both Definition and Frontend specified",
+                    ));
                 }
                 let frontend = FrontendRequest {
                     name: request.frontend,
@@ -114,10 +116,13 @@ impl LlbBridge for GatewayService {
             }
             match &result.refs {
                 Refs::Single(reference) => {
-                    let id = reference.as_ref().map(|reference| reference.id().to_owned()).unwrap_or_default();
+                    let id =
+                        reference.as_ref().map(|reference| reference.id().to_owned()).unwrap_or_default();
                     Ok(SolveResponse { r#ref: id, result: None })
                 }
-                Refs::Map(_) => Err(BuildError::build("solve returned map result, which the caller cannot take")),
+                Refs::Map(_) => {
+                    Err(BuildError::build("solve returned map result, which the caller cannot take"))
+                }
             }
         })
         .await
@@ -136,8 +141,13 @@ impl LlbBridge for GatewayService {
             }
             let log_name = log_name(&request.log_name, &format!("docker-image://{}", request.r#ref));
             let platform = request.platform.unwrap_or_else(platform::host);
-            let image = bridge.resolve_image(&request.r#ref, &platform, &request.resolve_mode, &log_name).await?;
-            Ok(ResolveImageConfigResponse { digest: image.digest, config: image.config, r#ref: request.r#ref })
+            let image =
+                bridge.resolve_image(&request.r#ref, &platform, &request.resolve_mode, &log_name).await?;
+            Ok(ResolveImageConfigResponse {
+                digest: image.digest,
+                config: image.config,
+                r#ref: request.r#ref,
+            })
         })
         .await
     }
@@ -157,12 +167,16 @@ impl LlbBridge for GatewayService {
                 return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
             };
             let no_config = request.image.as_ref().is_some_and(|image| image.no_config);
-            if request.image.is_some_and(|image| image.attestation_chain || !image.resolve_attestations.is_empty()) {
+            if request
+                .image
+                .is_some_and(|image| image.attestation_chain || !image.resolve_attestations.is_empty())
+            {
                 return Err(BuildError::unsupported("resolving attestations"));
             }
             let log_name = log_name(&request.log_name, &source.identifier);
             let platform = request.platform.unwrap_or_else(platform::host);
-            let mut image = bridge.resolve_image(reference, &platform, &request.resolve_mode, &log_name).await?;
+            let mut image =
+                bridge.resolve_image(reference, &platform, &request.resolve_mode, &log_name).await?;
             if no_config {
                 image.config.clear();
             }
@@ -180,7 +194,10 @@ impl LlbBridge for GatewayService {
         .await
     }
 
-    async fn read_file(&self, request: Request<ReadFileRequest>) -> Result<Response<ReadFileResponse>, Status> {
+    async fn read_file(
+        &self,
+        request: Request<ReadFileRequest>,
+    ) -> Result<Response<ReadFileResponse>, Status> {
         self.call(request, |bridge, request| async move {
             let path = request.file_path;
             let Some(reference) = bridge.reference(&request.r#ref)? else {
@@ -209,7 +226,10 @@ impl LlbBridge for GatewayService {
         .await
     }
 
-    async fn stat_file(&self, request: Request<StatFileRequest>) -> Result<Response<StatFileResponse>, Status> {
+    async fn stat_file(
+        &self,
+        request: Request<StatFileRequest>,
+    ) -> Result<Response<StatFileResponse>, Status> {
         self.call(request, |bridge, request| async move {
             let path = request.path;
             let Some(reference) = bridge.reference(&request.r#ref)? else {
@@ -221,7 +241,10 @@ impl LlbBridge for GatewayService {
         .await
     }
 
-    async fn evaluate(&self, request: Request<EvaluateRequest>) -> Result<Response<EvaluateResponse>, Status> {
+    async fn evaluate(
+        &self,
+        request: Request<EvaluateRequest>,
+    ) -> Result<Response<EvaluateResponse>, Status> {
         self.call(request, |bridge, request| async move {
             if let Some(reference) = bridge.reference(&request.r#ref)? {
                 reference.get().await?;
@@ -289,7 +312,10 @@ impl LlbBridge for GatewayService {
         no_containers("ReadFileContainer")
     }
 
-    async fn read_dir_container(&self, _: Request<ReadDirRequest>) -> Result<Response<ReadDirResponse>, Status> {
+    async fn read_dir_container(
+        &self,
+        _: Request<ReadDirRequest>,
+    ) -> Result<Response<ReadDirResponse>, Status> {
         no_containers("ReadDirContainer")
     }
 

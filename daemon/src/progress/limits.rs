@@ -39,7 +39,10 @@ impl Default for LogLimits {
         let limit = |name: &str, default| {
             std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
         };
-        Self::new(limit("BUILDKIT_STEP_LOG_MAX_SIZE", MAX_SIZE), limit("BUILDKIT_STEP_LOG_MAX_SPEED", MAX_SPEED))
+        Self::new(
+            limit("BUILDKIT_STEP_LOG_MAX_SIZE", MAX_SIZE),
+            limit("BUILDKIT_STEP_LOG_MAX_SPEED", MAX_SPEED),
+        )
     }
 }
 

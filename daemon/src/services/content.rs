@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use futures::stream::{self, BoxStream};
 use futures::StreamExt;
+use futures::stream::{self, BoxStream};
 use kiln_proto::content::content_server::Content;
 use kiln_proto::content::{
-    AbortRequest, DeleteContentRequest, Info, InfoRequest, InfoResponse, ListContentRequest, ListContentResponse,
-    ListStatusesRequest, ListStatusesResponse, ReadContentRequest, ReadContentResponse, StatusRequest,
-    StatusResponse, UpdateRequest, UpdateResponse, WriteContentRequest, WriteContentResponse,
+    AbortRequest, DeleteContentRequest, Info, InfoRequest, InfoResponse, ListContentRequest,
+    ListContentResponse, ListStatusesRequest, ListStatusesResponse, ReadContentRequest, ReadContentResponse,
+    StatusRequest, StatusResponse, UpdateRequest, UpdateResponse, WriteContentRequest, WriteContentResponse,
 };
 use tonic::{Request, Response, Status, Streaming};
 
@@ -67,7 +67,8 @@ impl ContentService {
                 None => Err(BuildError::new(tonic::Code::NotFound, format!("content {digest}: not found"))),
             }
         };
-        let blob = tokio::task::spawn_blocking(find).await.map_err(|error| Status::internal(error.to_string()))?;
+        let blob =
+            tokio::task::spawn_blocking(find).await.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Arc::new(blob?))
     }
 }
@@ -133,7 +134,10 @@ impl Content for ContentService {
         read_only()
     }
 
-    async fn write(&self, _: Request<Streaming<WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {
+    async fn write(
+        &self,
+        _: Request<Streaming<WriteContentRequest>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
         read_only()
     }
 

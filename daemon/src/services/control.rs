@@ -9,8 +9,8 @@ use kiln_cache::Filter;
 use kiln_proto::control::control_server::Control;
 use kiln_proto::control::{
     BuildHistoryEvent, BuildHistoryRequest, BytesMessage, DiskUsageRequest, DiskUsageResponse, InfoRequest,
-    InfoResponse, ListWorkersRequest, ListWorkersResponse, PruneRequest, SolveRequest, SolveResponse, StatusRequest,
-    StatusResponse, UpdateBuildHistoryRequest, UpdateBuildHistoryResponse, UsageRecord,
+    InfoResponse, ListWorkersRequest, ListWorkersResponse, PruneRequest, SolveRequest, SolveResponse,
+    StatusRequest, StatusResponse, UpdateBuildHistoryRequest, UpdateBuildHistoryResponse, UsageRecord,
 };
 use kiln_proto::types;
 use tokio::sync::broadcast::error::RecvError;
@@ -95,7 +95,8 @@ impl Control for ControlService {
         let filter = Filter::parse(&request.get_ref().filter)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let worker = &*self.0.worker;
-        let record = if filter.holds(&|name| worker_field(worker, name)) { vec![worker.clone()] } else { Vec::new() };
+        let record =
+            if filter.holds(&|name| worker_field(worker, name)) { vec![worker.clone()] } else { Vec::new() };
         Ok(Response::new(ListWorkersResponse { record }))
     }
 
@@ -103,7 +104,10 @@ impl Control for ControlService {
         Ok(Response::new(InfoResponse { buildkit_version: Some(crate::workers::version()) }))
     }
 
-    async fn disk_usage(&self, request: Request<DiskUsageRequest>) -> Result<Response<DiskUsageResponse>, Status> {
+    async fn disk_usage(
+        &self,
+        request: Request<DiskUsageRequest>,
+    ) -> Result<Response<DiskUsageResponse>, Status> {
         let (engine, request) = (self.0.engine.clone(), request.into_inner());
         let record = blocking(move || engine.usage(&request)).await?;
         Ok(Response::new(DiskUsageResponse { record }))

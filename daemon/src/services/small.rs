@@ -16,8 +16,7 @@ pub(super) struct HealthService(pub(super) CancellationToken);
 
 impl HealthService {
     fn now(&self) -> HealthCheckResponse {
-        let status =
-            if self.0.is_cancelled() { ServingStatus::NotServing } else { ServingStatus::Serving };
+        let status = if self.0.is_cancelled() { ServingStatus::NotServing } else { ServingStatus::Serving };
         HealthCheckResponse { status: status as i32 }
     }
 }
@@ -26,7 +25,10 @@ impl HealthService {
 impl Health for HealthService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
 
-    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
         if !request.get_ref().service.is_empty() {
             return Err(Status::not_found("unknown service"));
         }
@@ -37,7 +39,10 @@ impl Health for HealthService {
         Ok(Response::new(HealthListResponse { statuses: [(String::new(), self.now())].into() }))
     }
 
-    async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let known = request.get_ref().service.is_empty();
         let first = if known {
             self.now()

@@ -78,14 +78,16 @@ impl Builder for Peer {
     fn build(&self, context: &Path) -> Duration {
         let start = Instant::now();
         let context = context.display();
-        run(Command::new(&self.client).args(["--addr", &self.address, "build", "--progress", "plain"]).args([
-            "--frontend".to_owned(),
-            "dockerfile.v0".to_owned(),
-            "--local".to_owned(),
-            format!("context={context}"),
-            "--local".to_owned(),
-            format!("dockerfile={context}"),
-        ]));
+        run(Command::new(&self.client).args(["--addr", &self.address, "build", "--progress", "plain"]).args(
+            [
+                "--frontend".to_owned(),
+                "dockerfile.v0".to_owned(),
+                "--local".to_owned(),
+                format!("context={context}"),
+                "--local".to_owned(),
+                format!("dockerfile={context}"),
+            ],
+        ));
         start.elapsed()
     }
 }
@@ -104,16 +106,18 @@ fn fresh() -> String {
 
 fn chain(steps: usize) -> Context {
     let nonce = fresh();
-    Context::new(&(0..steps).fold("FROM busybox\n".to_owned(), |text, step| {
-        text + &format!("RUN true {nonce}{step}\n")
-    }))
+    Context::new(
+        &(0..steps)
+            .fold("FROM busybox\n".to_owned(), |text, step| text + &format!("RUN true {nonce}{step}\n")),
+    )
 }
 
 fn small_files(steps: usize) -> Context {
     let nonce = fresh();
-    Context::new(&(0..steps).fold("FROM busybox\n".to_owned(), |text, step| {
-        text + &format!("RUN echo {nonce} > /f{step}\n")
-    }))
+    Context::new(
+        &(0..steps)
+            .fold("FROM busybox\n".to_owned(), |text, step| text + &format!("RUN echo {nonce} > /f{step}\n")),
+    )
 }
 
 fn wide(stages: usize) -> Context {
@@ -177,7 +181,9 @@ fn runc_baseline() -> Duration {
 fn resident_kib(pid: u32) -> u64 {
     std::fs::read_to_string(format!("/proc/{pid}/status"))
         .ok()
-        .and_then(|text| text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok()))
+        .and_then(|text| {
+            text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok())
+        })
         .unwrap_or(0)
 }
 
@@ -241,8 +247,11 @@ fn main() {
         let ratio = if theirs.is_empty() {
             baseline.map(|time| time.as_secs_f64() * steps as f64 / median(mine.clone()).as_secs_f64())
         } else {
-            let mut ratios: Vec<f64> =
-                mine.iter().zip(&theirs).map(|(mine, theirs)| theirs.as_secs_f64() / mine.as_secs_f64()).collect();
+            let mut ratios: Vec<f64> = mine
+                .iter()
+                .zip(&theirs)
+                .map(|(mine, theirs)| theirs.as_secs_f64() / mine.as_secs_f64())
+                .collect();
             ratios.sort_by(f64::total_cmp);
             Some(ratios[ratios.len() / 2])
         };

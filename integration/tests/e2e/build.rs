@@ -46,7 +46,8 @@ fn a_pushed_image_is_read_by_skopeo_unpacked_by_umoci_and_run_by_runc() {
     let listing = |index: usize| {
         tools::tar_listing(&tools::blob(&layout, layers[index]["digest"].as_str().expect("a digest")))
     };
-    let (whiteouts, entries): (Vec<_>, Vec<_>) = listing(1).into_iter().partition(|line| line.contains(".wh."));
+    let (whiteouts, entries): (Vec<_>, Vec<_>) =
+        listing(1).into_iter().partition(|line| line.contains(".wh."));
     assert_eq!(entries, ["drwxr-x--x 1000/50 dir/", "lrwxrwxrwx 0/0 link -> one", "-rw-r--r-- 0/0 one"]);
     assert_eq!(whiteouts.len(), 1, "{whiteouts:?}");
     assert!(whiteouts[0].ends_with(" .wh.var"), "{whiteouts:?}");
@@ -57,12 +58,16 @@ fn a_pushed_image_is_read_by_skopeo_unpacked_by_umoci_and_run_by_runc() {
     let config = tools::config(&image);
     assert_eq!(config["rootfs"]["diff_ids"].as_array().map(Vec::len), Some(3));
     let history: Vec<_> = config["history"].as_array().expect("history").iter().rev().take(3).rev().collect();
-    assert_eq!(history[1]["created_by"], "RUN /bin/sh -c echo two > /dir/two && chmod 4755 /dir/two && rm /one # buildkit");
+    assert_eq!(
+        history[1]["created_by"],
+        "RUN /bin/sh -c echo two > /dir/two && chmod 4755 /dir/two && rm /one # buildkit"
+    );
     assert_eq!(history[2]["created_by"], "CMD [\"cat\" \"/dir/two\"]");
     assert_eq!(history[2]["empty_layer"], true);
 
     let spec = bundle.join("config.json");
-    let mut runtime: Value = serde_json::from_slice(&std::fs::read(&spec).expect("umoci's config.json")).expect("JSON");
+    let mut runtime: Value =
+        serde_json::from_slice(&std::fs::read(&spec).expect("umoci's config.json")).expect("JSON");
     runtime["process"]["terminal"] = json!(false);
     std::fs::write(&spec, runtime.to_string()).expect("write config.json");
     let id = format!("kiln-test-{}", std::process::id());
@@ -106,14 +111,26 @@ ENTRYPOINT ["/bin/sh"]
 CMD echo done
 "#,
     );
-    context.file("a.txt", "a").file("dir/b.txt", "b").file("dir/ignored.log", "x").file(".dockerignore", "**/*.log\n");
+    context
+        .file("a.txt", "a")
+        .file("dir/b.txt", "b")
+        .file("dir/ignored.log", "x")
+        .file(".dockerignore", "**/*.log\n");
     let source = TempDir::new().expect("temporary directory");
     std::fs::write(source.path().join("inside"), "inside").expect("write");
-    run(Command::new("tar").arg("-cf").arg(context.path().join("archive.tar")).arg("-C").arg(source.path()).arg("inside"));
+    run(Command::new("tar")
+        .arg("-cf")
+        .arg(context.path().join("archive.tar"))
+        .arg("-C")
+        .arg(source.path())
+        .arg("inside"));
 
-    let (directory, config) = build_and_unpack(&kiln, &registry, &context, &["--build-arg", "VERSION=7", "--label", "from=cli"]);
+    let (directory, config) =
+        build_and_unpack(&kiln, &registry, &context, &["--build-arg", "VERSION=7", "--label", "from=cli"]);
     let root = directory.path().join("bundle/rootfs");
-    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let read = |path: &str| {
+        std::fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    };
     assert_eq!(read("srv/app/tool"), "tool\n");
     assert_eq!(read("srv/app/copied/a.txt"), "a");
     assert_eq!(read("srv/app/copied/b.txt"), "b");
@@ -149,7 +166,9 @@ CMD echo done
 fn a_second_build_does_no_work_and_gives_the_same_image() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
-    let context = Context::new("FROM busybox\nCOPY file /file\nRUN head -c 16 /dev/urandom > /random\nRUN echo after\nCMD [\"sh\"]\n");
+    let context = Context::new(
+        "FROM busybox\nCOPY file /file\nRUN head -c 16 /dev/urandom > /random\nRUN echo after\nCMD [\"sh\"]\n",
+    );
     context.file("file", "content");
     let image = format!("{}/test/again:latest", registry.address);
     kiln.build(context.path(), &["-t", &image, "--push"]).ok();
@@ -167,7 +186,8 @@ fn a_second_build_does_no_work_and_gives_the_same_image() {
 fn a_target_builds_its_stages_only() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
-    let context = Context::new("FROM busybox AS good\nRUN echo good > /good\nFROM busybox AS bad\nRUN exit 7\n");
+    let context =
+        Context::new("FROM busybox AS good\nRUN echo good > /good\nFROM busybox AS bad\nRUN exit 7\n");
     kiln.build(context.path(), &["--target", "good"]).ok();
     kiln.build(context.path(), &["--target", "bad"]).fails(&["exit code: 7"]);
 }
@@ -177,7 +197,10 @@ fn a_dockerfile_elsewhere_with_its_own_dockerignore() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
     let context = Context::new("FROM busybox\nRUN exit 1\n");
-    context.file("sub/other.Dockerfile", "FROM busybox\nCOPY . /all\nRUN test ! -e /all/secret && test -e /all/public\n");
+    context.file(
+        "sub/other.Dockerfile",
+        "FROM busybox\nCOPY . /all\nRUN test ! -e /all/secret && test -e /all/public\n",
+    );
     context.file("sub/other.Dockerfile.dockerignore", "secret\n").file("secret", "x").file("public", "x");
     let path = context.path().join("sub/other.Dockerfile");
     kiln.build(context.path(), &["-f", path.to_str().expect("UTF-8")]).ok();
@@ -188,7 +211,9 @@ fn cache_mounts_persist_and_tmpfs_and_bind_mounts_leave_nothing() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
     let dockerfile = |run: &str| {
-        format!("FROM busybox\nRUN --mount=type=cache,target=/c --mount=type=tmpfs,target=/t --mount=type=bind,target=/ctx {run}\n")
+        format!(
+            "FROM busybox\nRUN --mount=type=cache,target=/c --mount=type=tmpfs,target=/t --mount=type=bind,target=/ctx {run}\n"
+        )
     };
     let context = Context::new(&dockerfile("cp /ctx/file /c/kept && touch /t/x && ! touch /ctx/no"));
     context.file("file", "kept");
@@ -216,7 +241,8 @@ fn secrets_reach_the_step_and_nothing_else() {
     std::fs::write(&file, "s3cr3t-v4lue").expect("write");
     let argument = format!("id=token,src={}", file.display());
     kiln.build(context.path(), &["--secret", &argument]).ok();
-    let found = Command::new("grep").args(["-r", "-l", "s3cr3t-v4lue"]).arg(kiln.root()).output().expect("grep");
+    let found =
+        Command::new("grep").args(["-r", "-l", "s3cr3t-v4lue"]).arg(kiln.root()).output().expect("grep");
     assert_eq!(String::from_utf8_lossy(&found.stdout), "", "the secret is in the state directory");
     kiln.build(context.path(), &["--no-cache"]).fails(&["secret token: not found"]);
 }
@@ -241,7 +267,8 @@ fn the_alpine_example_builds_with_an_apk_of_the_image() {
     let layout = directory.path().join("layout");
     tools::fetch(&image, &layout, "latest");
     tools::unpack(&layout, "latest", &directory.path().join("bundle"));
-    let world = std::fs::read_to_string(directory.path().join("bundle/rootfs/lib/apk/world")).expect("apk's record");
+    let world =
+        std::fs::read_to_string(directory.path().join("bundle/rootfs/lib/apk/world")).expect("apk's record");
     assert_eq!(world, "redis\ngcc\n");
     assert_eq!(tools::config(&image)["config"]["Cmd"], json!(["redis-server"]));
 

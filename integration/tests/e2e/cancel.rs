@@ -22,7 +22,9 @@ fn ctrl_c_ends_the_step_and_the_next_build_starts_afresh() {
     let registry = Registry::with_busybox();
     let mut kiln = Kiln::new(&registry);
     kiln.start();
-    let context = Context::new("FROM busybox\nRUN echo one > /one\nRUN echo started && sleep 98765 && echo over > /over\n");
+    let context = Context::new(
+        "FROM busybox\nRUN echo one > /one\nRUN echo started && sleep 98765 && echo over > /over\n",
+    );
     let mut child = kiln
         .command(&["build", "--progress", "plain", context.path().to_str().expect("UTF-8")])
         .stdout(Stdio::null())

@@ -18,17 +18,30 @@ fn sixteen_builds_of_one_dockerfile_run_each_step_once() {
     let children: Vec<_> = (0..16)
         .map(|number| {
             let image = format!("{}/test/same:{number}", registry.address);
-            kiln.command(&["build", "--progress", "plain", "-t", &image, "--push", context.path().to_str().expect("UTF-8")])
-                .stdout(std::process::Stdio::piped())
-                .stderr(std::process::Stdio::piped())
-                .spawn()
-                .expect("start kiln")
+            kiln.command(&[
+                "build",
+                "--progress",
+                "plain",
+                "-t",
+                &image,
+                "--push",
+                context.path().to_str().expect("UTF-8"),
+            ])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("start kiln")
         })
         .collect();
     for child in children {
         Built::from(child.wait_with_output().expect("wait for kiln")).ok();
     }
-    assert_eq!(kiln.daemons().len(), 1, "the sixteen started one daemon between them: {:?}", kiln.processes());
+    assert_eq!(
+        kiln.daemons().len(),
+        1,
+        "the sixteen started one daemon between them: {:?}",
+        kiln.processes()
+    );
     let digests: BTreeSet<_> =
         (0..16).map(|number| tools::digest(&format!("{}/test/same:{number}", registry.address))).collect();
     assert_eq!(digests.len(), 1, "{digests:?}");
@@ -50,7 +63,11 @@ fn independent_stages_run_at_the_same_time() {
              for i in $(seq 200); do [ -e /m/{other} ] && exit 0; sleep 0.1; done; exit 1\n"
         )
     };
-    let dockerfile = format!("{}{}FROM scratch\nCOPY --from=a /bin/busybox /a\nCOPY --from=b /bin/busybox /b\n", meet("a", "b"), meet("b", "a"));
+    let dockerfile = format!(
+        "{}{}FROM scratch\nCOPY --from=a /bin/busybox /a\nCOPY --from=b /bin/busybox /b\n",
+        meet("a", "b"),
+        meet("b", "a")
+    );
     kiln.build(Context::new(&dockerfile).path(), &[]).ok();
 }
 

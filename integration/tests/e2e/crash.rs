@@ -63,7 +63,8 @@ fn twenty_kills_lose_no_finished_step_and_leave_nothing_mounted() {
 
     // A step ran once for each time that it was not cached: a finished step leaves exactly one mark,
     // and only the step that a kill interrupted may have left more.
-    let count = Context::new("FROM busybox\nRUN --mount=type=cache,id=marks,target=/marks ls /marks | wc -l\n");
+    let count =
+        Context::new("FROM busybox\nRUN --mount=type=cache,id=marks,target=/marks ls /marks | wc -l\n");
     let listed = kiln.build(count.path(), &[]).ok();
     let marks: usize = listed
         .stderr

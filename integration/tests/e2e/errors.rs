@@ -45,8 +45,15 @@ fn a_missing_dockerfile_and_a_missing_copy_source_are_named() {
 fn a_failing_step_shows_its_lines_command_exit_code_and_last_output() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
-    let context = Context::new("FROM busybox\nRUN echo before && \\\n    echo the last words >&2 && \\\n    exit 42\nRUN echo never\n");
-    let built = kiln.build(context.path(), &[]).fails(&["the last words", "exit code: 42", "Dockerfile:2", ">>> RUN echo before"]);
+    let context = Context::new(
+        "FROM busybox\nRUN echo before && \\\n    echo the last words >&2 && \\\n    exit 42\nRUN echo never\n",
+    );
+    let built = kiln.build(context.path(), &[]).fails(&[
+        "the last words",
+        "exit code: 42",
+        "Dockerfile:2",
+        ">>> RUN echo before",
+    ]);
     assert!(!built.stderr.contains("never\n#"), "{}", built.stderr);
     still_works(&kiln);
 }
@@ -88,10 +95,12 @@ fn a_registry_that_answers_500_is_named_with_the_status() {
 /// Serves the busybox layout, with `change` applied to what is sent.
 fn serve_layout(change: impl Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static) -> (FakeRegistry, String) {
     let layout = images().join("busybox");
-    let index: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json")).expect("index")).expect("JSON");
+    let index: Value =
+        serde_json::from_slice(&std::fs::read(layout.join("index.json")).expect("index")).expect("JSON");
     let manifest_digest = index["manifests"][0]["digest"].as_str().expect("a digest").to_owned();
     let manifest: Value =
-        serde_json::from_slice(&std::fs::read(tools::blob(&layout, &manifest_digest)).expect("manifest")).expect("JSON");
+        serde_json::from_slice(&std::fs::read(tools::blob(&layout, &manifest_digest)).expect("manifest"))
+            .expect("JSON");
     let layer = manifest["layers"][0]["digest"].as_str().expect("a digest").to_owned();
     let change = Arc::new(change);
     let server = FakeRegistry::start(move |_, path| {
@@ -144,7 +153,9 @@ fn a_manifest_that_is_not_what_was_asked_for_is_refused() {
         let address = wrong.address.clone();
         move |_, path| {
             if path.contains("/manifests/") {
-                let out = run(Command::new("curl").args(["-s", &format!("http://{address}/v2/x/manifests/latest")]));
+                let out = run(
+                    Command::new("curl").args(["-s", &format!("http://{address}/v2/x/manifests/latest")])
+                );
                 (200, "application/vnd.oci.image.manifest.v1+json", out)
             } else {
                 (200, "application/json", b"{}".to_vec())
@@ -164,7 +175,9 @@ struct SmallDisk(TempDir);
 impl SmallDisk {
     fn new(size: &str) -> Self {
         let directory = TempDir::new().expect("temporary directory");
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(directory.path()));
+        run(Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(directory.path()));
         Self(directory)
     }
 }

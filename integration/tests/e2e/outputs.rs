@@ -17,21 +17,37 @@ fn oci_docker_tar_and_local_outputs_agree() {
     let directory = TempDir::new().expect("temporary directory");
     let at = |name: &str| directory.path().join(name).display().to_string();
 
-    kiln.build(context.path(), &["-t", "example.org/out:v1", "-o", &format!("type=oci,dest={}", at("oci.tar"))]).ok();
-    kiln.build(context.path(), &["-t", "example.org/out:v1", "-o", &format!("type=docker,dest={}", at("docker.tar"))]).ok();
+    kiln.build(
+        context.path(),
+        &["-t", "example.org/out:v1", "-o", &format!("type=oci,dest={}", at("oci.tar"))],
+    )
+    .ok();
+    kiln.build(
+        context.path(),
+        &["-t", "example.org/out:v1", "-o", &format!("type=docker,dest={}", at("docker.tar"))],
+    )
+    .ok();
     kiln.build(context.path(), &["-o", &format!("type=tar,dest={}", at("root.tar"))]).ok();
     kiln.build(context.path(), &["-o", &format!("type=local,dest={}", at("local"))]).ok();
     kiln.build(context.path(), &[]).ok();
 
     for (archive, transport) in [("oci.tar", "oci-archive"), ("docker.tar", "docker-archive")] {
-        let out = run(Command::new("skopeo").args(["inspect", "--config", &format!("{transport}:{}", at(archive))]));
+        let out = run(Command::new("skopeo").args([
+            "inspect",
+            "--config",
+            &format!("{transport}:{}", at(archive)),
+        ]));
         let config: Value = serde_json::from_slice(&out).expect("JSON");
         assert_eq!(config["config"]["Cmd"], serde_json::json!(["/d/busybox"]), "{archive}");
         run(Command::new("skopeo").args(["copy", "-q"]).args([
             format!("{transport}:{}", at(archive)),
             format!("oci:{}:v1", at(&format!("{archive}.layout"))),
         ]));
-        tools::unpack(&directory.path().join(format!("{archive}.layout")), "v1", &directory.path().join(format!("{archive}.bundle")));
+        tools::unpack(
+            &directory.path().join(format!("{archive}.layout")),
+            "v1",
+            &directory.path().join(format!("{archive}.bundle")),
+        );
         let root = directory.path().join(format!("{archive}.bundle/rootfs"));
         assert_eq!(std::fs::read_to_string(root.join("d/hello")).expect("hello"), "hello\n", "{archive}");
     }
@@ -51,7 +67,14 @@ fn outputs_to_standard_output_and_to_several_places() {
     let context = Context::new(DOCKERFILE);
     let directory = TempDir::new().expect("temporary directory");
     let tar = kiln
-        .command(&["build", "--progress", "plain", "-o", "type=tar,dest=-", context.path().to_str().expect("UTF-8")])
+        .command(&[
+            "build",
+            "--progress",
+            "plain",
+            "-o",
+            "type=tar,dest=-",
+            context.path().to_str().expect("UTF-8"),
+        ])
         .output()
         .expect("run kiln");
     assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
@@ -75,10 +98,15 @@ fn zstd_and_uncompressed_layers_hold_the_same_files() {
     let mut diff_ids = Vec::new();
     for (compression, suffix) in [("gzip", "tar+gzip"), ("zstd", "tar+zstd"), ("uncompressed", "tar")] {
         let image = format!("{}/test/{compression}:latest", registry.address);
-        let output = format!("type=image,name={image},push=true,oci-mediatypes=true,compression={compression},force-compression=true");
+        let output = format!(
+            "type=image,name={image},push=true,oci-mediatypes=true,compression={compression},force-compression=true"
+        );
         kiln.build(context.path(), &["-o", &output]).ok();
         let manifest = tools::manifest(&image);
-        assert_eq!(manifest["layers"][0]["mediaType"], format!("application/vnd.oci.image.layer.v1.{suffix}"));
+        assert_eq!(
+            manifest["layers"][0]["mediaType"],
+            format!("application/vnd.oci.image.layer.v1.{suffix}")
+        );
         diff_ids.push(tools::config(&image)["rootfs"]["diff_ids"].clone());
     }
     assert_eq!(diff_ids[0], diff_ids[1]);

@@ -26,7 +26,8 @@ fn solve(kiln: &Kiln, definition: &[u8], args: &[&str]) -> Built {
 fn what_dump_llb_prints_solve_builds() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);
-    let context = Context::new("FROM busybox AS b\nRUN echo solved > /solved\nFROM scratch\nCOPY --from=b /solved /\n");
+    let context =
+        Context::new("FROM busybox AS b\nRUN echo solved > /solved\nFROM scratch\nCOPY --from=b /solved /\n");
     let dumped = kiln
         .command(&["debug", "dump-llb", "--raw", context.path().to_str().expect("UTF-8")])
         .output()

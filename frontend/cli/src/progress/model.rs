@@ -75,12 +75,6 @@ pub(super) struct Fresh {
     pub(super) warnings: Vec<String>,
 }
 
-impl Fresh {
-    pub(super) fn is_empty(&self) -> bool {
-        !self.state && self.lines.is_empty() && self.statuses.is_empty() && self.warnings.is_empty()
-    }
-}
-
 #[derive(Debug)]
 struct Member {
     vertex: Vertex,

@@ -14,6 +14,8 @@ use super::units;
 const HOLD: Duration = Duration::from_secs(5);
 /// How long it keeps the view when it has nothing to say.
 const IDLE: Duration = Duration::from_secs(1);
+/// A transfer that ends within this time prints once.
+const STATUS_DELAY: Duration = Duration::from_millis(100);
 /// A transfer prints again after this share of its size, or after this time.
 const STATUS_SHARE: f64 = 0.05;
 const STATUS_INTERVAL: Nanos = 5_000_000_000;
@@ -22,8 +24,8 @@ pub(super) struct Plain {
     model: Model,
     /// Numbers by step, given as steps first show.
     numbers: HashMap<usize, usize>,
-    /// Last printed state of each transfer, by step and index: bytes and time.
-    transfers: HashMap<(usize, usize), (i64, Nanos)>,
+    /// Transfers by step and index.
+    transfers: HashMap<(usize, usize), Transfer>,
     current: Option<Current>,
     any: bool,
 }
@@ -33,6 +35,13 @@ struct Current {
     step: usize,
     since: Instant,
     spoke: Instant,
+}
+
+/// What was printed of a transfer.
+struct Transfer {
+    seen: Instant,
+    /// Bytes and time when it was last printed.
+    printed: Option<(i64, Nanos)>,
 }
 
 impl Plain {
@@ -67,12 +76,18 @@ impl Plain {
         let mut completed = Vec::new();
         let mut running = Vec::new();
         for (index, step) in self.model.steps.iter().enumerate() {
-            if step.hidden || step.started().is_none() || step.fresh.is_empty() {
+            if step.hidden || step.started().is_none() || !speaks(step, index, &mut self.transfers) {
                 continue;
             }
             if step.is_completed() { completed.push(index) } else { running.push(index) }
         }
-        completed.sort_by_key(|index| self.model.steps[*index].ended());
+        // What the cache answers ends from the result downwards; it reads better in the order of the graph.
+        let cached = completed.iter().filter(|index| self.model.steps[**index].cached);
+        let cached = cached.filter_map(|index| self.model.steps[*index].ended()).min();
+        completed.sort_by_key(|index| {
+            let step = &self.model.steps[*index];
+            (if step.cached { cached } else { step.ended() }, *index)
+        });
         if let Some(current) = &mut self.current {
             let step = current.step;
             if let Some(at) = completed.iter().position(|index| *index == step) {
@@ -123,10 +138,12 @@ impl Plain {
         let fresh = std::mem::take(&mut step.fresh);
         for changed in fresh.statuses {
             let status = &step.statuses[changed];
-            let last = self.transfers.get(&(index, changed));
-            if due(status, last) {
+            let Some(known) = self.transfers.get_mut(&(index, changed)) else { continue };
+            if completed || known.is_due(status) {
                 let _ = writeln!(out, "#{number} {}", transfer(status));
-                self.transfers.insert((index, changed), (status.current, status.timestamp));
+                known.printed = Some((status.current, status.timestamp));
+            } else if known.printed.is_none() {
+                step.fresh.statuses.push(changed);
             }
         }
         for warning in fresh.warnings {
@@ -154,13 +171,28 @@ fn ending(step: &Step) -> String {
     }
 }
 
-fn due(status: &Status, last: Option<&(i64, Nanos)>) -> bool {
-    let Some((current, timestamp)) = last else { return true };
-    if status.completed.is_some() {
-        return true;
+/// Whether there is something to print of a step. Transfers that were not seen before are noted.
+fn speaks(step: &Step, index: usize, transfers: &mut HashMap<(usize, usize), Transfer>) -> bool {
+    let fresh = &step.fresh;
+    let mut due = fresh.state || !fresh.lines.is_empty() || !fresh.warnings.is_empty();
+    for changed in &fresh.statuses {
+        let known = transfers.entry((index, *changed));
+        let known = known.or_insert_with(|| Transfer { seen: Instant::now(), printed: None });
+        due |= known.is_due(&step.statuses[*changed]);
     }
-    let share = if status.total > 0 { (status.current - current) as f64 / status.total as f64 } else { 0.0 };
-    share >= STATUS_SHARE || status.timestamp - timestamp >= STATUS_INTERVAL
+    due
+}
+
+impl Transfer {
+    fn is_due(&self, status: &Status) -> bool {
+        if status.completed.is_some() {
+            return true;
+        }
+        let Some((current, timestamp)) = self.printed else { return self.seen.elapsed() >= STATUS_DELAY };
+        let share =
+            if status.total > 0 { (status.current - current) as f64 / status.total as f64 } else { 0.0 };
+        share >= STATUS_SHARE || status.timestamp - timestamp >= STATUS_INTERVAL
+    }
 }
 
 fn transfer(status: &Status) -> String {
@@ -229,6 +261,29 @@ mod tests {
             log("a", 40, "a3\n"),
             vertices(vec![vertex("a", Some(0), Some(50))]),
         ]));
+    }
+
+    #[test]
+    fn a_transfer_that_takes_its_time_prints_while_it_runs() {
+        let mut plain = Plain::new();
+        plain.update(&vertices(vec![vertex("a", Some(0), None)]));
+        assert_eq!(plain.update(&status("a", "x", 1, 100, 1, false)), "");
+        for known in plain.transfers.values_mut() {
+            known.seen -= STATUS_DELAY;
+        }
+        assert_eq!(plain.refresh(), "#1 x 1B / 100B\n");
+        assert_eq!(plain.update(&status("a", "x", 2, 100, 2, false)), "");
+        assert_eq!(plain.update(&status("a", "x", 7, 100, 3, false)), "#1 x 7B / 100B\n");
+    }
+
+    #[test]
+    fn cached_steps_come_in_the_order_of_the_graph() {
+        let cached = |digest: &str, at| Vertex { cached: true, ..vertex(digest, Some(at), Some(at)) };
+        let text = shown(vec![
+            vertices(vec![vertex("a", None, None), vertex("b", None, None), vertex("c", None, None)]),
+            vertices(vec![cached("c", 1), cached("b", 3), cached("a", 2)]),
+        ]);
+        assert_eq!(text, "#1 [a] step\n#1 CACHED\n\n#2 [b] step\n#2 CACHED\n\n#3 [c] step\n#3 CACHED\n");
     }
 
     #[test]
