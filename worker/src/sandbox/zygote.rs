@@ -25,7 +25,7 @@ use super::wire::{self, FailureKind, Hello, START_FDS, Status};
 /// Name the binary is started under to become the zygote.
 const ARGV0: &str = "kiln-zygote";
 
-/// Set for the zygote, so that a program that does not call [`run_if_requested`] cannot start itself for ever.
+/// Set for the zygote to the daemon's process id, also so that a program that does not call [`run_if_requested`] cannot start itself for ever.
 const MARK: &str = "KILN_ZYGOTE";
 
 /// How long the zygote may take to answer.
@@ -63,7 +63,8 @@ fn launch() -> ! {
         }
         OwnedFd::from_raw_fd(CONTROL)
     };
-    let daemon = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get() as u32);
+    // Told, not asked for: a daemon that is gone already would be mistaken for whoever adopted us.
+    let daemon = std::env::var(MARK).ok().and_then(|pid| pid.parse().ok()).unwrap_or(0);
     let _ = rustix::process::setsid();
     let _ = rustix::process::chdir("/");
     let code = match clone(libc::CLONE_NEWPID as u64, None) {
@@ -138,9 +139,8 @@ fn serve(control: OwnedFd, daemon: u32) -> ! {
     let _ = rustix::thread::set_name(c"kiln-zygote");
     init::default_signals();
     let cgroups = Cgroups::open(daemon);
-    if wire::send_json(&control, &Hello::Ready).is_err() {
-        std::process::exit(1);
-    }
+    // A daemon that is gone already leaves no orders, and ends the loop below at once.
+    let _ = wire::send_json(&control, &Hello::Ready);
     let mut server = Server { control: Some(control), running: Vec::new(), cgroups };
     server.run();
     server.cgroups.close();
@@ -321,7 +321,7 @@ impl Zygote {
             wire::pair(false).map_err(|e| SandboxError::io("socket for the sandbox helper", e))?;
         let mut child = Command::new("/proc/self/exe")
             .arg0(ARGV0)
-            .env(MARK, "1")
+            .env(MARK, std::process::id().to_string())
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
