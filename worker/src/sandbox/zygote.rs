@@ -130,7 +130,10 @@ impl Running {
 }
 
 struct Server {
+    /// Open to the end, also when the daemon is gone or waits for us: its closing says that all is cleaned up.
     control: Option<OwnedFd>,
+    /// The daemon gives no more orders.
+    ended: bool,
     running: Vec<Running>,
     cgroups: Cgroups,
 }
@@ -141,7 +144,7 @@ fn serve(control: OwnedFd, daemon: u32) -> ! {
     let cgroups = Cgroups::open(daemon);
     // A daemon that is gone already leaves no orders, and ends the loop below at once.
     let _ = wire::send_json(&control, &Hello::Ready);
-    let mut server = Server { control: Some(control), running: Vec::new(), cgroups };
+    let mut server = Server { control: Some(control), ended: false, running: Vec::new(), cgroups };
     server.run();
     server.cgroups.close();
     std::process::exit(0)
@@ -150,7 +153,7 @@ fn serve(control: OwnedFd, daemon: u32) -> ! {
 impl Server {
     /// Until the daemon is gone and with it every sandbox.
     fn run(&mut self) {
-        while self.control.is_some() || !self.running.is_empty() {
+        while !self.ended || !self.running.is_empty() {
             let pause = self.cgroups.retry().then(|| timespec(RETRY_PAUSE));
             let Ok(ready) = self.wait(pause.as_ref()) else { continue };
             let (control, sandboxes) = ready;
@@ -176,9 +179,8 @@ impl Server {
         for at in &followed {
             fds.push(PollFd::new(&self.running[*at].status, PollFlags::IN | PollFlags::RDHUP));
         }
-        if let Some(control) = &self.control {
-            fds.push(PollFd::new(control, PollFlags::IN));
-        }
+        let control = self.control.as_ref().filter(|_| !self.ended);
+        fds.extend(control.map(|control| PollFd::new(control, PollFlags::IN)));
         rustix::event::poll(&mut fds, timeout)?;
         let ready = |at: usize| !fds[at].revents().is_empty();
         let mut events: Vec<_> = (0..count).filter(|at| ready(*at)).map(|at| (at, Event::Ended)).collect();
@@ -189,7 +191,7 @@ impl Server {
         }
         // Removing from the end keeps the other places valid.
         events.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        Ok((self.control.is_some() && ready(fds.len() - 1), events))
+        Ok((control.is_some() && ready(fds.len() - 1), events))
     }
 
     fn finish(&mut self, at: usize) {
@@ -215,7 +217,7 @@ impl Server {
         match wire::receive(control) {
             Ok(Some((_, fds))) => self.start(fds),
             Ok(None) | Err(_) => {
-                self.control = None;
+                self.ended = true;
                 self.running.iter_mut().for_each(Running::kill);
             }
         }
