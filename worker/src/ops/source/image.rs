@@ -25,6 +25,7 @@ pub(super) struct ImageSource {
     limit: Option<usize>,
     checksum: Option<String>,
     resolved: OnceCell<ResolvedImage>,
+    chain: OnceCell<Ref>,
 }
 
 impl ImageSource {
@@ -58,6 +59,7 @@ impl ImageSource {
             limit,
             checksum: attr("image.checksum").map(str::to_owned),
             resolved: OnceCell::new(),
+            chain: OnceCell::new(),
         })
     }
 
@@ -81,12 +83,21 @@ impl ImageSource {
         };
         self.resolved.get_or_try_init(resolve).await
     }
+
+    /// The image's layers, known and held, but not fetched.
+    async fn chain(&self, ctx: &OpContext) -> Result<&Ref, OpError> {
+        let resolved = self.resolve(ctx).await?;
+        let pull = || async { self.worker.images().pull(resolved).await };
+        self.chain.get_or_try_init(pull).await.map_err(|err| OpError::new(err.to_string()))
+    }
 }
 
 impl Op<Ref> for ImageSource {
     fn cache_map<'a>(&'a self, ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
         Box::pin(async move {
             let resolved = self.resolve(ctx).await?;
+            // Also where an earlier build knows the layers: that this registry has them may be news.
+            self.chain(ctx).await?;
             let layers: Vec<String> = resolved.layers.iter().map(|layer| layer.diff_id.clone()).collect();
             let mut key = KeyBuilder::new("kiln.image.v1");
             // The root file system is its layers; tags, manifests and configs may change around it.
@@ -101,9 +112,7 @@ impl Op<Ref> for ImageSource {
         _inputs: Vec<Ref>,
     ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
-            let resolved = self.resolve(ctx).await?;
-            let pulled = self.worker.images().pull(resolved).await;
-            Ok(vec![pulled.map_err(|err| OpError::new(err.to_string()))?])
+            Ok(vec![self.chain(ctx).await?.clone()])
         })
     }
 
