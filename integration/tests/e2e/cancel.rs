@@ -36,7 +36,7 @@ fn ctrl_c_ends_the_step_and_the_next_build_starts_afresh() {
         lines.by_ref().map_while(Result::ok).any(|line| line.starts_with('#') && line.ends_with(" started")),
         "the step's output arrives while it runs"
     );
-    assert_eq!(processes_with("98765"), 1);
+    wait_until("the step's process", Duration::from_secs(10), || processes_with("98765") == 1);
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
     let drain = std::thread::spawn(move || lines.map_while(Result::ok).collect::<Vec<_>>());
     let status = child.wait().expect("wait for kiln");
