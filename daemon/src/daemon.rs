@@ -190,6 +190,8 @@ async fn listen(
         () = daemon.shutdown.cancelled() => None,
     };
     daemon.shutdown.cancel();
+    // Builds are being cancelled; sessions would keep their connections open.
+    daemon.engine.sessions().close_all();
     let rest = async {
         let mut outcome = first.map_or(Ok(()), flatten);
         while let Some(server) = servers.join_next().await {

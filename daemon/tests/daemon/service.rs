@@ -1,10 +1,8 @@
 //! The daemon through its socket, with builds that need no sandbox and no network.
 
-mod common;
-
 use std::time::Duration;
 
-use common::{Daemon, chain, file, for_build, request};
+use crate::common::{Daemon, chain, file, for_build, request};
 use kiln_proto::control::{
     BuildHistoryEventType, BuildHistoryRequest, DiskUsageRequest, Exporter, InfoRequest, ListWorkersRequest,
     PruneRequest, SolveRequest, StatusRequest, StatusResponse, UpdateBuildHistoryRequest, Vertex,

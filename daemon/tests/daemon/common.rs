@@ -1,7 +1,5 @@
 //! A daemon on a socket of its own, and clients for it.
 
-#![allow(dead_code)]
-
 use std::path::PathBuf;
 
 use hyper_util::rt::TokioIo;
@@ -18,21 +16,21 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 /// A running daemon.
-pub struct Daemon {
-    pub dir: TempDir,
-    pub config: Config,
+pub(crate) struct Daemon {
+    pub(crate) dir: TempDir,
+    pub(crate) config: Config,
     stop: CancellationToken,
     task: Option<JoinHandle<Result<(), DaemonError>>>,
 }
 
 impl Daemon {
     /// Starts one with an empty store.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
     /// Starts one whose configuration `change` adjusts.
-    pub async fn with(change: impl FnOnce(&mut Config)) -> Self {
+    pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut config = Config {
             root: dir.path().join("root"),
@@ -45,12 +43,12 @@ impl Daemon {
         daemon
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("kilnd.sock")
     }
 
     /// Starts it again after [`Daemon::stop`].
-    pub async fn restart(&mut self) {
+    pub(crate) async fn restart(&mut self) {
         self.stop = CancellationToken::new();
         self.task = Some(tokio::spawn(kiln_daemon::serve(self.config.clone(), self.stop.clone())));
         while UnixStream::connect(self.socket()).await.is_err() {
@@ -61,7 +59,7 @@ impl Daemon {
     }
 
     /// Stops it in good order.
-    pub async fn stop(&mut self) {
+    pub(crate) async fn stop(&mut self) {
         self.stop.cancel();
         let task = self.task.take().expect("running");
         task.await.expect("the daemon's task").expect("the daemon ended well");
@@ -69,12 +67,12 @@ impl Daemon {
     }
 
     /// Waits until it ended by itself.
-    pub async fn ended(&mut self) {
+    pub(crate) async fn ended(&mut self) {
         let task = self.task.take().expect("running");
         task.await.expect("the daemon's task").expect("the daemon ended well");
     }
 
-    pub async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         let socket = self.socket();
         Endpoint::from_static("http://localhost")
             .connect_with_connector(tower::service_fn(move |_: http::Uri| {
@@ -85,16 +83,19 @@ impl Daemon {
             .expect("the daemon listens")
     }
 
-    pub async fn control(&self) -> ControlClient<Channel> {
+    pub(crate) async fn control(&self) -> ControlClient<Channel> {
         ControlClient::new(self.channel().await).max_decoding_message_size(16 << 20)
     }
 
-    pub async fn gateway(&self) -> LlbBridgeClient<Channel> {
+    pub(crate) async fn gateway(&self) -> LlbBridgeClient<Channel> {
         LlbBridgeClient::new(self.channel().await).max_decoding_message_size(16 << 20)
     }
 
     /// Builds a definition; gives the response and the whole status stream.
-    pub async fn build(&self, request: SolveRequest) -> (Result<SolveResponse, Status>, Vec<StatusResponse>) {
+    pub(crate) async fn build(
+        &self,
+        request: SolveRequest,
+    ) -> (Result<SolveResponse, Status>, Vec<StatusResponse>) {
         let mut control = self.control().await;
         let mut watcher = self.control().await;
         let id = request.r#ref.clone();
@@ -114,24 +115,24 @@ impl Daemon {
 }
 
 /// A request to build a definition.
-pub fn request(id: &str, definition: pb::Definition) -> SolveRequest {
+pub(crate) fn request(id: &str, definition: pb::Definition) -> SolveRequest {
     SolveRequest { r#ref: id.into(), definition: Some(definition), ..SolveRequest::default() }
 }
 
 /// A gateway call for a build.
-pub fn for_build<T>(id: &str, message: T) -> Request<T> {
+pub(crate) fn for_build<T>(id: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("buildkit-controlapi-buildid", id.parse().expect("a header"));
     request
 }
 
 /// A file of the given text on scratch, and the vertex that makes it.
-pub fn file(path: &str, text: &str) -> (pb::Definition, String) {
+pub(crate) fn file(path: &str, text: &str) -> (pb::Definition, String) {
     chain(&[(path, text)])
 }
 
 /// One vertex for each file, each on top of the one before; the digest is the last one's.
-pub fn chain(files: &[(&str, &str)]) -> (pb::Definition, String) {
+pub(crate) fn chain(files: &[(&str, &str)]) -> (pb::Definition, String) {
     let mut builder = llb::Builder::new();
     let mut last: Option<pb::Input> = None;
     for (path, text) in files {

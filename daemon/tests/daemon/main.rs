@@ -1,0 +1,6 @@
+//! The daemon from outside: its configuration file, and its services through a socket.
+
+mod common;
+mod config;
+mod dockerfile;
+mod service;
