@@ -19,7 +19,9 @@ use super::{Access, ImageError, Images};
 use crate::layer::{Decompressor, DigestWriter, LayerError, Unpacked, settle, unpack};
 use crate::registry::BlobStream;
 
-type Flight = Shared<BoxFuture<'static, Result<(), ImageError>>>;
+type Work = BoxFuture<'static, Result<(), ImageError>>;
+type Flight = Shared<Work>;
+type WeakFlight = WeakShared<Work>;
 
 /// Pieces on their way from the network to the unpacking thread.
 const PIPE: usize = 32;
@@ -155,7 +157,7 @@ pub(super) struct Flights(Mutex<Table>);
 
 #[derive(Default)]
 struct Table {
-    by_layer: HashMap<String, (u64, WeakShared<BoxFuture<'static, Result<(), ImageError>>>)>,
+    by_layer: HashMap<String, (u64, WeakFlight)>,
     count: u64,
 }
 

@@ -111,9 +111,7 @@ impl Op<Ref> for ImageSource {
         ctx: &'a OpContext,
         _inputs: Vec<Ref>,
     ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
-        Box::pin(async move {
-            Ok(vec![self.chain(ctx).await?.clone()])
-        })
+        Box::pin(async move { Ok(vec![self.chain(ctx).await?.clone()]) })
     }
 
     fn class(&self) -> OpClass {
