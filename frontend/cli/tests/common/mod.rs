@@ -57,7 +57,7 @@ impl Daemon {
             script: Arc::new(move |request, sessions, progress| {
                 Box::pin(script(request, sessions, progress))
             }),
-            progress: Mutex::new(Some((progress.clone(), progress.subscribe()))),
+            progress: Mutex::new((Some(progress.clone()), Some(progress.subscribe()))),
             gone: Mutex::new(Some(gone)),
         };
         let socket = dir.path().join("kilnd.sock");
@@ -160,8 +160,8 @@ pub(crate) fn log(digest: &str, text: &str) -> StatusResponse {
 struct Service {
     sessions: Arc<SessionManager>,
     script: Script,
-    /// Taken apart by the solve (sender) and the status call (receiver).
-    progress: Mutex<Option<(broadcast::Sender<StatusResponse>, broadcast::Receiver<StatusResponse>)>>,
+    /// The solve drops the sender at its end; the receiver waits for a status call, however late.
+    progress: Mutex<(Option<broadcast::Sender<StatusResponse>>, Option<broadcast::Receiver<StatusResponse>>)>,
     gone: Mutex<Option<oneshot::Sender<()>>>,
 }
 
@@ -188,20 +188,21 @@ impl Control for Service {
     type ListenBuildHistoryStream = BoxStream<'static, Result<BuildHistoryEvent, Status>>;
 
     async fn solve(&self, request: Request<SolveRequest>) -> Result<Response<SolveResponse>, Status> {
-        let sender = self.progress.lock().unwrap().as_ref().map(|(sender, _)| sender.clone());
+        let sender = self.progress.lock().unwrap().0.clone();
         let progress = Progress(sender.unwrap_or_else(|| broadcast::channel(1).0));
         let mut watch = Watch(self.gone.lock().unwrap().take());
         let answer = (self.script)(request.into_inner(), self.sessions.clone(), progress).await;
         watch.0 = None;
         // The stream ends with the build.
-        self.progress.lock().unwrap().take();
+        self.progress.lock().unwrap().0 = None;
         answer.map(Response::new)
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<Self::StatusStream>, Status> {
         let receiver = {
             let mut progress = self.progress.lock().unwrap();
-            progress.as_mut().map(|(sender, receiver)| std::mem::replace(receiver, sender.subscribe()))
+            let next = progress.0.as_ref().map(broadcast::Sender::subscribe);
+            std::mem::replace(&mut progress.1, next)
         };
         let Some(receiver) = receiver else { return Err(Status::not_found("no such job")) };
         let stream = futures::stream::unfold(receiver, |mut receiver| async {
