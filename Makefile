@@ -8,6 +8,7 @@ SHELL := /bin/bash
 CARGO := cargo
 # Sandboxes, overlay mounts and base images with owners need root.
 SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo -E env "PATH=$$PATH")
+RUNNER := $(if $(SUDO),CARGO_TARGET_$(shell uname -m | tr a-z A-Z)_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)')
 export CARGO_TERM_COLOR ?= auto
 
 .PHONY: build demo test bench lint deny setup-build setup-lab rocksdb
@@ -30,8 +31,7 @@ demo: setup-lab build
 test: setup-lab rocksdb
 	$(CARGO) build --release --locked --workspace
 	@$(SUDO) tools/base-images.sh busybox >/dev/null
-	CARGO_TARGET_$(shell uname -m | tr a-z A-Z)_UNKNOWN_LINUX_GNU_RUNNER="$(SUDO)" \
-	  $(CARGO) test --release --locked --workspace
+	$(RUNNER) $(CARGO) test --release --locked --workspace
 
 bench: setup-lab rocksdb
 	$(CARGO) build --release --locked -p kiln -p kiln-integration --bins
