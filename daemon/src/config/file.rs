@@ -187,9 +187,9 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
     let table: Table = toml::from_str(text)
         .map_err(|error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() })?;
     let mut top = Section { path, name: String::new(), table };
-    let mut config = Config::default();
+    let debug = top.boolean("debug")?.unwrap_or(false) | top.boolean("trace")?.unwrap_or(false);
+    let mut config = Config { debug, ..Config::default() };
 
-    config.debug = top.boolean("debug")?.unwrap_or(false) | top.boolean("trace")?.unwrap_or(false);
     if let Some(root) = top.string("root")? {
         config.root = root.into();
     }

@@ -132,6 +132,8 @@ impl StreamingService<BytesMessage> for IntoBytes {
             while let Some(message) = incoming.message().await? {
                 output.write_all(&message.data).await.map_err(failed)?;
             }
+            // Shutting standard output down does not wait for what was written.
+            output.flush().await.map_err(failed)?;
             output.shutdown().await.map_err(failed)?;
             Ok(Response::new(futures::stream::empty().boxed()))
         })
