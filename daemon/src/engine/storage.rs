@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use kiln_cache::{GcPolicy, PruneOptions, Store, UsageRecord};
+use kiln_cache::{GcPolicy, PruneOptions, Store, StoreError, UsageRecord};
 use kiln_proto::{control, types};
 use tokio::sync::Notify;
 
@@ -134,6 +134,7 @@ async fn collect(store: Weak<Store>, policies: Vec<GcPolicy>, wanted: Arc<Notify
             match store.collect_garbage(&policies) {
                 Ok(0) => {}
                 Ok(freed) => tracing::info!(bytes = freed, "collected garbage"),
+                Err(StoreError::Closed) => return false,
                 Err(error) => tracing::warn!(%error, "collecting garbage"),
             }
             true
