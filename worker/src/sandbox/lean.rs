@@ -3,7 +3,7 @@
 //! Also the daemon's half of a running sandbox, which the runtime executor shares.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::FutureExt;
@@ -13,9 +13,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
-use super::plan::{self, Plan};
+use super::plan;
 use super::wire::{self, FailureKind, Status};
-use super::zygote::{self, Zygote};
+use super::zygote::{self, Order, Zygote};
 use super::{Executor, ExitOutcome, SandboxError, SandboxRequest, seccomp};
 
 /// A profile and its packed programs.
@@ -47,14 +47,14 @@ impl Executor for LeanExecutor {
             if cancel.is_cancelled() {
                 return Err(SandboxError::Cancelled);
             }
-            let status = blocking(move || {
+            let order = blocking(move || {
                 let plan = plan::sandbox(&request)?;
                 let profile = request.spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
                 let programs = programs(&compiled, profile)?;
-                helper.start(&plan, &programs, [&request.stdin, &request.stdout, &request.stderr])
+                Order::new(&plan, programs, [request.stdin, request.stdout, request.stderr])
             })
             .await?;
-            watch(status, cancel).await
+            helper.run(order, cancel).await
         }
         .boxed()
     }
@@ -105,70 +105,110 @@ impl Helper {
         Arc::clone(&self.zygote.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Sends a plan to the zygote. Blocks for a short time.
-    pub(super) fn start(
-        &self,
-        plan: &Plan,
-        programs: &[u8],
-        stdio: [&OwnedFd; 3],
-    ) -> Result<OwnedFd, SandboxError> {
-        let json = serde_json::to_vec(plan)
-            .map_err(|e| SandboxError::Invalid(format!("sandbox {}: {e}", plan.id)))?;
-        let stdio = stdio.map(AsFd::as_fd);
-        let zygote = self.current();
-        match zygote.start(&json, programs, stdio) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
-            other => return other.map_err(|e| SandboxError::io("order to the sandbox helper", e)),
-        }
-        let fresh = {
-            let mut slot = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
-            if Arc::ptr_eq(&slot, &zygote) {
-                *slot = Arc::new(Zygote::spawn()?);
+    /// Runs a sandbox to its end.
+    pub(super) async fn run(
+        self: Arc<Self>,
+        order: Order,
+        cancel: CancellationToken,
+    ) -> Result<ExitOutcome, SandboxError> {
+        let order = Arc::new(order);
+        let mut zygote = self.current();
+        let mut again = false;
+        let status = loop {
+            let (to, what) = (Arc::clone(&zygote), Arc::clone(&order));
+            let mut status = match blocking(move || Ok(to.start(&what))).await? {
+                Ok(socket) => Some(Follower::new(socket)?),
+                Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                    None
+                }
+                Err(e) => return Err(SandboxError::io("order to the sandbox helper", e)),
+            };
+            let answer = match &mut status {
+                Some(status) => status.next(&cancel).await?,
+                None => None,
+            };
+            match (answer, status) {
+                (Some(Status::Started), Some(status)) => break status,
+                // It died before it took the order, which another one can still carry out.
+                (None, _) if !again => {
+                    again = true;
+                    let (helper, dead) = (Arc::clone(&self), zygote);
+                    zygote = blocking(move || helper.replace(&dead)).await?;
+                }
+                (None, _) => return Err(SandboxError::Helper("ended before it started a sandbox".into())),
+                (Some(other), _) => return Err(SandboxError::Helper(format!("answered {other:?} first"))),
             }
-            Arc::clone(&slot)
         };
-        fresh.start(&json, programs, stdio).map_err(|e| SandboxError::io("order to the sandbox helper", e))
+        // Whoever reads the program's output is to see its end, not ours.
+        drop(order);
+        status.finish(cancel).await
+    }
+
+    /// A new zygote in place of a dead one, unless somebody else was faster.
+    fn replace(&self, dead: &Arc<Zygote>) -> Result<Arc<Zygote>, SandboxError> {
+        let mut slot = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&slot, dead) {
+            *slot = Arc::new(Zygote::spawn()?);
+        }
+        Ok(Arc::clone(&slot))
     }
 }
 
-/// Follows a sandbox to its end.
-pub(super) async fn watch(status: OwnedFd, cancel: CancellationToken) -> Result<ExitOutcome, SandboxError> {
-    // SAFETY: an OwnedFd names one open socket until it is dropped, which is after the AsyncFd lets go of it.
-    let status = unsafe { AsyncFd::register_with_interest(status, Interest::READABLE) }
-        .map_err(|e| SandboxError::io("watching the sandbox helper", e.into_parts().1))?;
-    let mut outcome = ExitOutcome::default();
-    let mut failure = None;
-    let mut cancelled = false;
-    loop {
-        let message = tokio::select! {
-            () = cancel.cancelled(), if !cancelled => {
-                cancelled = true;
-                // The zygote sees the end of the stream, kills, and still reports the exit.
-                let _ = rustix::net::shutdown(status.get_ref(), rustix::net::Shutdown::Write);
-                continue;
+/// The daemon's view of one sandbox. Dropping it kills the sandbox.
+struct Follower {
+    status: AsyncFd<OwnedFd>,
+    cancelled: bool,
+}
+
+impl Follower {
+    fn new(status: OwnedFd) -> Result<Self, SandboxError> {
+        // SAFETY: an OwnedFd names one open socket until it is dropped, which is after the AsyncFd lets go of it.
+        let status = unsafe { AsyncFd::register_with_interest(status, Interest::READABLE) }
+            .map_err(|e| SandboxError::io("watching the sandbox helper", e.into_parts().1))?;
+        Ok(Self { status, cancelled: false })
+    }
+
+    /// The next answer; none when the zygote is gone.
+    async fn next(&mut self, cancel: &CancellationToken) -> Result<Option<Status>, SandboxError> {
+        let message = loop {
+            tokio::select! {
+                () = cancel.cancelled(), if !self.cancelled => {
+                    self.cancelled = true;
+                    // The zygote sees the end of the stream, kills, and still reports the exit.
+                    let _ = rustix::net::shutdown(self.status.get_ref(), rustix::net::Shutdown::Write);
+                }
+                message = self.status.async_io(Interest::READABLE, |fd| wire::receive(fd)) => break message,
             }
-            message = status.async_io(Interest::READABLE, |fd| wire::receive(fd)) => message,
         };
-        match message.map_err(|e| SandboxError::io("answer of the sandbox helper", e))? {
-            None => return Err(SandboxError::Helper("ended while a sandbox was running".into())),
-            Some((bytes, _)) => {
-                match wire::parse(&bytes).map_err(|e| SandboxError::io("sandbox helper", e))? {
-                    Status::Stubs(paths) => outcome.stubs.extend(paths),
-                    Status::Failed { kind, message } => failure = Some((kind, message)),
-                    Status::Exited { code, oom_killed } => {
-                        outcome.code = code;
-                        outcome.oom_killed = oom_killed;
-                        break;
-                    }
+        let message = message.map_err(|e| SandboxError::io("answer of the sandbox helper", e))?;
+        message
+            .map(|(bytes, _)| wire::parse(&bytes).map_err(|e| SandboxError::io("sandbox helper", e)))
+            .transpose()
+    }
+
+    /// Follows a started sandbox to its end.
+    async fn finish(mut self, cancel: CancellationToken) -> Result<ExitOutcome, SandboxError> {
+        let mut outcome = ExitOutcome::default();
+        let mut failure = None;
+        loop {
+            match self.next(&cancel).await? {
+                None => return Err(SandboxError::Helper("ended while a sandbox was running".into())),
+                Some(Status::Started) => {}
+                Some(Status::Stubs(paths)) => outcome.stubs.extend(paths),
+                Some(Status::Failed { kind, message }) => failure = Some((kind, message)),
+                Some(Status::Exited { code, oom_killed }) => {
+                    outcome.code = code;
+                    outcome.oom_killed = oom_killed;
+                    break;
                 }
             }
         }
-    }
-    match failure {
-        _ if cancelled => Err(SandboxError::Cancelled),
-        Some((FailureKind::Setup, text)) => Err(SandboxError::Setup(text)),
-        Some((FailureKind::Exec, text)) => Err(SandboxError::Exec(text)),
-        Some((FailureKind::Unsupported, text)) => Err(SandboxError::Unsupported(text)),
-        None => Ok(outcome),
+        match failure {
+            _ if self.cancelled => Err(SandboxError::Cancelled),
+            Some((FailureKind::Setup, text)) => Err(SandboxError::Setup(text)),
+            Some((FailureKind::Exec, text)) => Err(SandboxError::Exec(text)),
+            Some((FailureKind::Unsupported, text)) => Err(SandboxError::Unsupported(text)),
+            None => Ok(outcome),
+        }
     }
 }

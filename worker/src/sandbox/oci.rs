@@ -14,8 +14,9 @@ use oci_spec::runtime::{Mount, MountBuilder, Root, Spec};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::lean::{Helper, blocking, watch};
+use super::lean::{Helper, blocking};
 use super::plan::{self, CgroupPlan, Limits, Plan, RuntimePlan, Task, depth};
+use super::zygote::Order;
 use super::{Executor, ExitOutcome, SandboxError, SandboxRequest};
 
 /// Parent cgroup of sandboxes whose spec names none.
@@ -74,15 +75,15 @@ impl Executor for OciRuntimeExecutor {
             if cancel.is_cancelled() {
                 return Err(SandboxError::Cancelled);
             }
-            let (status, bundle) = blocking(move || {
+            let (order, bundle) = blocking(move || {
                 plan::check(&request)?;
                 let mut bundle = Bundle::new(&settings, &request.id)?;
                 let plan = bundle.plan(&settings, &request)?;
-                let status = helper.start(&plan, &[], [&request.stdin, &request.stdout, &request.stderr])?;
-                Ok((status, bundle))
+                let stdio = [request.stdin, request.stdout, request.stderr];
+                Ok((Order::new(&plan, Arc::default(), stdio)?, bundle))
             })
             .await?;
-            let result = watch(status, cancel).await;
+            let result = helper.run(order, cancel).await;
             blocking(move || {
                 let outcome = result?;
                 // The runtime's own failure has the same exit statuses as a program's.

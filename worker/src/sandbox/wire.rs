@@ -25,6 +25,8 @@ pub(super) const START_FDS: usize = 5;
 /// Answers on a sandbox's status socket.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Status {
+    /// The order was taken; always the first answer.
+    Started,
     /// Mount points that had to be made, some of them; sent before the program starts.
     Stubs(Vec<PathBuf>),
     /// The program was not started.

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -225,6 +226,7 @@ impl Server {
 
     fn start(&mut self, fds: Vec<OwnedFd>) {
         let Ok([plan, status, stdin, stdout, stderr]) = <[OwnedFd; START_FDS]>::try_from(fds) else { return };
+        let _ = wire::send_json(&status, &Status::Started);
         if let Err(message) = self.try_start(&plan, &status, [stdin, stdout, stderr]) {
             let _ = wire::send_json(&status, &Status::Failed { kind: FailureKind::Setup, message });
             let _ = wire::send_json(&status, &Status::Exited { code: 255, oom_killed: false });
@@ -307,6 +309,28 @@ fn unpack(mut bytes: &[u8]) -> Option<Vec<Vec<libc::sock_filter>>> {
     Some(programs)
 }
 
+/// A sandbox to start.
+#[derive(Debug)]
+pub(super) struct Order {
+    plan: Vec<u8>,
+    programs: Arc<Vec<u8>>,
+    stdio: [OwnedFd; 3],
+}
+
+impl Order {
+    /// `programs` are packed seccomp programs; `stdio` is standard input, output and error.
+    pub(super) fn new(
+        plan: &Plan,
+        programs: Arc<Vec<u8>>,
+        stdio: [OwnedFd; 3],
+    ) -> Result<Self, SandboxError> {
+        let id = &plan.id;
+        let plan =
+            serde_json::to_vec(plan).map_err(|e| SandboxError::Invalid(format!("sandbox {id}: {e}")))?;
+        Ok(Self { plan, programs, stdio })
+    }
+}
+
 /// The daemon's end.
 #[derive(Debug)]
 pub(super) struct Zygote {
@@ -354,17 +378,12 @@ impl Zygote {
     }
 
     /// Starts a sandbox; its answers come on the returned socket, which does not block. Closing or shutting that
-    /// down kills the sandbox. An error means that the zygote is gone.
-    pub(super) fn start(
-        &self,
-        plan: &[u8],
-        programs: &[u8],
-        stdio: [BorrowedFd<'_>; 3],
-    ) -> io::Result<OwnedFd> {
-        let file = wire::plan_file(plan, programs)?;
+    /// down kills the sandbox. An error means that the zygote is gone; so does an end before [`Status::Started`].
+    pub(super) fn start(&self, order: &Order) -> io::Result<OwnedFd> {
+        let file = wire::plan_file(&order.plan, &order.programs)?;
         let (ours, theirs) = wire::pair(false)?;
         rustix::io::ioctl_fionbio(&ours, true)?;
-        let [stdin, stdout, stderr] = stdio;
+        let [stdin, stdout, stderr] = order.stdio.each_ref().map(AsFd::as_fd);
         wire::send(&self.control, b"start", &[file.as_fd(), theirs.as_fd(), stdin, stdout, stderr])?;
         Ok(ours)
     }

@@ -157,11 +157,13 @@ pub(crate) fn log(digest: &str, text: &str) -> StatusResponse {
     StatusResponse { logs: vec![log], ..Default::default() }
 }
 
+type Messages = broadcast::Receiver<StatusResponse>;
+
 struct Service {
     sessions: Arc<SessionManager>,
     script: Script,
     /// The solve drops the sender at its end; the receiver waits for a status call, however late.
-    progress: Mutex<(Option<broadcast::Sender<StatusResponse>>, Option<broadcast::Receiver<StatusResponse>>)>,
+    progress: Mutex<(Option<broadcast::Sender<StatusResponse>>, Option<Messages>)>,
     gone: Mutex<Option<oneshot::Sender<()>>>,
 }
 
