@@ -286,7 +286,6 @@ impl ResultStore<Ref> for Worker {
 
     fn output_digest<'a>(&'a self, result: &'a Ref) -> BoxFuture<'a, Result<Key, OpError>> {
         Box::pin(async move {
-            self.materialize(result, &self.shared_access()).await?;
             let snapshot = result.clone();
             let hash =
                 tokio::task::spawn_blocking(move || contenthash::output_digest(snapshot.as_ref())).await;

@@ -118,7 +118,11 @@ impl Engine {
     /// Waits for work that is still being torn down, then closes the store.
     pub(crate) async fn close(&self) -> Result<(), EngineError> {
         self.sessions.close_all();
-        if tokio::time::timeout(TEAR_DOWN, self.solver.idle()).await.is_err() {
+        let quiet = async {
+            self.solver.idle().await;
+            self.worker.idle().await;
+        };
+        if tokio::time::timeout(TEAR_DOWN, quiet).await.is_err() {
             tracing::warn!("cancelled work did not end in time");
         }
         let store = self.store.clone();

@@ -84,6 +84,11 @@ impl WorkerHandle {
         self.worker.id()
     }
 
+    /// Waits until no step runs any more, cancelled ones included.
+    pub(super) async fn idle(&self) {
+        self.worker.idle().await;
+    }
+
     pub(super) fn results(&self) -> Arc<dyn ResultStore<Ref>> {
         self.worker.clone()
     }

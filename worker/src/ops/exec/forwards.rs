@@ -12,6 +12,9 @@ use tokio::task::JoinSet;
 use crate::ops::SessionGroup;
 use crate::ops::run_dir::StepDir;
 
+/// The agent that a mount without an id means (BuildKit's `sshforward.DefaultID`).
+const DEFAULT_AGENT: &str = "default";
+
 /// The value of a secret; `None` if the client has none and the step can do without.
 pub(crate) async fn secret(
     sessions: &SessionGroup,
@@ -55,7 +58,7 @@ impl Agents {
         dir: &StepDir,
         number: usize,
     ) -> Result<Option<PathBuf>, OpError> {
-        let id = options.id.as_str();
+        let id = if options.id.is_empty() { DEFAULT_AGENT } else { options.id.as_str() };
         let session = match sessions.ssh(id).await {
             Ok(Some(session)) => session,
             Ok(None) | Err(_) if options.optional => return Ok(None),

@@ -1,0 +1,132 @@
+//! A client's directories, and what follows from their content.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::{Arc, Mutex};
+
+use kiln_cache::Ref;
+use kiln_proto::pb::file_action::Action;
+use kiln_proto::{llb, pb};
+use kiln_session::client::{Attachables, SharedDir};
+use kiln_solver::op::ResultStore;
+use kiln_solver::progress::{Event, ProgressSink};
+use kiln_solver::{BuildOptions, Solver, SolverOptions};
+use kiln_worker::ops::{BuildContext, SessionGroup};
+
+use crate::common;
+use crate::world::{World, action, copy, file, mkfile, top};
+
+pub(crate) fn local(name: &str, session: &str) -> pb::op::Op {
+    let attrs = [("local.session".to_owned(), session.to_owned())].into_iter().collect();
+    pb::op::Op::Source(pb::SourceOp { identifier: format!("local://{name}"), attrs })
+}
+
+pub(crate) async fn a_clients_directory_is_transferred_once(world: &World) {
+    let from = world.dir.path().join("context");
+    common::write(&from, "src/main", "1");
+    common::write(&from, "other", "o");
+    std::fs::set_permissions(from.join("other"), std::fs::Permissions::from_mode(0o640)).unwrap();
+    let (manager, mut control) = common::daemon().await;
+    let mut offer = Attachables::new();
+    offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
+    let _client = offer.attach(&mut control, "s", "key").await.unwrap();
+    let context =
+        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let fetch = || world.run_in(&context, local("context", "s"), &[]);
+    let first = fetch().await.unwrap().remove(0);
+    assert_eq!(world.read(&first, "src/main").await.as_deref(), Some("1"));
+    assert_eq!(top(&first).dir().join("other").metadata().unwrap().mode() & 0o7777, 0o640);
+    assert_eq!(fetch().await.unwrap(), std::slice::from_ref(&first), "nothing changed");
+    common::write(&from, "src/main", "two");
+    let second = fetch().await.unwrap().remove(0);
+    assert_ne!(second, first);
+    assert_eq!(world.read(&second, "src/main").await.as_deref(), Some("two"));
+    assert_eq!(world.read(&first, "src/main").await.as_deref(), Some("1"), "a snapshot never changes");
+    std::fs::remove_file(from.join("other")).unwrap();
+    let third = fetch().await.unwrap().remove(0);
+    assert_eq!(world.read(&third, "other").await, None);
+    assert_eq!(world.read(&second, "other").await.as_deref(), Some("o"));
+    let (a, b) = tokio::join!(fetch(), fetch());
+    assert_eq!(world.read(&a.unwrap()[0], "src/main").await, world.read(&b.unwrap()[0], "src/main").await);
+    let error = world.run_in(&context, local("secrets", "s"), &[]).await.unwrap_err();
+    assert!(error.message.contains("no access allowed to dir \"secrets\""), "{error}");
+}
+
+pub(crate) async fn a_broken_transfer_is_not_taken_for_the_present_state(world: &World) {
+    let from = world.dir.path().join("context");
+    common::write(&from, "a", "1");
+    let (manager, mut control) = common::daemon().await;
+    let mut offer = Attachables::new();
+    offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
+    let _client = offer.attach(&mut control, "s", "key").await.unwrap();
+    let context =
+        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let fetch = || world.run_in(&context, local("context", "s"), &[]);
+    let first = fetch().await.unwrap().remove(0);
+    common::write(&from, "a", "22");
+    // A name that listings can't hold breaks the transfer off after `a` has come.
+    let bad = from.join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"z\xff"));
+    std::fs::write(&bad, "x").unwrap();
+    fetch().await.unwrap_err();
+    std::fs::remove_file(&bad).unwrap();
+    let last = fetch().await.unwrap().remove(0);
+    assert_ne!(last, first);
+    assert_eq!(world.read(&last, "a").await.as_deref(), Some("22"));
+}
+
+pub(crate) async fn unknown_sources_are_refused_by_name(world: &World) {
+    let source = pb::op::Op::Source(pb::SourceOp { identifier: "ipfs://x".into(), ..Default::default() });
+    let error = world.run(source, &[]).await.unwrap_err();
+    assert_eq!(error.message, "unsupported: source scheme ipfs (ipfs://x)");
+}
+
+/// Counts what ran.
+#[derive(Default)]
+pub(crate) struct Ran(pub(crate) Mutex<Vec<String>>);
+
+impl ProgressSink for Ran {
+    fn event(&self, event: Event) {
+        if let Event::Vertex(vertex) = event
+            && vertex.completed.is_some()
+            && !vertex.cached
+            && vertex.error.is_empty()
+        {
+            self.0.lock().unwrap().push(vertex.name);
+        }
+    }
+}
+
+pub(crate) async fn an_unchanged_file_keeps_the_steps_that_read_it(world: &World) {
+    let solver: Solver<Ref> =
+        Solver::new(world.worker.store().keys(), world.worker.clone(), SolverOptions::default());
+    let definition = |read: &str, unread: &str| {
+        let mut builder = llb::Builder::new();
+        let mut add = |inputs: Vec<pb::Input>, op: pb::op::Op| {
+            builder.add(&pb::Op { inputs, op: Some(op), ..Default::default() }, pb::OpMetadata::default())
+        };
+        let edge = |digest: &String| pb::Input { digest: digest.clone(), index: 0 };
+        let made = action(-1, -1, -1, mkfile("/read", read));
+        let source = add(vec![], file(vec![made, action(0, -1, 0, mkfile("/unread", unread))]));
+        let copied =
+            add(vec![edge(&source)], file(vec![action(-1, 0, 0, Action::Copy(copy("/read", "/x")))]));
+        let last = add(vec![edge(&copied)], file(vec![action(0, -1, 0, mkfile("/after", "a"))]));
+        builder.finish(&edge(&last))
+    };
+    let build = async |read: &str, unread: &str| {
+        let ran = Arc::new(Ran::default());
+        let factory = world.worker.factory(world.context(&[]));
+        let build = solver.build(BuildOptions { factory, progress: ran.clone() });
+        let result = build.solve(&definition(read, unread)).await.unwrap().flatten();
+        drop(build);
+        solver.idle().await;
+        let mut names = ran.0.lock().unwrap().clone();
+        names.sort();
+        names.dedup();
+        (ResultStore::id(&*world.worker, &result), names.len())
+    };
+    let (first, ran) = build("1", "a").await;
+    assert_eq!(ran, 3);
+    assert_eq!(build("1", "a").await, (first.clone(), 0));
+    assert_eq!(build("1", "b").await, (first.clone(), 1), "only the source itself runs again");
+    let (changed, ran) = build("2", "b").await;
+    assert!(changed != first && ran == 3, "{ran}");
+}
