@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use rand::Rng;
@@ -25,6 +26,16 @@ pub(crate) fn random_id() -> String {
 
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|e| StoreError::io("create directory", path, e))
+}
+
+/// A directory that only its owner may enter: layers hold setuid programs and devices. One that is there keeps its
+/// mode.
+pub(crate) fn make_private_dir(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| StoreError::io("create directory", path, e))
 }
 
 pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {

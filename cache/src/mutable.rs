@@ -47,6 +47,7 @@ pub struct MutableDir {
 pub(crate) struct Inner {
     shared: Arc<Shared>,
     id: String,
+    record_key: Vec<u8>,
     fs: PathBuf,
     /// Its record is gone: the last handle takes the directory along.
     removed: AtomicBool,
@@ -62,10 +63,14 @@ pub(crate) struct Record {
     pub(crate) description: String,
     #[prost(int64, tag = "4")]
     pub(crate) created: i64,
-    /// The epoch of the last use: what was written then may be torn by a power cut.
+    /// The epoch in which its last user let go of it, or [`OPEN`]: what was written then may be torn by a power
+    /// cut.
     #[prost(uint64, tag = "5")]
     pub(crate) epoch: u64,
 }
+
+/// Epoch of a directory that somebody writes to: never durable.
+pub(crate) const OPEN: u64 = u64::MAX;
 
 impl MutableDirs {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
@@ -128,19 +133,21 @@ impl MutableDirs {
             std::fs::set_permissions(&fs, std::fs::Permissions::from_mode(0o755))
                 .map_err(|e| StoreError::io("set mode of", &fs, e))?;
         }
-        record.epoch = self.shared.epochs.stamp();
+        record.epoch = OPEN;
         let mut batch = Batch::new();
-        batch.put(Cf::Mutable, record_key, codec::encode(&record));
+        batch.put(Cf::Mutable, record_key.as_slice(), codec::encode(&record));
         // The directory is about to change; its size has to be found out again.
         batch.delete(Cf::Values, crate::usage::size_key(&record.id));
-        self.shared.commit(batch)?;
         let made = Inner {
             shared: Arc::clone(&self.shared),
             id: record.id.clone(),
+            record_key,
             fs,
             removed: AtomicBool::new(false),
         };
-        Ok(MutableDir { inner: self.shared.mutable.adopt(&record.id, Arc::new(made)) })
+        let inner = self.shared.mutable.adopt(&record.id, Arc::new(made));
+        self.shared.commit(batch)?;
+        Ok(MutableDir { inner })
     }
 }
 
@@ -175,8 +182,29 @@ impl std::fmt::Debug for MutableDir {
     }
 }
 
+impl Inner {
+    /// Notes when the directory came to rest. Should it be removed at this moment, the record that this may leave
+    /// names a directory that is made again.
+    fn rest(&self) -> Result<()> {
+        let kv = self.shared.kv.as_ref();
+        let Some(mut record) = load(kv, &self.record_key)?.filter(|record| record.id == self.id) else {
+            return Ok(());
+        };
+        record.epoch = self.shared.epochs.stamp();
+        let mut batch = Batch::new();
+        batch.put(Cf::Mutable, self.record_key.as_slice(), codec::encode(&record));
+        self.shared.commit(batch)
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
+        if !*self.removed.get_mut()
+            && !self.shared.mutable.is_held(&self.id)
+            && let Err(error) = self.rest()
+        {
+            tracing::debug!(dir = self.id, %error, "still marked as open");
+        }
         self.shared.usage.touch(&self.id);
         self.shared.mutable.release(&self.id);
         if *self.removed.get_mut() {

@@ -83,11 +83,11 @@ impl Store {
     /// Opens the store in `root`, which is created if need be. Removes what an earlier owner left
     /// unfinished.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>> {
-        fsx::make_dir(root)?;
+        fsx::make_private_dir(root)?;
         let root = root.canonicalize().map_err(|e| StoreError::io("resolve", root, e))?;
         let lock = lock(&root)?;
         for dir in ["meta", "snapshots", "content/sha256", "mutable", "staging", "trash"] {
-            fsx::make_dir(&root.join(dir))?;
+            fsx::make_private_dir(&root.join(dir))?;
         }
         let kv: Arc<dyn Kv> = Arc::new(RocksKv::open(&root.join("meta"))?);
         check_schema(&root, kv.as_ref())?;
@@ -96,7 +96,7 @@ impl Store {
             None => epoch::boot_id()?,
         };
         let startup = Epochs::start(kv.as_ref(), &boot)?;
-        sweep::sweep(&root, kv.as_ref(), startup.trusted_until)?;
+        sweep::sweep(&root, kv.as_ref(), &startup)?;
         Epochs::mark_in_use(kv.as_ref(), &boot)?;
 
         let shared = Arc::new(Shared {

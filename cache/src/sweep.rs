@@ -4,23 +4,23 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use crate::epoch::Startup;
 use crate::error::{Result, StoreError};
 use crate::kv::{Batch, Cf, Kv};
 use crate::snapshots::record::{self, Record};
 use crate::{blobs, codec, fsx, mutable};
 
-/// `trusted_until`: records with a later stamp are not trusted; `None` trusts all.
-pub(crate) fn sweep(root: &Path, kv: &dyn Kv, trusted_until: Option<u64>) -> Result<()> {
-    let trusted = |epoch: u64| trusted_until.is_none_or(|limit| epoch <= limit);
+pub(crate) fn sweep(root: &Path, kv: &dyn Kv, startup: &Startup) -> Result<()> {
+    let trusted = |epoch: u64| startup.trusted_until.is_none_or(|limit| epoch <= limit);
     let trash = root.join("trash");
     let staging = root.join("staging");
     fsx::rename(&staging, &trash.join(fsx::random_id()))?;
-    fsx::make_dir(&staging)?;
+    fsx::make_private_dir(&staging)?;
 
     let mut batch = Batch::new();
     let keep = snapshots(root, kv, &trusted, &mut batch)?;
     let kept_blobs = blobs(root, kv, &trusted, &mut batch)?;
-    let kept_mutable = mutable_dirs(root, kv, &trusted, &mut batch)?;
+    let kept_mutable = mutable_dirs(root, kv, &trusted, startup.epochs.stamp(), &mut batch)?;
     if !batch.is_empty() {
         kv.write(batch)?;
     }
@@ -109,20 +109,26 @@ fn blobs(
     Ok(keep)
 }
 
+/// As [`snapshots`]; those that a dead owner had open have come to rest by `now`.
 fn mutable_dirs(
     root: &Path,
     kv: &dyn Kv,
     trusted: &dyn Fn(u64) -> bool,
+    now: u64,
     batch: &mut Batch,
 ) -> Result<HashSet<String>> {
     let present: HashSet<String> = fsx::list(&root.join("mutable"))?.into_iter().collect();
     let mut keep = HashSet::new();
-    mutable::each(kv, |key, record| match trusted(record.epoch) && present.contains(&record.id) {
-        true => {
-            keep.insert(record.id);
-            Ok(())
+    mutable::each(kv, |key, mut record| {
+        if !trusted(record.epoch) || !present.contains(&record.id) {
+            return mutable::erase(kv, batch, key, &record.id);
         }
-        false => mutable::erase(kv, batch, key, &record.id),
+        if record.epoch == mutable::OPEN {
+            record.epoch = now;
+            batch.put(Cf::Mutable, key, codec::encode(&record));
+        }
+        keep.insert(record.id);
+        Ok(())
     })?;
     Ok(keep)
 }

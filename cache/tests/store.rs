@@ -146,6 +146,31 @@ fn after_a_power_cut_only_what_was_synced_is_trusted() {
 }
 
 #[test]
+fn what_a_step_wrote_late_to_its_cache_mount_is_not_taken_for_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    let quick = kiln_cache::StoreOptions { sync_interval: std::time::Duration::ZERO, ..options() };
+    let store = Store::open(dir.path(), quick).unwrap();
+    let mount = store.mutable().open(MutableKind::CacheMount, "key", "").unwrap();
+    let again = store.mutable().open(MutableKind::CacheMount, "key", "").unwrap();
+    drop(again);
+    let kept = layer(&store, None, |fs| write(fs, "a", "1"));
+    let id_after_power_cut = || {
+        let image = crash_image(dir.path());
+        let later = open_on_boot(image.path(), "boot-2");
+        let synced = later.snapshots().get(kept.id()).unwrap().is_some();
+        synced.then(|| later.mutable().open(MutableKind::CacheMount, "key", "").unwrap().id().to_owned())
+    };
+    eventually("the sync", || id_after_power_cut().is_some());
+    assert_ne!(id_after_power_cut().as_deref(), Some(mount.id()), "still open");
+    let id = mount.id().to_owned();
+    // A daemon that is killed does not take the machine along.
+    let image = crash_image(dir.path());
+    assert_eq!(open(image.path()).mutable().open(MutableKind::CacheMount, "key", "").unwrap().id(), id);
+    drop(mount);
+    eventually("the sync after its end", || id_after_power_cut().as_deref() == Some(&id));
+}
+
+#[test]
 fn the_background_sync_makes_commits_durable() {
     let dir = tempfile::tempdir().unwrap();
     let quick = kiln_cache::StoreOptions { sync_interval: std::time::Duration::ZERO, ..options() };

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, TEAR_DOWN};
 use crate::history::History;
 use crate::jobs::Jobs;
 use crate::server::{Activity, Listener};
@@ -19,7 +19,7 @@ use crate::{server, services, workers};
 /// How long connections may take to end once the daemon stops.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long a daemon waits for its predecessor to let go of the store.
-const HANDOVER: Duration = Duration::from_secs(5);
+const HANDOVER: Duration = DRAIN.saturating_add(TEAR_DOWN).saturating_add(Duration::from_secs(5));
 
 /// Why a daemon did not start or ended badly.
 #[derive(Debug, thiserror::Error)]

@@ -396,12 +396,14 @@ impl SnapshotRef {
         let _changing = lock(&self.inner.change);
         let mut record = self.load_record()?;
         let Some(lazy) = &mut record.lazy else { return Ok(()) };
+        let mut batch = Batch::new();
         if lazy.blob.digest != layer.blob.digest {
             // Two images promise the same files by different blobs. An image may promise what it does not
             // hold, so before anything was unpacked the one that is asked for now has its say.
             if self.is_filled() {
                 return Ok(());
             }
+            batch.delete(Cf::Refs, record::blob_user_key(&lazy.blob.digest, self.id()));
             *lazy = layer;
         } else {
             let before = lazy.sources.len();
@@ -415,7 +417,6 @@ impl SnapshotRef {
             }
         }
         self.inner.shared.check_open()?;
-        let mut batch = Batch::new();
         record.save(&mut batch, self.id());
         self.inner.shared.kv.write(batch)
     }

@@ -29,6 +29,8 @@ fn readable(result: &BuildResult) -> Vec<(String, String)> {
 /// Builds what a client asked for.
 pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result<SolveResponse, BuildError> {
     let request = request::checked(request, &daemon.config)?;
+    // A client that leaves drops this future, and what it built is garbage like any other.
+    let _ended = Ended(daemon);
     let mut guard = daemon.jobs.start(&request.r#ref)?;
     let progress = guard.job().progress.clone();
     let recording = (!request.internal).then(|| daemon.history.begin(&request, progress.clone()));
@@ -49,12 +51,20 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     if let Some(recording) = recording {
         recording.finish(metadata, outcome.as_ref().err().cloned()).await;
     }
-    daemon.engine.build_ended();
     match &outcome {
         Ok(_) => tracing::debug!(build = request.r#ref, "built"),
         Err(error) => tracing::debug!(build = request.r#ref, %error, "build failed"),
     }
     outcome
+}
+
+/// Tells the engine, once dropped, that a build is over.
+struct Ended<'a>(&'a Daemon);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.engine.build_ended();
+    }
 }
 
 /// Completes when a session that was there has gone: nobody is left to build for.

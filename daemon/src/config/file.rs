@@ -216,7 +216,16 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
             }
         }
         if let Some(level) = log.string("level")? {
-            config.debug |= matches!(level.as_str(), "debug" | "trace");
+            match level.as_str() {
+                "debug" | "trace" => config.debug = true,
+                "" | "info" => {}
+                other => {
+                    return Err(ConfigError::Unsupported {
+                        path: path.to_owned(),
+                        key: format!("log.level = {other}"),
+                    });
+                }
+            }
         }
         log.finish();
     }

@@ -52,7 +52,7 @@ impl EngineError {
 }
 
 /// How long cancelled work may take to be torn down when the daemon stops.
-const TEAR_DOWN: Duration = Duration::from_secs(10);
+pub(crate) const TEAR_DOWN: Duration = Duration::from_secs(10);
 
 /// What all builds share.
 pub(crate) struct Engine {

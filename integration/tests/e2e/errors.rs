@@ -59,6 +59,18 @@ fn a_failing_step_shows_its_lines_command_exit_code_and_last_output() {
 }
 
 #[test]
+fn the_last_output_of_a_failing_step_is_shown_however_much_came_before() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new(
+        "FROM busybox\nRUN yes 'a line of much output' | head -c 5000000; echo the last words; exit 3\n",
+    );
+    let built = kiln.build(context.path(), &[]).fails(&["the last words", "exit code: 3", "output clipped"]);
+    assert!(built.stderr.len() < 4_000_000, "{} bytes", built.stderr.len());
+    still_works(&kiln);
+}
+
+#[test]
 fn a_killed_step_is_an_error_and_is_not_cached() {
     let registry = Registry::with_busybox();
     let kiln = Kiln::new(&registry);

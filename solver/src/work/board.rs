@@ -8,7 +8,7 @@ use crate::op::OpError;
 use crate::produced::Produced;
 use crate::progress::{Event, ProgressSink, VertexLog, VertexStatus};
 
-/// How much output is kept for late askers, in bytes; the newest is kept.
+/// How much output is kept for late askers, in bytes with what each piece takes itself; the newest is kept.
 const REPLAY_LOG: usize = 2 << 20;
 /// How many warnings and foreign vertices are kept for late askers.
 const REPLAY_EVENTS: usize = 4096;
@@ -138,6 +138,10 @@ impl<R: Send + Sync> ProgressSink for Board<R> {
     }
 }
 
+fn weight(log: &VertexLog) -> usize {
+    size_of::<VertexLog>() + log.vertex.len() + log.data.len()
+}
+
 #[derive(Default)]
 struct Replay {
     others: Vec<Event>,
@@ -151,12 +155,12 @@ impl Replay {
     fn keep(&mut self, event: Event) {
         match event {
             Event::Log(log) => {
-                self.log_bytes += log.data.len();
+                self.log_bytes += weight(&log);
                 self.logs.push_back(log);
                 while self.log_bytes > REPLAY_LOG
                     && let Some(old) = self.logs.pop_front()
                 {
-                    self.log_bytes -= old.data.len();
+                    self.log_bytes -= weight(&old);
                 }
             }
             Event::Status(status) => {

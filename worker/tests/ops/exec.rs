@@ -275,6 +275,32 @@ pub(crate) async fn keys_leave_out_what_does_not_matter(world: &World) {
     let mounted = world.key(exec(mounted), 2).await;
     assert_eq!(mounted.inputs[1].content.as_ref().unwrap().paths[0].path, "/src");
 
+    // What is shown where counts, also where the same paths are shown in other places.
+    let shown = |sources: [&str; 2]| {
+        let mut op = sh("make");
+        for (source, dest) in sources.into_iter().zip(["/x", "/y"]) {
+            op.mounts.push(pb::Mount { selector: source.into(), ..bind(1, dest, -1, true) });
+        }
+        exec(op)
+    };
+    let mut seen = Vec::new();
+    for sources in [["/a", "/b"], ["/b", "/a"], ["/a", "/a"], ["/a", "/a/b"]] {
+        let key = world.key(shown(sources), 2).await;
+        let paths = key.inputs[1].content.clone().unwrap().paths.into_iter().map(|path| path.path);
+        seen.push(paths.collect::<Vec<_>>());
+        assert_eq!(seen.last().unwrap(), &sources);
+    }
+    let copies = |sources: &[&str]| {
+        let actions = sources.iter().enumerate().map(|(at, source)| {
+            let base = if at == 0 { 0 } else { 1 + at as i64 };
+            let output = if at + 1 == sources.len() { 0 } else { -1 };
+            action(base, 1, output, Action::Copy(copy(source, "/d/")))
+        });
+        file(actions.collect())
+    };
+    let (ends, starts) = (copies(&["/p/f", "/q/f", "/p/f"]), copies(&["/p/f", "/q/f", "/q/f"]));
+    assert_ne!(world.key(ends, 2).await.inputs[1].content, world.key(starts, 2).await.inputs[1].content);
+
     let from = |src: &str| file(vec![action(0, 1, 0, Action::Copy(copy(src, "/x")))]);
     let (one, other) = (world.key(from("/a/f"), 2).await, world.key(from("/b/f"), 2).await);
     assert_eq!(one.digest, other.digest, "only the name of the source shows");

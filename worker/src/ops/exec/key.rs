@@ -93,20 +93,13 @@ fn inputs(op: &pb::ExecOp, count: usize) -> Result<Vec<InputMap>, OpError> {
         // Every use of the input has to allow it.
         by_content[index] = Some(by_content[index].unwrap_or(true) && content);
     }
-    let map = |(mut selectors, content): (Vec<String>, Option<bool>)| {
+    // One path for each mount, in their order, even if they overlap: what is shown where is in the step's own key
+    // by the order of its mounts only.
+    let map = |(selectors, content): (Vec<String>, Option<bool>)| {
         if selectors.is_empty() {
             return InputMap::default();
         }
         let selector = Some(selectors.join("\0"));
-        selectors.sort_unstable();
-        selectors.dedup();
-        // What lies below another selected directory is in its digest.
-        let all = selectors.clone();
-        let covered = |path: &String| {
-            all.iter()
-                .any(|other| other != path && path.starts_with(&format!("{}/", other.trim_end_matches('/'))))
-        };
-        selectors.retain(|path| !covered(path));
         let path =
             |path: String| ContentPath { path, follow_symlink: true, must_exist: true, ..Default::default() };
         let content = content

@@ -89,9 +89,8 @@ impl FileOp {
         let inputs = reads
             .into_iter()
             .zip(whole)
-            .map(|(mut paths, whole)| {
-                let mut seen = std::collections::HashSet::new();
-                paths.retain(|path| seen.insert(path.clone()));
+            .map(|(paths, whole)| {
+                // Equal paths stay: the order of all of them is the order of the actions.
                 if whole || paths.is_empty() {
                     return InputMap::default();
                 }
