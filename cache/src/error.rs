@@ -39,6 +39,8 @@ pub enum StoreError {
         root: PathBuf,
         /// The owner, as it noted itself in the lock file.
         pid: Option<u32>,
+        /// The owner noted that it is about to close the store.
+        leaving: bool,
     },
     /// The root was written by a newer version.
     #[error("{}: store schema {found} is newer than {supported}, which this version understands", root.display())]

@@ -11,7 +11,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -76,7 +76,7 @@ pub(crate) struct Shared {
     pub(crate) content: ContentCache,
     pub(crate) signal: Arc<crate::maintenance::Signal>,
     closed: AtomicBool,
-    _lock: File,
+    lock: File,
 }
 
 impl Store {
@@ -112,10 +112,17 @@ impl Store {
             content: ContentCache::default(),
             signal: Arc::default(),
             closed: AtomicBool::new(false),
-            _lock: lock,
+            lock,
         });
         let maintenance = Maintenance::start(&shared, options.sync_interval)?;
         Ok(Arc::new(Self { shared, maintenance, keys: Arc::new(KeyStore::new(kv)) }))
+    }
+
+    /// Tells those who find the store locked that it will soon be free.
+    pub fn announce_close(&self) {
+        if let Err(error) = note(&self.shared.lock, LEAVING) {
+            tracing::debug!(%error, "lock file not written");
+        }
     }
 
     /// Keys of finished steps.
@@ -230,16 +237,26 @@ fn lock(root: &Path) -> Result<File> {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => {
             let mut text = String::new();
-            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-            return Err(StoreError::Locked { root: root.to_path_buf(), pid });
+            // Without a note nobody can say who it is; the lock counts all the same.
+            let _ = file.read_to_string(&mut text);
+            let mut words = text.split_whitespace();
+            let pid = words.next().and_then(|pid| pid.parse().ok());
+            let leaving = words.next() == Some(LEAVING);
+            return Err(StoreError::Locked { root: root.to_path_buf(), pid, leaving });
         }
         Err(error) => return Err(StoreError::io("lock", &path, error)),
     }
-    let note = format!("{}\n", std::process::id());
-    file.set_len(0)
-        .and_then(|()| file.write_all(note.as_bytes()))
-        .map_err(|e| StoreError::io("write", &path, e))?;
+    note(&file, "").map_err(|e| StoreError::io("write", &path, e))?;
     Ok(file)
+}
+
+/// Second word of the lock file's note once its owner is about to close the store.
+const LEAVING: &str = "leaving";
+
+fn note(lock: &File, word: &str) -> std::io::Result<()> {
+    let text = format!("{} {word}\n", std::process::id());
+    lock.set_len(0)?;
+    std::os::unix::fs::FileExt::write_all_at(lock, text.as_bytes(), 0)
 }
 
 fn check_schema(root: &Path, kv: &dyn Kv) -> Result<()> {

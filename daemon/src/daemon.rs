@@ -1,6 +1,7 @@
 //! Start to end of a daemon: opens the engine, listens, stops on a signal or when idle, and leaves
 //! nothing behind.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,9 @@ use crate::{server, services, workers};
 
 /// How long connections may take to end once the daemon stops.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How long a daemon waits for its predecessor to let go of the store.
+/// How long a predecessor that has lost its socket may take to say that it leaves.
+const NOTICE: Duration = Duration::from_millis(500);
+/// How long a daemon waits for a leaving predecessor to let go of the store.
 const HANDOVER: Duration = DRAIN.saturating_add(TEAR_DOWN).saturating_add(Duration::from_secs(5));
 
 /// Why a daemon did not start or ended badly.
@@ -118,7 +121,11 @@ fn init_log(debug: bool) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KILN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     // Fails only if a subscriber is set already, which is then the one to use.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .try_init();
 }
 
 /// Runs a daemon within the caller's runtime until `stop` is cancelled or its idle time ends it.
@@ -149,14 +156,21 @@ pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), Daemon
 
 /// Opens the engine; a predecessor that is just leaving may hold the store for a moment.
 async fn open(config: &Config) -> Result<Arc<Engine>, DaemonError> {
-    let deadline = Instant::now() + HANDOVER;
+    let start = Instant::now();
     loop {
-        match Engine::open(config).await {
-            Err(error) if error.is_locked() && Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            outcome => return Ok(outcome?),
+        let error = match Engine::open(config).await {
+            Ok(engine) => return Ok(engine),
+            Err(error) => error,
+        };
+        let patience = match error.locked() {
+            Some(true) => HANDOVER,
+            Some(false) => NOTICE,
+            None => Duration::ZERO,
+        };
+        if start.elapsed() >= patience {
+            return Err(error.into());
         }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -189,6 +203,7 @@ async fn listen(
         }
         () = daemon.shutdown.cancelled() => None,
     };
+    daemon.engine.announce_close();
     daemon.shutdown.cancel();
     // Builds are being cancelled; sessions would keep their connections open.
     daemon.engine.sessions().close_all();

@@ -11,6 +11,7 @@ mod frontends;
 mod gateway;
 mod history;
 mod jobs;
+mod memory;
 mod progress;
 mod server;
 mod services;

@@ -46,6 +46,26 @@ async fn a_directory_arrives_as_it_is() {
 }
 
 #[tokio::test]
+async fn extended_attributes_arrive_with_their_values() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    write(from.path(), "file", "x");
+    let long = "v".repeat(3000);
+    let mut attributes = vec![("user.long".to_owned(), long.as_str()), ("user.none".to_owned(), "")];
+    // More names than fit a first guess.
+    attributes.extend((0..30).map(|n| (format!("user.attribute_with_a_long_name_{n:02}"), "value")));
+    let flags = rustix::fs::XattrFlags::empty();
+    for (name, value) in &attributes {
+        rustix::fs::lsetxattr(from.path().join("file"), name.as_str(), value.as_bytes(), flags).unwrap();
+    }
+    transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+    for (name, value) in &attributes {
+        let mut found = vec![0; 4096];
+        let size = rustix::fs::lgetxattr(to.path().join("file"), name.as_str(), &mut found[..]).unwrap();
+        assert_eq!(std::str::from_utf8(&found[..size]).unwrap(), *value, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_second_transfer_moves_only_what_differs_and_never_writes_in_place() {
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
     sample(from.path());

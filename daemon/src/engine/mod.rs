@@ -46,8 +46,12 @@ pub enum EngineError {
 
 impl EngineError {
     /// Whether another process holds the store.
-    pub(crate) fn is_locked(&self) -> bool {
-        matches!(self, Self::Store(StoreError::Locked { .. }))
+    /// Whether another daemon has the store; and if so, whether it is about to leave.
+    pub(crate) fn locked(&self) -> Option<bool> {
+        match self {
+            Self::Store(StoreError::Locked { leaving, .. }) => Some(*leaving),
+            _ => None,
+        }
     }
 }
 
@@ -113,6 +117,11 @@ impl Engine {
     /// A build is over: work that it left is torn down, and garbage may be collected.
     pub(crate) fn build_ended(&self) {
         self.collector.request();
+    }
+
+    /// Says that this engine will soon be closed.
+    pub(crate) fn announce_close(&self) {
+        self.store.announce_close();
     }
 
     /// Waits for work that is still being torn down, then closes the store.

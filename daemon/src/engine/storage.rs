@@ -13,6 +13,7 @@ use super::Engine;
 use super::failure::store_error;
 use crate::config::{self, DiskSpace, GcConfig};
 use crate::error::BuildError;
+use crate::memory;
 
 /// Builds that end within this time share one collection.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -81,7 +82,7 @@ impl Engine {
     }
 }
 
-/// Collects garbage in the background when builds have ended.
+/// Cleans up in the background when builds have ended.
 pub(super) struct Collector {
     policies: Vec<GcPolicy>,
     wanted: Arc<Notify>,
@@ -93,9 +94,8 @@ impl Collector {
     pub(super) fn new(store: &Arc<Store>, config: &GcConfig) -> Self {
         let policies = policies(config, store.root());
         let wanted = Arc::new(Notify::new());
-        if config.enabled {
-            tokio::spawn(collect(Arc::downgrade(store), policies.clone(), wanted.clone()));
-        }
+        let rules = if config.enabled { policies.clone() } else { Vec::new() };
+        tokio::spawn(after_builds(Arc::downgrade(store), rules, wanted.clone()));
         Self { policies, wanted, enabled: config.enabled }
     }
 
@@ -124,7 +124,8 @@ impl Collector {
     }
 }
 
-async fn collect(store: Weak<Store>, policies: Vec<GcPolicy>, wanted: Arc<Notify>) {
+/// Collects garbage, and gives memory back, whenever builds have ended.
+async fn after_builds(store: Weak<Store>, policies: Vec<GcPolicy>, wanted: Arc<Notify>) {
     loop {
         wanted.notified().await;
         tokio::time::sleep(SETTLE).await;
@@ -137,6 +138,7 @@ async fn collect(store: Weak<Store>, policies: Vec<GcPolicy>, wanted: Arc<Notify
                 Err(StoreError::Closed) => return false,
                 Err(error) => tracing::warn!(%error, "collecting garbage"),
             }
+            memory::give_back();
             true
         });
         if !matches!(done.await, Ok(true)) {

@@ -93,10 +93,12 @@ impl Locals<'_> {
             ("local.session", self.session(local)),
             ("local.sharedkeyhint", hint.to_owned()),
         ];
+        // Whichever session the build has.
+        let attrs = attrs.into_iter().filter(|(key, value)| *key != "local.session" || !value.is_empty());
         let op = pb::Op {
             op: Some(pb::op::Op::Source(pb::SourceOp {
                 identifier: format!("local://{local}"),
-                attrs: attrs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+                attrs: attrs.map(|(key, value)| (key.to_owned(), value)).collect(),
             })),
             ..pb::Op::default()
         };

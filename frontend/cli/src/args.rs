@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Builds container images.
@@ -23,14 +24,29 @@ pub(crate) struct Connection {
     #[arg(long, global = true, env = "KILN_HOST", value_name = "ADDRESS")]
     pub(crate) addr: Option<String>,
     /// Directory in which a daemon started by this command keeps its state
-    #[arg(long, global = true, env = "KILN_ROOT", value_name = "DIR")]
+    #[arg(long, global = true, env = "KILN_ROOT", value_name = "DIR", value_parser = any_path())]
     pub(crate) root: Option<PathBuf>,
     /// Configuration of the daemon, in buildkitd.toml's format
-    #[arg(long, global = true, env = "KILN_CONFIG", value_name = "FILE")]
+    #[arg(long, global = true, env = "KILN_CONFIG", value_name = "FILE", value_parser = any_path())]
     pub(crate) config: Option<PathBuf>,
     /// Time without work after which the daemon leaves, e.g. 10m; 0 means never
     #[arg(long, global = true, env = "KILN_IDLE_TIMEOUT", value_name = "DURATION", value_parser = duration)]
     pub(crate) idle_timeout: Option<Duration>,
+}
+
+impl Connection {
+    /// Takes what is set to nothing, as environments often have it, for not set.
+    pub(crate) fn without_empty(mut self) -> Self {
+        self.addr = self.addr.filter(|addr| !addr.is_empty());
+        self.root = self.root.filter(|root| !root.as_os_str().is_empty());
+        self.config = self.config.filter(|config| !config.as_os_str().is_empty());
+        self
+    }
+}
+
+/// The parser for paths that may be empty.
+fn any_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 #[derive(Debug, Subcommand)]

@@ -17,7 +17,7 @@ use crate::error::CliError;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, csv};
+use crate::{attach, csv, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
@@ -65,11 +65,22 @@ impl Plan {
                 let name =
                     name.ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?;
                 let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                if !file.is_file() {
-                    let error = file.metadata().err().unwrap_or_else(|| std::io::Error::other("not a file"));
-                    return Err(CliError::file("read Dockerfile", file, error));
+                let failed = |error| CliError::file("read Dockerfile", file, error);
+                let meta = file.metadata().map_err(failed)?;
+                if meta.is_dir() {
+                    return Err(failed(std::io::Error::other("is a directory")));
                 }
-                (dir.to_owned(), name.to_owned())
+                if meta.is_file() {
+                    dockerfile(file, dir, name).map_err(failed)?
+                } else {
+                    // A pipe can be read once only, and not by a transfer.
+                    let mut text = Vec::new();
+                    std::fs::File::open(file)
+                        .and_then(|mut pipe| pipe.read_to_end(&mut text))
+                        .map_err(failed)?;
+                    let dir = stdin.insert(TempDir::with_dockerfile(&text)?);
+                    (dir.0.clone(), "Dockerfile".to_owned())
+                }
             }
         };
         Ok(Self { args, context, dockerfile_dir, filename, _stdin: stdin })
@@ -178,6 +189,20 @@ impl Plan {
     }
 }
 
+/// The directory to share and the Dockerfile's name in it. A link that leads out of its directory would not be found
+/// there.
+fn dockerfile(file: &Path, dir: &Path, name: &str) -> std::io::Result<(PathBuf, String)> {
+    let target = file.canonicalize()?;
+    if file.is_symlink()
+        && !target.starts_with(dir.canonicalize()?)
+        && let (Some(parent), Some(name)) =
+            (target.parent(), target.file_name().and_then(|name| name.to_str()))
+    {
+        return Ok((parent.to_owned(), name.to_owned()));
+    }
+    Ok((dir.to_owned(), name.to_owned()))
+}
+
 fn context(text: &str) -> Result<PathBuf, CliError> {
     let remote = text.contains("://") || text.starts_with("git@") || text.starts_with("github.com/");
     if text == "-" || (remote && !Path::new(text).exists()) {
@@ -230,7 +255,7 @@ fn finish(response: &Response, args: &BuildArgs) -> Result<(), CliError> {
     if args.quiet
         && let Some(id) = id
     {
-        println!("{id}");
+        stdout::print(&format!("{id}\n"))?;
     }
     if let Some(path) = &args.iidfile {
         let id = id.ok_or_else(|| CliError::usage("--iidfile: this output has no image"))?;
@@ -267,11 +292,15 @@ struct TempDir(PathBuf);
 impl TempDir {
     /// With what standard input holds as `Dockerfile`.
     fn with_stdin() -> Result<Self, CliError> {
-        use std::os::unix::fs::DirBuilderExt;
         let mut text = Vec::new();
         std::io::stdin()
             .read_to_end(&mut text)
             .map_err(|error| CliError::file("read", "standard input", error))?;
+        Self::with_dockerfile(&text)
+    }
+
+    fn with_dockerfile(text: &[u8]) -> Result<Self, CliError> {
+        use std::os::unix::fs::DirBuilderExt;
         let path = std::env::temp_dir().join(format!("kiln-{}", kiln_session::new_id()));
         let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|error| CliError::file("make directory", &path, error))?;

@@ -1,5 +1,6 @@
 //! `kiln debug`: looks into what the daemon makes of a Dockerfile, and at its workers.
 
+use std::fmt::Write as _;
 use std::io::Write;
 
 use kiln_proto::control::{ListWorkersRequest, SolveRequest};
@@ -17,7 +18,7 @@ use crate::build::Plan;
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::failure::{SolveFailure, excerpt};
-use crate::llbjson;
+use crate::{llbjson, stdout};
 
 /// Names the build that a gateway call belongs to.
 const BUILD_ID: &str = "buildkit-controlapi-buildid";
@@ -73,11 +74,16 @@ async fn compile(channel: Channel, plan: &Plan) -> Result<Vec<(Option<String>, p
     let request = SolveRequest { r#ref: reference, session, internal: true, ..Default::default() };
     // The job lives for as long as this call waits.
     let job = async move { control.solve(request).await.map(drop) };
+    let mut frontend_opt = plan.attrs()?;
+    // The graph is for later, when this session is gone.
+    for local in ["context", "dockerfile"] {
+        frontend_opt.insert(format!("local-sessionid:{local}"), String::new());
+    }
     let compile = async {
         bridge.ping(with_id(PingRequest {}, &build_id)).await?;
         let request = gateway::SolveRequest {
             frontend: "dockerfile.v0".into(),
-            frontend_opt: plan.attrs().map_err(|error| tonic::Status::invalid_argument(error.to_string()))?,
+            frontend_opt,
             allow_result_return: true,
             allow_result_array_ref: true,
             ..Default::default()
@@ -136,15 +142,16 @@ fn workers(connection: &Connection) -> Result<(), CliError> {
     connect::runtime()?.block_on(async {
         let mut control = connect::control(stream.channel()?);
         let records = control.list_workers(ListWorkersRequest::default()).await?.into_inner().record;
+        let mut text = String::new();
         for record in records {
             let platforms: Vec<String> = record.platforms.iter().map(kiln_proto::platform::format).collect();
-            println!("{}\t{}", record.id, platforms.join(","));
+            let _ = writeln!(text, "{}\t{}", record.id, platforms.join(","));
             let mut labels: Vec<_> = record.labels.into_iter().collect();
             labels.sort();
             for (key, value) in labels {
-                println!("\t{key}={value}");
+                let _ = writeln!(text, "\t{key}={value}");
             }
         }
-        Ok(())
+        stdout::print(&text)
     })
 }

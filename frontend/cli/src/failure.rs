@@ -83,7 +83,15 @@ impl std::error::Error for SolveFailure {}
 
 impl fmt::Display for SolveFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "failed to solve: {}", self.message)
+        match self.is_lost() {
+            true => write!(
+                f,
+                "failed to solve: the daemon ended or cut the connection ({}); one that was started on demand logs \
+                 to kilnd.log in its root",
+                self.message
+            ),
+            false => write!(f, "failed to solve: {}", self.message),
+        }
     }
 }
 

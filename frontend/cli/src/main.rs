@@ -19,6 +19,7 @@ mod run;
 mod shutdown;
 mod solve;
 mod start;
+mod stdout;
 mod usage;
 
 use std::process::ExitCode;
@@ -32,14 +33,15 @@ fn main() -> ExitCode {
     // The sandbox helper is this binary re-executed; it must take over before any thread exists.
     kiln_worker::sandbox::zygote::run_if_requested();
     let cli = Cli::parse();
+    let connection = cli.connection.without_empty();
     let outcome = match cli.command {
-        Command::Build(args) => build::main(&cli.connection, *args),
-        Command::Solve(args) => solve::main(&cli.connection, &args),
-        Command::Daemon(args) => daemon::main(&cli.connection, args),
-        Command::Du(args) => usage::du(&cli.connection, &args),
-        Command::Prune(args) => usage::prune(&cli.connection, &args),
-        Command::Debug(args) => debug::main(&cli.connection, args.command),
-        Command::Shutdown => shutdown::main(&cli.connection),
+        Command::Build(args) => build::main(&connection, *args),
+        Command::Solve(args) => solve::main(&connection, &args),
+        Command::Daemon(args) => daemon::main(&connection, args),
+        Command::Du(args) => usage::du(&connection, &args),
+        Command::Prune(args) => usage::prune(&connection, &args),
+        Command::Debug(args) => debug::main(&connection, args.command),
+        Command::Shutdown => shutdown::main(&connection),
         Command::Version => {
             println!("kiln {}", env!("CARGO_PKG_VERSION"));
             Ok(())

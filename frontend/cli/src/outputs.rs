@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use kiln_proto::control::Exporter;
+use kiln_proto::reference::Reference;
 use kiln_session::client::{ExportTarget, Output};
 use tokio::io::AsyncWrite;
 
@@ -97,12 +98,29 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
             "output {flag:?}: refusing to write an archive to a terminal; give a dest"
         )));
     }
-    if let Target::File(path) = &target
-        && path.is_dir()
-    {
-        return Err(CliError::usage(format!("output {flag:?}: {} is a directory", path.display())));
+    if let Target::File(path) = &target {
+        if path.is_dir() {
+            return Err(CliError::usage(format!("output {flag:?}: {} is a directory", path.display())));
+        }
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !dir.is_dir() {
+            return Err(CliError::usage(format!("output {flag:?}: no directory {}", dir.display())));
+        }
+    }
+    if let Some(names) = attrs.get("name").filter(|_| matches!(kind.as_str(), "image" | "oci" | "docker")) {
+        names.split(',').filter(|name| *name != "*").try_for_each(check_name)?;
     }
     Ok(Some(OutputSpec { kind, attrs, target }))
+}
+
+/// An image can only be named so that a registry understands it, which is better known before the build.
+fn check_name(name: &str) -> Result<(), CliError> {
+    let parsed = Reference::parse(name)
+        .map_err(|error| CliError::usage(format!("invalid image name {name:?}: {error}")))?;
+    match parsed.digest() {
+        Some(_) => Err(CliError::usage(format!("invalid image name {name:?}: a digest can't be chosen"))),
+        None => Ok(()),
+    }
 }
 
 /// Applies `--push`, `-t` and `--annotation` to the outputs.
@@ -112,6 +130,7 @@ pub(crate) fn complete(
     tags: &[String],
     annotations: &[String],
 ) -> Result<Vec<OutputSpec>, CliError> {
+    tags.iter().try_for_each(|tag| check_name(tag))?;
     if push {
         match outputs.iter_mut().find(|output| output.kind == "image") {
             Some(output) => {
@@ -279,6 +298,8 @@ mod tests {
             ("type=oci,dest=x,tar=false", "unsupported"),
             ("type=image,dest=x", "takes no dest"),
             ("type=oci,dest=/", "is a directory"),
+            ("type=oci,dest=/no/such/dir/file", "no directory /no/such/dir"),
+            ("type=image,name=a b", "invalid image name \"a b\""),
         ] {
             let error = parse(&[flag.into()]).unwrap_err().to_string();
             assert!(error.contains(expected), "{flag}: {error}");
@@ -286,6 +307,11 @@ mod tests {
         let stdout = OutputSpec { kind: "tar".into(), attrs: attrs(&[]), target: Target::Stdout };
         assert!(complete(vec![stdout.clone(), stdout], false, &[], &[]).is_err());
         assert!(complete(Vec::new(), true, &[], &[]).unwrap_err().to_string().contains("-t NAME"));
+        let digest = format!("a@sha256:{}", "0".repeat(64));
+        for tag in ["a:b:c", "Upper", digest.as_str()] {
+            let error = complete(Vec::new(), false, &[tag.into()], &[]).unwrap_err().to_string();
+            assert!(error.contains("invalid image name"), "{tag}: {error}");
+        }
     }
 
     #[test]

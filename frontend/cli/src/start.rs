@@ -33,6 +33,12 @@ pub(crate) fn nobody_listens(error: &io::Error) -> bool {
 
 /// Starts a daemon that listens on `socket`, unless another command just did, and connects to it.
 pub(crate) fn daemon(socket: &Path, flags: &args::Connection) -> Result<UnixStream, CliError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(CliError::Connect(format!(
+            "no daemon answers on {}, and starting one takes root (unsupported: rootless)",
+            socket.display()
+        )));
+    }
     let _lock = lock(socket)?;
     match UnixStream::connect(socket) {
         Ok(stream) => return Ok(stream),

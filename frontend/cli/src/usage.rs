@@ -6,6 +6,7 @@ use crate::args::{Connection, DuArgs, PruneArgs};
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::progress::units;
+use crate::stdout;
 
 /// Lists the cache's records, largest first.
 pub(crate) fn du(connection: &Connection, args: &DuArgs) -> Result<(), CliError> {
@@ -15,9 +16,7 @@ pub(crate) fn du(connection: &Connection, args: &DuArgs) -> Result<(), CliError>
         let request = DiskUsageRequest { filter: args.filters.clone(), ..Default::default() };
         let mut records = control.disk_usage(request).await?.into_inner().record;
         records.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
-        print!("{}", table(&records, args.verbose));
-        print!("{}", summary(&records));
-        Ok(())
+        stdout::print(&format!("{}{}", table(&records, args.verbose), summary(&records)))
     })
 }
 
@@ -40,9 +39,8 @@ pub(crate) fn prune(connection: &Connection, args: &PruneArgs) -> Result<(), Cli
         while let Some(record) = stream.message().await? {
             records.push(record);
         }
-        print!("{}", table(&records, args.verbose));
-        println!("Total:\t{}", units::bytes(records.iter().map(|record| record.size).sum()));
-        Ok(())
+        let total = units::bytes(records.iter().map(|record| record.size).sum());
+        stdout::print(&format!("{}Total:\t{total}\n", table(&records, args.verbose)))
     })
 }
 

@@ -416,13 +416,13 @@ pub(crate) fn owner(text: &str, base: i64) -> Option<pb::ChownOpt> {
 
 fn health_text(health: &Health) -> String {
     format!(
-        "HEALTHCHECK {{Test:{} Interval:{} Timeout:{} StartPeriod:{} StartInterval:{} Retries:{}}}",
-        gofmt::slice(&health.test),
+        "HEALTHCHECK &{{{} {:?} {:?} {:?} {:?} {}}}",
+        gofmt::quoted_slice(&health.test),
         gofmt::duration(health.interval),
         gofmt::duration(health.timeout),
         gofmt::duration(health.start_period),
         gofmt::duration(health.start_interval),
-        health.retries
+        gofmt::quoted_number(health.retries)
     )
 }
 

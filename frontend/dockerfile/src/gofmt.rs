@@ -24,6 +24,16 @@ pub(crate) fn quote(text: &str) -> String {
     out
 }
 
+/// A number as the character with that code, in single quotes.
+pub(crate) fn quoted_number(number: i64) -> String {
+    let c = u32::try_from(number).ok().and_then(char::from_u32).unwrap_or(char::REPLACEMENT_CHARACTER);
+    match c {
+        '"' => "'\"'".into(),
+        '\'' => "'\\''".into(),
+        c => format!("'{}'", quote(&c.to_string()).trim_matches('"')),
+    }
+}
+
 /// `["a" "b"]`.
 pub(crate) fn quoted_slice(items: &[String]) -> String {
     let items: Vec<String> = items.iter().map(|i| quote(i)).collect();

@@ -40,20 +40,23 @@ pub(crate) fn with_suggestion<S: AsRef<str>>(
     }
 }
 
-/// Number of insertions, deletions and replacements between two words.
+/// Number of insertions, deletions, replacements and swaps of neighbours between two words.
 fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let replace = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut before = Vec::new();
+    let mut last: Vec<usize> = (0..=b.len()).collect();
+    for i in 0..a.len() {
+        let mut row = vec![i + 1; b.len() + 1];
+        for j in 0..b.len() {
+            let replace = last[j] + usize::from(a[i] != b[j]);
+            row[j + 1] = replace.min(row[j] + 1).min(last[j + 1] + 1);
+            if i > 0 && j > 0 && (a[i], a[i - 1]) == (b[j - 1], b[j]) {
+                row[j + 1] = row[j + 1].min(before[j - 1] + 1);
+            }
         }
+        before = std::mem::replace(&mut last, row);
     }
-    row[b.len()]
+    last[b.len()]
 }
 
 #[cfg(test)]
@@ -65,6 +68,7 @@ mod tests {
         let words = ["RUN", "FROM", "ENTRYPOINT"];
         assert_eq!(nearest("RUNN", words, false).as_deref(), Some("RUN"));
         assert_eq!(nearest("form", words, false).as_deref(), Some("from"));
+        assert_eq!(nearest("RNU", ["ENV", "RUN"], false).as_deref(), Some("RUN"));
         assert_eq!(nearest("ENTRIPONT", words, false).as_deref(), Some("ENTRYPOINT"));
         assert_eq!(nearest("xyz", words, false), None);
         assert_eq!(nearest("from", words, false), None);

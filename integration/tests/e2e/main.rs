@@ -7,3 +7,4 @@ mod crash;
 mod errors;
 mod outputs;
 mod solve;
+mod usage;

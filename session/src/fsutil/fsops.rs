@@ -128,35 +128,42 @@ pub(super) fn remove_all(dir: &OwnedFd, name: &CStr) -> io::Result<()> {
     }
 }
 
+/// The most that the kernel gives of an attribute's value, or of the list of their names.
+const XATTR_MAX: usize = 64 << 10;
+
 /// The extended attributes of `name` in `dir`. A file system without any has none.
 pub(super) fn xattrs(dir: &OwnedFd, name: &str) -> Result<Vec<(String, Vec<u8>)>, Errno> {
     let path = proc_path(dir, OsStr::new(name));
-    let mut list = vec![0u8; 256];
-    let size = loop {
-        match fs::llistxattr(&path, &mut list) {
-            Ok(size) => break size,
-            Err(Errno::RANGE) => {
-                let needed = fs::llistxattr(&path, &mut [0u8; 0])?;
-                list.resize(needed + 256, 0);
-            }
-            Err(Errno::NOTSUP | Errno::NOENT | Errno::ACCESS | Errno::PERM) => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-        }
+    let list = match grown(|buffer| fs::llistxattr(&path, buffer)) {
+        Ok(list) => list,
+        Err(Errno::NOTSUP | Errno::NOENT | Errno::ACCESS | Errno::PERM) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
     };
     let mut all = Vec::new();
-    for key in list[..size].split(|b| *b == 0).filter(|k| !k.is_empty()) {
+    for key in list.split(|b| *b == 0).filter(|k| !k.is_empty()) {
         let Ok(key) = std::str::from_utf8(key) else { continue };
-        let needed = match fs::lgetxattr(&path, key, &mut [0u8; 0]) {
-            Ok(needed) => needed,
-            Err(Errno::NODATA | Errno::NOTSUP) => continue,
+        match grown(|buffer| fs::lgetxattr(&path, key, buffer)) {
+            Ok(value) => all.push((key.to_owned(), value)),
+            Err(Errno::NODATA | Errno::NOTSUP) => {}
             Err(error) => return Err(error),
-        };
-        let mut value = vec![0u8; needed];
-        let size = if needed == 0 { 0 } else { fs::lgetxattr(&path, key, &mut value)? };
-        value.truncate(size);
-        all.push((key.to_owned(), value));
+        }
     }
     Ok(all)
+}
+
+/// What `read` puts into a buffer that is large enough.
+fn grown(mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
+    let mut buffer = vec![0u8; 512];
+    loop {
+        match read(&mut buffer) {
+            Ok(size) => {
+                buffer.truncate(size);
+                return Ok(buffer);
+            }
+            Err(Errno::RANGE) if buffer.len() < XATTR_MAX => buffer.resize(XATTR_MAX, 0),
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Sets one extended attribute on `name` in `dir`, not through a link.

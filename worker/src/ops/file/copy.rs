@@ -51,7 +51,7 @@ pub(crate) fn copy(
         };
     }
     let options = Options::new(action, owner)?;
-    let mut required = Required::new(&action.required_paths)?;
+    let mut required = Required::new(&action.required_paths);
     for source in &sources {
         if action.attempt_unpack_docker_compatibility
             && unpack::unpack(src, source, dst, &action.dest, owner, options.time, cancel)?
@@ -112,28 +112,26 @@ fn matcher(patterns: &[String], what: &str) -> Result<Option<PatternMatcher>, Fi
         .map_err(|err| FileError::Text(format!("invalid {what}: {patterns:?}: {err}")))
 }
 
-/// Patterns each of which has to match something that was copied.
-struct Required(Vec<(String, PatternMatcher, bool)>);
+/// Paths beneath the input's root at or below which something has to be copied.
+struct Required(Vec<(String, bool)>);
 
 impl Required {
-    fn new(patterns: &[String]) -> Result<Self, FileError> {
-        let compile = |pattern: &String| {
-            PatternMatcher::new([pattern])
-                .map(|matcher| (pattern.clone(), matcher, false))
-                .map_err(|err| FileError::Text(format!("invalid requiredpaths: {pattern}: {err}")))
-        };
-        Ok(Self(patterns.iter().map(compile).collect::<Result<_, _>>()?))
+    fn new(paths: &[String]) -> Self {
+        Self(paths.iter().map(|path| (clean(path), false)).collect())
     }
 
-    fn saw(&mut self, rel: &str) {
-        for (_, matcher, seen) in self.0.iter_mut().filter(|(_, _, seen)| !seen) {
-            *seen = matcher.matches(rel);
+    fn saw(&mut self, source: &str, rel: &str) {
+        for (path, seen) in self.0.iter_mut().filter(|(_, seen)| !seen) {
+            let seen_path = format!("{}/{rel}", source.trim_end_matches('/'));
+            *seen = seen_path
+                .strip_prefix(path.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         }
     }
 
     fn check(&self) -> Result<(), FileError> {
-        match self.0.iter().find(|(_, _, seen)| !seen) {
-            Some((pattern, _, _)) => Err(FileError::Text(format!("{pattern:?}: not found"))),
+        match self.0.iter().find(|(_, seen)| !seen) {
+            Some((path, _)) => Err(FileError::Text(format!("{path:?}: not found"))),
             None => Ok(()),
         }
     }
@@ -273,7 +271,7 @@ impl Copier<'_> {
         };
         let kind = FileType::from_raw_mode(stat.st_mode);
         if included && !rel.is_empty() {
-            self.required.saw(&rel);
+            self.required.saw(self.source, &rel);
         }
         if kind == FileType::Directory {
             let taken_back =

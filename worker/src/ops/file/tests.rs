@@ -186,8 +186,14 @@ fn patterns_choose_and_make_only_needed_parents() {
     dirs.copy(&except).expect("copy");
     assert_eq!(read(dirs.dst(), "ex/b/c/z.go"), "b/c/z.go");
     assert!(!dirs.dst().join("ex/b/skip").exists());
-    let required = pb::FileActionCopy { required_paths: vec!["nope.go".into()], ..include };
-    assert!(dirs.copy(&required).unwrap_err().to_string().contains("nope.go"));
+    let required = |path: &str| pb::FileActionCopy { required_paths: vec![path.into()], ..include.clone() };
+    assert!(dirs.copy(&required("/nope.go")).unwrap_err().to_string().contains("nope.go"));
+    assert!(dirs.copy(&required("/b/skip/w.go")).unwrap_err().to_string().contains("w.go"));
+    for path in ["/a/x.go", "/b/c", "b/c/z.go"] {
+        dirs.copy(&required(path)).expect(path);
+    }
+    let below = pb::FileActionCopy { src: "/b".into(), ..required("/b/c/z.go") };
+    dirs.copy(&below).expect("what is required is named from the root");
 }
 
 #[test]
