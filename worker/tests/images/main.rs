@@ -8,3 +8,4 @@ mod layers;
 mod pulls;
 mod registries;
 mod support;
+mod trust;
