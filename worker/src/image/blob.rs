@@ -7,7 +7,7 @@ use kiln_cache::{BlobRef, LayerBlob, SnapshotRef};
 use kiln_proto::reference::Reference;
 
 use super::error::blocking;
-use super::{Access, ImageError, Images};
+use super::{Access, ImageError, Images, Turns};
 use crate::layer::{
     Compression, Compressor, Decompressor, DigestWriter, LayerError, PackOptions, media_compression,
     pack_layer,
@@ -90,12 +90,11 @@ impl Images {
 
     /// Does `work` while no other work with the same key is being done.
     pub(crate) async fn in_turn<T>(&self, key: String, work: impl Future<Output = T>) -> T {
-        let lock = self.turns.entry(key.clone()).or_default().clone();
-        let guard = lock.lock().await;
-        let result = work.await;
-        drop(guard);
-        self.turns.remove_if(&key, |_, known| Arc::strong_count(known) <= 2);
-        result
+        // Declared first, so that it looks when this turn's own handle is gone, also if the future is dropped.
+        let _turn = Turn { turns: &self.turns, key: key.clone() };
+        let lock = self.turns.entry(key).or_default().clone();
+        let _held = lock.lock().await;
+        work.await
     }
 
     /// The content of a layer as a local file, downloaded if need be.
@@ -263,10 +262,56 @@ impl Images {
     }
 }
 
+/// Takes a key off the table when nobody waits for it any more.
+struct Turn<'a> {
+    turns: &'a Turns,
+    key: String,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.turns.remove_if(&self.key, |_, lock| Arc::strong_count(lock) == 1);
+    }
+}
+
 /// Under which name a layer remembers its blob in one form.
 fn form_key(options: BlobOptions) -> String {
     match options.clamp {
         Some(epoch) => format!("{}@{epoch}", options.compression.as_str()),
         None => options.compression.as_str().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use kiln_cache::{Store, StoreOptions};
+
+    use super::*;
+    use crate::registry::{Registry, RegistryConfig};
+
+    #[tokio::test]
+    async fn turns_leave_nothing_behind() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let store = Store::open(&dir.path().join("root"), StoreOptions::default()).expect("store");
+        let images = Images::new(Registry::new(RegistryConfig::default()), &store);
+        assert_eq!(images.in_turn("a".into(), async { 1 }).await, 1);
+        assert!(images.turns.is_empty());
+
+        let mut works = Box::pin(images.in_turn("a".into(), std::future::pending::<()>()));
+        let mut waits = Box::pin(images.in_turn("a".into(), async {}));
+        assert!((&mut works).now_or_never().is_none() && (&mut waits).now_or_never().is_none());
+        drop(works);
+        assert_eq!(images.turns.len(), 1, "somebody waits");
+        assert!((&mut waits).now_or_never().is_some(), "its turn has come");
+        drop(waits);
+        assert!(images.turns.is_empty());
+
+        let mut works = Box::pin(images.in_turn("a".into(), std::future::pending::<()>()));
+        let mut waits = Box::pin(images.in_turn("a".into(), async {}));
+        assert!((&mut works).now_or_never().is_none() && (&mut waits).now_or_never().is_none());
+        drop(waits);
+        drop(works);
+        assert!(images.turns.is_empty(), "both were cancelled");
     }
 }

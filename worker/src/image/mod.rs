@@ -28,6 +28,9 @@ use crate::registry::{Anonymous, Credentials, Registry};
 /// Downloads and unpackings that run at once, over all builds.
 const TRANSFERS: usize = 6;
 
+/// Work that only one at a time may do, by key.
+type Turns = DashMap<String, Arc<tokio::sync::Mutex<()>>>;
+
 /// Pulls images into the store. One for the daemon.
 pub struct Images {
     registry: Arc<Registry>,
@@ -35,7 +38,7 @@ pub struct Images {
     blobs: Blobs,
     values: Values,
     flights: fetch::Flights,
-    turns: DashMap<String, Arc<tokio::sync::Mutex<()>>>,
+    turns: Turns,
     transfers: Arc<Semaphore>,
 }
 
@@ -64,7 +67,7 @@ impl Images {
             blobs: store.blobs(),
             values: store.values(),
             flights: fetch::Flights::default(),
-            turns: DashMap::new(),
+            turns: Turns::new(),
             transfers: Arc::new(Semaphore::new(TRANSFERS)),
         })
     }

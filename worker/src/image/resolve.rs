@@ -79,6 +79,7 @@ impl Images {
                 }
                 Document::Manifest(manifest) => {
                     let config_digest = manifest.config().digest().to_string();
+                    check_kept(&label, "config", &config_digest)?;
                     let config = self.config(&repository, &config_digest, manifest.config().size()).await?;
                     let layers = layers(&label, &manifest, &config)?;
                     return Ok(ResolvedImage {
@@ -271,9 +272,105 @@ fn layers(reference: &str, manifest: &ImageManifest, config: &[u8]) -> Result<Ve
                     format!("unsupported: layer of type {media_type:?}"),
                 ));
             }
-            kiln_proto::reference::check_digest(&diff_id)
-                .map_err(|e| ImageError::image(reference, format!("diff id {diff_id:?}: {e}")))?;
-            Ok(LayerBlob { digest: layer.digest().to_string(), size: layer.size(), media_type, diff_id })
+            let digest = layer.digest().to_string();
+            check_kept(reference, "layer", &digest)?;
+            check_kept(reference, "diff id", &diff_id)?;
+            Ok(LayerBlob { digest, size: layer.size(), media_type, diff_id })
         })
         .collect()
+}
+
+/// The store keeps content by sha256 only, so nothing else could be verified as it comes in.
+fn check_kept(reference: &str, what: &str, digest: &str) -> Result<(), ImageError> {
+    kiln_proto::reference::check_digest(digest)
+        .map_err(|e| ImageError::image(reference, format!("{what} {digest:?}: {e}")))?;
+    match digest.starts_with("sha256:") {
+        true => Ok(()),
+        false => Err(ImageError::image(reference, format!("unsupported: {what} {digest} (only sha256 is)"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::registry::{INDEX_OCI, MANIFEST_OCI};
+
+    const DIGEST: &str = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef";
+
+    fn documents() -> [(&'static str, String); 3] {
+        let layer = crate::layer::Compression::Gzip.media_type(true).unwrap_or_default();
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_OCI}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{DIGEST}","size":7}},"layers":[{{"mediaType":"{layer}","digest":"{DIGEST}","size":9}}],"annotations":{{"a":"b"}}}}"#
+        );
+        let index = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{INDEX_OCI}","manifests":[{{"mediaType":"{MANIFEST_OCI}","digest":"{DIGEST}","size":5,"platform":{{"os":"linux","architecture":"arm","variant":"v7","os.features":["x"]}}}},{{"mediaType":"{MANIFEST_OCI}","digest":"{DIGEST}","size":5}}]}}"#
+        );
+        let config = format!(
+            r#"{{"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":["{DIGEST}"]}}}}"#
+        );
+        [(MANIFEST_OCI, manifest), (INDEX_OCI, index), ("", config)]
+    }
+
+    /// Reads bytes as everything that a registry may send, as far as the next request.
+    fn read(media_type: &str, bytes: &[u8], config: &[u8]) -> Option<Vec<LayerBlob>> {
+        let reference = Reference::parse("docker.io/library/app").ok()?;
+        let platform = platform::parse("linux/arm/v7").ok()?;
+        match manifest::parse("app", media_type, bytes).ok()? {
+            Document::Index(index) => {
+                let _ = select(&reference, DIGEST, &index, &platform);
+                None
+            }
+            Document::Manifest(manifest) => layers("app", &manifest, config).ok(),
+        }
+    }
+
+    #[test]
+    fn what_the_store_cannot_keep_is_refused_by_name() {
+        let [(media_type, manifest), _, (_, config)] = documents();
+        assert_eq!(read(media_type, manifest.as_bytes(), config.as_bytes()).map(|l| l.len()), Some(1));
+        let long = format!("sha512:{}", "0".repeat(128));
+        let parsed = |text: &str| match manifest::parse("app", media_type, text.as_bytes()) {
+            Ok(Document::Manifest(manifest)) => manifest,
+            _ => panic!("a manifest"),
+        };
+        let error = layers("app", &parsed(&manifest.replace(DIGEST, &long)), config.as_bytes());
+        assert!(error.expect_err("layer").to_string().contains(&format!("unsupported: layer {long}")));
+        let error = layers("app", &parsed(&manifest), config.replace(DIGEST, &long).as_bytes());
+        assert!(error.expect_err("diff id").to_string().contains(&format!("unsupported: diff id {long}")));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn damaged_documents_are_errors_or_images_of_checked_digests(
+            which in 0usize..2,
+            changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+            in_config: bool,
+            typed: bool,
+        ) {
+            let documents = documents();
+            let mut bytes = documents[which].1.clone().into_bytes();
+            let mut config = documents[2].1.clone().into_bytes();
+            for (at, value) in changes {
+                let target = if in_config { &mut config } else { &mut bytes };
+                let at = at.index(target.len());
+                target[at] = value;
+            }
+            let media_type = if typed { documents[which].0 } else { "text/plain" };
+            for layer in read(media_type, &bytes, &config).into_iter().flatten() {
+                prop_assert!(check_kept("app", "layer", &layer.digest).is_ok());
+                prop_assert!(check_kept("app", "diff id", &layer.diff_id).is_ok());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200), which in 0usize..2) {
+            let media_type = [MANIFEST_OCI, INDEX_OCI][which];
+            prop_assert!(read(media_type, &bytes, &bytes).is_none());
+            let _ = manifest::diff_ids(&bytes);
+        }
+    }
 }

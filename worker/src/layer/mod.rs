@@ -18,9 +18,11 @@ use std::io;
 use std::path::Path;
 
 pub use compress::{Compression, Compressor, Decompressor, DigestWriter, media_compression};
+pub(crate) use fsutil::is_overlay_xattr;
 pub use pack::{PackOptions, PackStats, pack_dir, pack_layer};
 pub use settle::settle;
-pub use tar_read::{Entry, Kind, TarReader};
+pub(crate) use tar_read::is_archive;
+pub use tar_read::{CopyError, Entry, Kind, TarReader};
 pub use tar_write::{TarEntry, TarWriter};
 pub use unpack::{Unpacked, unpack};
 

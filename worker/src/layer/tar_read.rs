@@ -16,7 +16,7 @@ use super::LayerError;
 pub(super) type Pair = (Vec<u8>, Vec<u8>);
 
 const BLOCK: usize = 512;
-/// Longest extension header (PAX records, long names) that is accepted.
+/// Longest extension headers (PAX records, long names) that one entry may have, all together.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// Most pieces of data that one sparse file may have.
 const MAX_PIECES: usize = 1 << 20;
@@ -84,7 +84,9 @@ pub struct TarReader<R> {
 struct Extensions {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
-    records: Vec<(Vec<u8>, Vec<u8>)>,
+    records: Vec<Pair>,
+    /// Bytes of the headers that all this came in.
+    size: u64,
 }
 
 impl Extensions {
@@ -129,14 +131,18 @@ impl<R: Read> TarReader<R> {
             let physical = header.entry_size().map_err(|e| bad(e.to_string()))?;
             match header.entry_type() {
                 EntryType::XHeader => {
-                    let data = self.extension(physical)?;
+                    let data = self.extension(physical, &mut extensions)?;
                     extensions.records.extend(pax_records(&data)?);
                 }
                 EntryType::XGlobalHeader => {
-                    self.extension(physical)?;
+                    self.extension(physical, &mut extensions)?;
                 }
-                EntryType::GNULongName => extensions.path = Some(until_nul(self.extension(physical)?)),
-                EntryType::GNULongLink => extensions.link = Some(until_nul(self.extension(physical)?)),
+                EntryType::GNULongName => {
+                    extensions.path = Some(until_nul(self.extension(physical, &mut extensions)?));
+                }
+                EntryType::GNULongLink => {
+                    extensions.link = Some(until_nul(self.extension(physical, &mut extensions)?));
+                }
                 _ => return self.entry(header, &extensions, physical).map(Some),
             }
         }
@@ -366,9 +372,10 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    fn extension(&mut self, size: u64) -> Result<Vec<u8>, LayerError> {
-        if size > MAX_EXTENSION {
-            return Err(bad(format!("extension header of {size} bytes is too long")));
+    fn extension(&mut self, size: u64, before: &mut Extensions) -> Result<Vec<u8>, LayerError> {
+        before.size = before.size.saturating_add(size);
+        if before.size > MAX_EXTENSION {
+            return Err(bad(format!("extension headers of {} bytes are too long", before.size)));
         }
         let mut data = vec![0; size as usize];
         self.reader.read_exact(&mut data).map_err(cut)?;
@@ -403,6 +410,13 @@ impl<R: Read> TarReader<R> {
         }
         Ok(())
     }
+}
+
+/// Whether a stream starts with a header that its checksum holds for: an archive, whole or not.
+pub(crate) fn is_archive(mut reader: impl Read) -> bool {
+    let mut block = [0u8; BLOCK];
+    let read = reader.read_exact(&mut block);
+    read.is_ok() && block.iter().any(|b| *b != 0) && check(Header::from_byte_slice(&block), &block).is_ok()
 }
 
 /// Which side of [`TarReader::copy_to`] failed.

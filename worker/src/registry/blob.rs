@@ -6,7 +6,6 @@ use reqwest::{Method, Response};
 use super::client::{Call, Target, better};
 use super::config::Endpoint;
 use super::http::{self, RETRIES};
-use super::push::Body;
 use super::{RegistryError, Repository};
 
 /// The bytes of one blob, in order. Size is checked here; the reader checks the digest.
@@ -72,7 +71,7 @@ impl BlobStream {
                     self.position += chunk.len() as u64;
                     self.failures = 0;
                     if self.position > self.size {
-                        let host = response.url().authority().to_string();
+                        let host = http::host(response.url());
                         return Err(RegistryError::Mismatch {
                             what: self.what(),
                             host,
@@ -106,16 +105,7 @@ impl BlobStream {
         if self.position > 0 {
             headers.push((reqwest::header::RANGE, format!("bytes={}-", self.position)));
         }
-        let call = Call {
-            method: Method::GET,
-            target: Target::Path(&path),
-            headers,
-            body: Body::Empty,
-            scopes: &scopes,
-            what: &what,
-            accept: &[],
-            retry: true,
-        };
+        let call = Call { headers, ..Call::bare(Method::GET, Target::Path(&path), &scopes, &what) };
         match self.repository.send(&endpoint, call).await {
             Ok(response) => {
                 self.skip = if response.status().as_u16() == 206 { 0 } else { self.position };

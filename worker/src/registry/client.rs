@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use kiln_proto::reference::Reference;
+use kiln_proto::reference::{Reference, check_digest};
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, Response};
-use sha2::{Digest, Sha256};
+use sha2::{Digest, Sha256, Sha384, Sha512};
 use url::Url;
 
 use super::auth::{Authorizer, Credentials};
@@ -58,7 +58,7 @@ pub struct Repository {
 /// What a registry says of a manifest without sending it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ManifestHead {
-    /// `sha256:…`.
+    /// As the registry states it, by whatever algorithm.
     pub digest: String,
     /// Media type of the content.
     pub media_type: String,
@@ -69,7 +69,7 @@ pub struct ManifestHead {
 /// A manifest or an index, verified against its digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// Digest of `bytes`.
+    /// Digest of `bytes`, sha256.
     pub digest: String,
     /// Media type of the content.
     pub media_type: String,
@@ -96,6 +96,27 @@ pub(super) struct Call<'a> {
 pub(super) enum Target<'a> {
     Path(&'a str),
     Url(&'a Url),
+}
+
+impl<'a> Call<'a> {
+    /// A request with nothing but its target: no body, tried again after what may pass.
+    pub(super) fn bare(
+        method: Method,
+        target: Target<'a>,
+        scopes: &'a BTreeSet<String>,
+        what: &'a str,
+    ) -> Self {
+        Self {
+            method,
+            target,
+            headers: Vec::new(),
+            body: Body::Empty,
+            scopes,
+            what,
+            accept: &[],
+            retry: true,
+        }
+    }
 }
 
 impl Repository {
@@ -134,11 +155,11 @@ impl Repository {
         let media_type = header(&response, "content-type");
         let size = header(&response, "content-length").and_then(|s| s.parse().ok());
         match (digest, media_type) {
-            (Some(digest), Some(media_type)) if kiln_proto::reference::check_digest(&digest).is_ok() => {
+            (Some(digest), Some(media_type)) if check_digest(&digest).is_ok() => {
                 if name.contains(':') && name != digest {
                     return Err(RegistryError::Mismatch {
                         what,
-                        host: response.url().authority().to_string(),
+                        host: http::host(response.url()),
                         expected: name.to_string(),
                         actual: digest,
                     });
@@ -153,17 +174,26 @@ impl Repository {
     pub async fn manifest(&self, name: &str) -> Result<Manifest, RegistryError> {
         let what = self.label(name);
         let response = self.manifest_request(Method::GET, name, &what).await?;
-        let host = response.url().authority().to_string();
+        let host = http::host(response.url());
         let stated = header(&response, "docker-content-digest");
         let content_type = header(&response, "content-type").unwrap_or_default();
         let bytes = http::read_limited(response, MAX_MANIFEST).await.map_err(|message| {
             RegistryError::Invalid { what: what.clone(), message: format!("{host}: {message}") }
         })?;
-        let digest = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
-        let expected = if name.contains(':') { Some(name.to_string()) } else { stated };
-        if let Some(expected) = expected.filter(|e| e.starts_with("sha256:") && *e != digest) {
-            return Err(RegistryError::Mismatch { what, host, expected, actual: digest });
+        let expected = match name.contains(':') {
+            true => Some(name.to_string()),
+            false => stated.filter(|digest| check_digest(digest).is_ok()),
+        };
+        if let Some(expected) = expected {
+            let actual = digest_as(&expected, &bytes).ok_or_else(|| RegistryError::Invalid {
+                what: what.clone(),
+                message: unsupported(&expected),
+            })?;
+            if actual != expected {
+                return Err(RegistryError::Mismatch { what, host, expected, actual });
+            }
         }
+        let digest = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
         // The document's own word counts; some registries answer with `text/plain`.
         let stated: Option<String> = serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|e| {
             RegistryError::Invalid { what: what.clone(), message: format!("{host} sent no manifest: {e}") }
@@ -185,14 +215,8 @@ impl Repository {
         let mut last = None;
         for endpoint in self.endpoints(false) {
             let call = Call {
-                method: method.clone(),
-                target: Target::Path(&path),
                 headers: vec![(reqwest::header::ACCEPT, accept.clone())],
-                body: Body::Empty,
-                scopes: &scopes,
-                what,
-                accept: &[],
-                retry: true,
+                ..Call::bare(method.clone(), Target::Path(&path), &scopes, what)
             };
             match self.send(&endpoint, call).await {
                 Ok(response) => return Ok(response),
@@ -208,6 +232,14 @@ impl Repository {
     /// Sends a request to one endpoint: authorises, retries what may pass, and turns refusals into errors.
     pub(super) async fn send(&self, endpoint: &Endpoint, call: Call<'_>) -> Result<Response, RegistryError> {
         let base = format!("{}://{}{}", endpoint.scheme, endpoint.host, endpoint.prefix);
+        let parse = |text: &str| {
+            Url::parse(text).map_err(|e| RegistryError::Invalid {
+                what: call.what.to_string(),
+                message: format!("{text}: {e}"),
+            })
+        };
+        // Uploads and redirects may lead elsewhere: credentials are the endpoint's alone.
+        let home = parse(&base)?.origin();
         let client = self.registry.clients.get(endpoint, self.registry.config.host(&endpoint.config))?;
         let url = match &call.target {
             Target::Url(url) => (*url).clone(),
@@ -219,10 +251,7 @@ impl Repository {
                     endpoint.prefix,
                     self.name.path()
                 );
-                let mut url = Url::parse(&text).map_err(|e| RegistryError::Invalid {
-                    what: call.what.to_string(),
-                    message: format!("{text}: {e}"),
-                })?;
+                let mut url = parse(&text)?;
                 if let Some(namespace) = &endpoint.namespace {
                     url.query_pairs_mut().append_pair("ns", namespace);
                 }
@@ -232,11 +261,13 @@ impl Repository {
         let mut attempt = 0;
         let mut refused = 0;
         loop {
-            let header = self
-                .registry
-                .auth
-                .header(&client, &base, &endpoint.host, &*self.credentials, call.scopes, refused > 1)
-                .await?;
+            let header = match url.origin() == home {
+                true => {
+                    let (auth, credentials) = (&self.registry.auth, &self.credentials);
+                    auth.header(&client, &base, &endpoint.host, credentials, call.scopes, refused > 1).await?
+                }
+                false => None,
+            };
             let mut request = client.request(call.method.clone(), url.clone());
             let mut headers = HeaderMap::new();
             for (name, value) in &call.headers {
@@ -282,7 +313,7 @@ impl Repository {
             if status.is_success() || call.accept.contains(&code) {
                 return Ok(response);
             }
-            if code == 401 && refused < 2 {
+            if code == 401 && refused < 2 && response.url().origin() == home {
                 let values: Vec<String> = response
                     .headers()
                     .get_all("www-authenticate")
@@ -299,13 +330,14 @@ impl Repository {
                 tokio::time::sleep(http::pause(attempt, Some(&response))).await;
                 continue;
             }
-            return Err(refusal(&call, &url, endpoint, response).await);
+            return Err(refusal(&call, &url, response).await);
         }
     }
 }
 
-async fn refusal(call: &Call<'_>, url: &Url, endpoint: &Endpoint, response: Response) -> RegistryError {
+async fn refusal(call: &Call<'_>, url: &Url, response: Response) -> RegistryError {
     let status = response.status();
+    let host = http::host(response.url());
     let what = call.what.to_string();
     let body = http::read_limited(response, 64 << 10).await.unwrap_or_default();
     let message = http::server_message(&body);
@@ -313,7 +345,7 @@ async fn refusal(call: &Call<'_>, url: &Url, endpoint: &Endpoint, response: Resp
         404 => RegistryError::NotFound { what },
         401 | 403 if matches!(call.method, Method::GET | Method::HEAD) => RegistryError::Denied {
             what,
-            host: endpoint.host.clone(),
+            host,
             status: status.as_u16(),
             message: match message.strip_prefix(": ") {
                 Some(message) => message.to_string(),
@@ -328,6 +360,22 @@ async fn refusal(call: &Call<'_>, url: &Url, endpoint: &Endpoint, response: Resp
             code,
         },
     }
+}
+
+/// Digest of `bytes` by the algorithm that another digest names; `None` for one that images do not use.
+fn digest_as(other: &str, bytes: &[u8]) -> Option<String> {
+    let (algorithm, _) = other.split_once(':')?;
+    let value = match algorithm {
+        "sha256" => hex::encode(Sha256::digest(bytes)),
+        "sha384" => hex::encode(Sha384::digest(bytes)),
+        "sha512" => hex::encode(Sha512::digest(bytes)),
+        _ => return None,
+    };
+    Some(format!("{algorithm}:{value}"))
+}
+
+fn unsupported(digest: &str) -> String {
+    format!("unsupported: digest {digest}, which is neither sha256, sha384 nor sha512")
 }
 
 /// Which of two endpoints' errors tells the user more: the last, unless it only says "not found".

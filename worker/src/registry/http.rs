@@ -140,6 +140,12 @@ pub(super) fn chain(error: reqwest::Error) -> String {
     text
 }
 
+/// Host and port of a URL, without the user that a redirect may have put there.
+pub(super) fn host(url: &reqwest::Url) -> String {
+    let name = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| name.to_string(), |port| format!("{name}:{port}"))
+}
+
 /// What an error answer says, as `: code: message`, or nothing.
 pub(super) fn server_message(body: &[u8]) -> String {
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body) {

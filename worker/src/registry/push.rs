@@ -134,14 +134,9 @@ impl Repository {
         let mut last = None;
         for endpoint in self.endpoints(true) {
             let call = Call {
-                method: Method::PUT,
-                target: Target::Path(&path),
                 headers: vec![(reqwest::header::CONTENT_TYPE, media_type.to_string())],
                 body: Body::Bytes(bytes),
-                scopes: &scopes,
-                what: &what,
-                accept: &[],
-                retry: true,
+                ..Call::bare(Method::PUT, Target::Path(&path), &scopes, &what)
             };
             match self.send(&endpoint, call).await {
                 Ok(_) => return Ok(()),
@@ -164,16 +159,7 @@ impl Repository {
     ) -> Result<bool, RegistryError> {
         let what = format!("{}@{digest}", self.name().name());
         let path = format!("blobs/{digest}");
-        let call = Call {
-            method: Method::HEAD,
-            target: Target::Path(&path),
-            headers: Vec::new(),
-            body: Body::Empty,
-            scopes,
-            what: &what,
-            accept: &[404],
-            retry: true,
-        };
+        let call = Call { accept: &[404], ..Call::bare(Method::HEAD, Target::Path(&path), scopes, &what) };
         Ok(self.send(endpoint, call).await?.status().is_success())
     }
 
@@ -245,14 +231,8 @@ impl Repository {
     ) -> Result<Response, RegistryError> {
         let what = self.name().name();
         let call = Call {
-            method: Method::POST,
-            target: Target::Path(target),
             headers: vec![(reqwest::header::CONTENT_LENGTH, "0".to_string())],
-            body: Body::Empty,
-            scopes,
-            what: &what,
-            accept: &[],
-            retry: true,
+            ..Call::bare(Method::POST, Target::Path(target), scopes, &what)
         };
         self.send(endpoint, call).await
     }
@@ -260,16 +240,7 @@ impl Repository {
     /// Closes an upload that is not needed; registries forget those that stay open by themselves.
     async fn abandon(&self, endpoint: &Endpoint, scopes: &BTreeSet<String>, location: &Url) {
         let what = self.name().name();
-        let call = Call {
-            method: Method::DELETE,
-            target: Target::Url(location),
-            headers: Vec::new(),
-            body: Body::Empty,
-            scopes,
-            what: &what,
-            accept: &[],
-            retry: false,
-        };
+        let call = Call { retry: false, ..Call::bare(Method::DELETE, Target::Url(location), scopes, &what) };
         if let Err(error) = self.send(endpoint, call).await {
             tracing::debug!(%error, "upload left open");
         }
@@ -305,17 +276,13 @@ impl Repository {
         while size - position > CHUNK || position > 0 && position < size {
             let length = CHUNK.min(size - position);
             let call = Call {
-                method: Method::PATCH,
-                target: Target::Url(&location),
                 headers: vec![
                     octets.clone(),
                     (reqwest::header::CONTENT_RANGE, format!("{position}-{}", position + length - 1)),
                 ],
                 body: source.part(position, length),
-                scopes,
-                what: &what,
-                accept: &[],
                 retry: false,
+                ..Call::bare(Method::PATCH, Target::Url(&location), scopes, &what)
             };
             match self.send(endpoint, call).await {
                 Ok(response) => {
@@ -329,6 +296,11 @@ impl Repository {
                     tokio::time::sleep(http::pause(failures, None)).await;
                     (location, position) =
                         self.upload_state(endpoint, scopes, &location).await.map_err(|_| error)?;
+                    if position > size {
+                        let message =
+                            format!("{} has {position} bytes of {size} that were sent", endpoint.host);
+                        return Err(self.invalid(message));
+                    }
                     sent(position);
                 }
                 Err(error) => return Err(error),
@@ -338,18 +310,14 @@ impl Repository {
         last.query_pairs_mut().append_pair("digest", digest);
         let rest = size - position;
         let call = Call {
-            method: Method::PUT,
-            target: Target::Url(&last),
             headers: if rest > 0 {
                 vec![octets]
             } else {
                 vec![(reqwest::header::CONTENT_LENGTH, "0".to_string())]
             },
             body: if rest > 0 { source.part(position, rest) } else { Body::Empty },
-            scopes,
-            what: &what,
-            accept: &[],
             retry: rest == 0,
+            ..Call::bare(Method::PUT, Target::Url(&last), scopes, &what)
         };
         self.send(endpoint, call).await?;
         sent(size);
@@ -364,16 +332,7 @@ impl Repository {
         location: &Url,
     ) -> Result<(Url, u64), RegistryError> {
         let what = self.name().name();
-        let call = Call {
-            method: Method::GET,
-            target: Target::Url(location),
-            headers: Vec::new(),
-            body: Body::Empty,
-            scopes,
-            what: &what,
-            accept: &[],
-            retry: true,
-        };
+        let call = Call::bare(Method::GET, Target::Url(location), scopes, &what);
         let response = self.send(endpoint, call).await?;
         let location = self.location(&response, Some(location))?;
         // `0-0` is both nothing and one byte; taking it for nothing is always right with a fresh upload.
@@ -382,7 +341,7 @@ impl Repository {
                 range.trim_start_matches("bytes=").split_once('-')?.1.trim().parse::<u64>().ok()
             })
             .filter(|end| *end > 0);
-        Ok((location, end.map_or(0, |end| end + 1)))
+        Ok((location, end.map_or(0, |end| end.saturating_add(1))))
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Content {
 }
 
 impl Content {
-    fn add(&mut self, name: &str, media_type: &str, bytes: Vec<u8>) -> Value {
+    pub(crate) fn add(&mut self, name: &str, media_type: &str, bytes: Vec<u8>) -> Value {
         let entry = json!({"mediaType": media_type, "digest": digest(&bytes), "size": bytes.len()});
         self.items.push((digest(&bytes), media_type.to_string(), bytes.clone()));
         if !name.is_empty() {
@@ -31,7 +31,7 @@ impl Content {
         entry
     }
 
-    fn image(&mut self, tag: &str, arch: &str, layers: &[(Vec<u8>, &str, String)]) -> Value {
+    pub(crate) fn image(&mut self, tag: &str, arch: &str, layers: &[(Vec<u8>, &str, String)]) -> Value {
         let diff_ids: Vec<&String> = layers.iter().map(|(_, _, diff_id)| diff_id).collect();
         let config =
             json!({"os": "linux", "architecture": arch, "rootfs": {"type": "layers", "diff_ids": diff_ids}});
@@ -48,7 +48,7 @@ impl Content {
         self.add(tag, media_type, serde_json::to_vec(&manifest).expect("json"))
     }
 
-    fn answer(&self, request: &Request) -> Answer {
+    pub(crate) fn answer(&self, request: &Request) -> Answer {
         let name = request.path.rsplit('/').next().unwrap_or_default();
         match self.items.iter().find(|(known, _, _)| known == name) {
             Some((_, media_type, bytes)) => answer(200, bytes.clone())
@@ -59,8 +59,8 @@ impl Content {
     }
 }
 
-const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-const ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
+pub(crate) const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+pub(crate) const ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const PLAIN: &str = "application/vnd.docker.image.rootfs.diff.tar";
 
 fn layer(dir: &Path, compression: Compression, media_type: &'static str) -> (Vec<u8>, &'static str, String) {
@@ -68,11 +68,11 @@ fn layer(dir: &Path, compression: Compression, media_type: &'static str) -> (Vec
     (bytes, media_type, stats.diff_id)
 }
 
-fn amd64() -> pb::Platform {
+pub(crate) fn amd64() -> pb::Platform {
     kiln_proto::platform::parse("linux/amd64").expect("platform")
 }
 
-fn named(host: &str, name: &str) -> Reference {
+pub(crate) fn named(host: &str, name: &str) -> Reference {
     Reference::parse(&format!("{host}/{name}")).expect("reference")
 }
 

@@ -139,6 +139,8 @@ impl Scripted {
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (script, log) = (script.clone(), log.clone());
+                // Head and body are written apart, and the second must not wait for the first to be confirmed.
+                stream.set_nodelay(true).expect("no delay");
                 tokio::spawn(async move { serve(stream, &*script, &log).await });
             }
         });

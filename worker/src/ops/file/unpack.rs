@@ -3,18 +3,20 @@
 //! An archive is a foreign file: each entry is resolved beneath the destination as if that were the
 //! root directory, and nothing outside can be named by it. Whiteout names have no meaning here.
 
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, XattrFlags};
 use rustix::io::Errno;
-use tar::EntryType;
 use tokio_util::sync::CancellationToken;
 
 use super::actions::FileError;
 use super::root::{NewDir, Owner, PathError, Root, chmod, chown, clean, lstat, remove_all, split, utimes};
+use crate::layer::{CopyError, Entry, Kind, LayerError, TarReader, is_archive, is_overlay_xattr};
 
 /// Directories that an archive implies without listing them.
 const IMPLIED_DIR: NewDir = NewDir { mode: 0o755, owner: None, time: None };
@@ -35,31 +37,23 @@ pub(crate) fn unpack(
     }
     let opened = place.open(OFlags::RDONLY).map_err(|errno| PathError::new("open", source, errno))?;
     let mut file = File::from(opened);
-    if !is_archive(&mut file) {
+    if !decompress(&mut file).is_ok_and(is_archive) {
         return Ok(false);
     }
     let dest = clean(dest);
     let new = NewDir { mode: 0o755, owner, time };
     let (root, _) = dst.ensure_dir(&dest, &new).map_err(|errno| PathError::new("mkdir", &dest, errno))?;
-    let text = |err: std::io::Error| FileError::Text(format!("failed to unpack {source}: {err}"));
-    file.rewind().map_err(text)?;
-    let mut extraction = Extraction { root: Root(root.as_fd()), owner, source, dirs: Vec::new() };
-    let mut archive = tar::Archive::new(decompress(file).map_err(text)?);
-    for entry in archive.entries().map_err(text)? {
+    let mut extraction = Extraction { root: Root(root.as_fd()), owner, source, dirs: BTreeMap::new() };
+    let reader = file.rewind().and_then(|()| decompress(file)).map_err(|err| extraction.text(err))?;
+    let mut archive = TarReader::new(reader);
+    while let Some(entry) = archive.next_entry().map_err(|err| extraction.broken(err))? {
         if cancel.is_cancelled() {
             return Err(FileError::Cancelled);
         }
-        extraction.entry(entry.map_err(text)?)?;
+        extraction.entry(&mut archive, &entry)?;
     }
     extraction.finish()?;
     Ok(true)
-}
-
-fn is_archive(file: &mut File) -> bool {
-    let Ok(reader) = decompress(file) else { return false };
-    let mut archive = tar::Archive::new(reader);
-    let Ok(mut entries) = archive.entries() else { return false };
-    matches!(entries.next(), Some(Ok(_)))
 }
 
 /// Chooses a decompressor by the first bytes.
@@ -81,26 +75,20 @@ struct Extraction<'a> {
     root: Root<'a>,
     owner: Option<Owner>,
     source: &'a str,
-    /// Directories and the time each gets when its content is complete.
-    dirs: Vec<(OwnedFd, OsString, Timespec)>,
+    /// Directories by path: which one the archive meant, and the time it gets when its content is complete.
+    dirs: BTreeMap<String, (Identity, Timespec)>,
 }
 
-/// What a tar entry says about the thing it makes.
-struct Attributes {
-    owner: Owner,
-    mode: u32,
-    time: Timespec,
-    xattrs: Vec<(OsString, Vec<u8>)>,
+/// Device and inode.
+type Identity = (u64, u64);
+
+fn identity(stat: &Stat) -> Identity {
+    (stat.st_dev, stat.st_ino)
 }
 
 impl Extraction<'_> {
-    fn entry<R: Read>(&mut self, mut entry: tar::Entry<'_, R>) -> Result<(), FileError> {
-        let kind = entry.header().entry_type();
-        if kind == EntryType::XGlobalHeader {
-            return Ok(());
-        }
-        let raw = entry.path_bytes().into_owned();
-        let Ok(name) = std::str::from_utf8(&raw) else {
+    fn entry<R: Read>(&mut self, archive: &mut TarReader<R>, entry: &Entry) -> Result<(), FileError> {
+        let Ok(name) = std::str::from_utf8(&entry.path) else {
             return Err(self.text("unsupported: archive entry whose name is not UTF-8"));
         };
         let path = clean(name);
@@ -113,35 +101,34 @@ impl Extraction<'_> {
             let path = path.clone();
             move |errno: Errno| FileError::from(PathError::new(call, &path, errno))
         };
-        let attributes = self.attributes(&mut entry)?;
         let (dir, _) = self.root.ensure_dir(parent, &IMPLIED_DIR).map_err(failed("mkdir"))?;
         let there = lstat(dir.as_fd(), name).map_err(failed("lstat"))?;
         let there_dir =
             there.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
-        if there.is_some() && !(there_dir && kind == EntryType::Directory) {
+        if there.is_some() && !(there_dir && entry.kind == Kind::Dir) {
             remove_all(dir.as_fd(), name).map_err(failed("remove"))?;
         }
         let mode = Mode::from_raw_mode(0o600);
-        match kind {
-            EntryType::Directory => {
-                if !there_dir {
-                    rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o700)).map_err(failed("mkdir"))?;
-                }
+        match entry.kind {
+            Kind::Dir if there_dir => {}
+            Kind::Dir => {
+                rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o700)).map_err(failed("mkdir"))?;
             }
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            Kind::Regular => {
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let mut file =
-                    File::from(rustix::fs::openat(&dir, name, flags, mode).map_err(failed("open"))?);
-                std::io::copy(&mut entry, &mut file).map_err(|err| self.text(&format!("{path}: {err}")))?;
+                let file = File::from(rustix::fs::openat(&dir, name, flags, mode).map_err(failed("open"))?);
+                archive.copy_to(&file).map_err(|err| match err {
+                    CopyError::Read(err) => self.broken(err),
+                    CopyError::Write(err) => self.text(format!("{path}: {err}")),
+                })?;
             }
-            EntryType::Symlink => {
-                let target = entry.link_name_bytes().unwrap_or_default();
-                rustix::fs::symlinkat(&*target, &dir, name).map_err(failed("symlink"))?;
+            Kind::Symlink => {
+                rustix::fs::symlinkat(OsStr::from_bytes(&entry.link), &dir, name)
+                    .map_err(failed("symlink"))?;
             }
-            EntryType::Link => {
-                let target = entry.link_name_bytes().unwrap_or_default();
-                let Ok(target) = std::str::from_utf8(&target) else {
+            Kind::HardLink => {
+                let Ok(target) = std::str::from_utf8(&entry.link) else {
                     return Err(self.text("unsupported: hard link to a name that is not UTF-8"));
                 };
                 let target = self.root.place(target, false).map_err(failed("link"))?;
@@ -150,95 +137,267 @@ impl Extraction<'_> {
                 // The first name carries the metadata.
                 return Ok(());
             }
-            EntryType::Char | EntryType::Block => {
-                let kind =
-                    if kind == EntryType::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
-                let header = entry.header();
-                let number = |part: std::io::Result<Option<u32>>| part.ok().flatten().unwrap_or(0);
-                let device =
-                    rustix::fs::makedev(number(header.device_major()), number(header.device_minor()));
+            Kind::Char | Kind::Block | Kind::Fifo => {
+                let kind = match entry.kind {
+                    Kind::Char => FileType::CharacterDevice,
+                    Kind::Block => FileType::BlockDevice,
+                    _ => FileType::Fifo,
+                };
+                let device = rustix::fs::makedev(entry.device.0, entry.device.1);
                 rustix::fs::mknodat(&dir, name, kind, mode, device).map_err(failed("mknod"))?;
             }
-            EntryType::Fifo => {
-                rustix::fs::mknodat(&dir, name, FileType::Fifo, mode, 0).map_err(failed("mknod"))?;
-            }
-            other => return Err(self.text(&format!("unsupported: archive entry type {other:?} of {path}"))),
         }
-        apply(dir.as_fd(), name, kind, &attributes).map_err(failed("chmod"))?;
-        if kind == EntryType::Directory {
-            self.dirs.push((dir, name.to_owned(), attributes.time));
+        let time = Timespec { tv_sec: entry.mtime, tv_nsec: entry.mtime_nanos.into() };
+        self.apply(dir.as_fd(), name, entry, time).map_err(failed("chmod"))?;
+        if entry.kind == Kind::Dir
+            && let Some(stat) = lstat(dir.as_fd(), name).map_err(failed("lstat"))?
+        {
+            self.dirs.insert(path, (identity(&stat), time));
         }
         Ok(())
     }
 
-    /// Header fields, as far as PAX records do not replace them.
-    fn attributes<R: Read>(&self, entry: &mut tar::Entry<'_, R>) -> Result<Attributes, FileError> {
-        let bad = |err: std::io::Error| self.text(&err.to_string());
-        let header = entry.header();
-        let mut owner =
-            Owner { uid: header.uid().map_err(bad)? as u32, gid: header.gid().map_err(bad)? as u32 };
-        let mode = header.mode().map_err(bad)?;
-        let mut time = Timespec { tv_sec: header.mtime().map_err(bad)? as i64, tv_nsec: 0 };
-        let mut xattrs = Vec::new();
-        if let Some(records) = entry.pax_extensions().map_err(bad)? {
-            for record in records {
-                let record = record.map_err(bad)?;
-                let number = || record.value().ok().and_then(|value| value.parse().ok());
-                match record.key_bytes() {
-                    b"uid" => owner.uid = number().unwrap_or(owner.uid),
-                    b"gid" => owner.gid = number().unwrap_or(owner.gid),
-                    b"mtime" => time = record.value().ok().and_then(pax_time).unwrap_or(time),
-                    key => {
-                        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                            let name = std::os::unix::ffi::OsStrExt::from_bytes(name);
-                            let name: &OsStr = name;
-                            xattrs.push((name.to_owned(), record.value_bytes().to_vec()));
-                        }
-                    }
-                }
+    /// What the entry says about the thing that was made of it.
+    fn apply(&self, dir: BorrowedFd<'_>, name: &OsStr, entry: &Entry, time: Timespec) -> Result<(), Errno> {
+        chown(dir, name, self.owner.unwrap_or(Owner { uid: entry.uid, gid: entry.gid }))?;
+        if matches!(entry.kind, Kind::Regular | Kind::Dir) {
+            let fd = super::root::open_child(dir, name, OFlags::RDONLY)?;
+            for (key, value) in entry.xattrs.iter().filter(|(key, _)| !is_overlay_xattr(key)) {
+                // A file system that lacks a namespace or label loses it, as with any `tar -x`.
+                let _ = rustix::fs::fsetxattr(&fd, OsStr::from_bytes(key), value, XattrFlags::empty());
             }
         }
-        Ok(Attributes { owner: self.owner.unwrap_or(owner), mode, time, xattrs })
+        if entry.kind != Kind::Symlink {
+            chmod(dir, name, entry.mode)?;
+        }
+        utimes(dir, name, time)
     }
 
     fn finish(&mut self) -> Result<(), FileError> {
-        for (dir, name, time) in self.dirs.iter().rev() {
-            let set = utimes(dir.as_fd(), name, *time);
-            set.map_err(|errno| PathError::new("utimes", &name.to_string_lossy(), errno))?;
+        for (path, (made, time)) in &self.dirs {
+            match self.root.place(path, false) {
+                Ok(place) if place.stat.is_some_and(|stat| identity(&stat) == *made) => {
+                    utimes(place.dir.as_fd(), &place.name, *time)
+                        .map_err(|errno| PathError::new("utimes", path, errno))?;
+                }
+                // A later entry took its place, or that of a directory on the way.
+                Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(errno) => return Err(PathError::new("utimes", path, errno).into()),
+            }
         }
         Ok(())
     }
 
-    fn text(&self, message: &str) -> FileError {
+    fn broken(&self, error: LayerError) -> FileError {
+        match error {
+            LayerError::Archive(text) => self.text(text),
+            LayerError::Read(err) => self.text(err),
+            other => self.text(other),
+        }
+    }
+
+    fn text(&self, message: impl std::fmt::Display) -> FileError {
         FileError::Text(format!("failed to unpack {}: {message}", self.source))
     }
 }
 
-fn apply(dir: BorrowedFd<'_>, name: &OsStr, kind: EntryType, attributes: &Attributes) -> Result<(), Errno> {
-    chown(dir, name, attributes.owner)?;
-    if matches!(
-        kind,
-        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse | EntryType::Directory
-    ) {
-        let fd = super::root::open_child(dir, name, OFlags::RDONLY)?;
-        for (key, value) in &attributes.xattrs {
-            // A file system that lacks a namespace or label loses it, as with any `tar -x`.
-            let _ = rustix::fs::fsetxattr(&fd, key, value, XattrFlags::empty());
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
+    use std::process::Command;
+
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    struct Member<'a> {
+        path: &'a str,
+        kind: tar::EntryType,
+        link: &'a str,
+        data: &'a [u8],
+        mtime: u64,
+    }
+
+    impl<'a> Member<'a> {
+        fn new(path: &'a str, kind: tar::EntryType) -> Self {
+            Self { path, kind, link: "", data: b"", mtime: 1000 }
+        }
+
+        fn file(path: &'a str, data: &'a [u8]) -> Self {
+            Self { data, ..Self::new(path, tar::EntryType::Regular) }
         }
     }
-    if kind != EntryType::Symlink {
-        chmod(dir, name, attributes.mode)?;
-    }
-    utimes(dir, name, attributes.time)
-}
 
-/// `seconds[.fraction]` since the epoch.
-fn pax_time(text: &str) -> Option<Timespec> {
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    let (tv_sec, tv_nsec): (i64, i64) = (seconds.parse().ok()?, digits.parse().ok()?);
-    match text.starts_with('-') && tv_nsec > 0 {
-        true => Some(Timespec { tv_sec: tv_sec - 1, tv_nsec: 1_000_000_000 - tv_nsec }),
-        false => Some(Timespec { tv_sec, tv_nsec }),
+    fn owner() -> Option<Owner> {
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Some(Owner { uid, gid })
+    }
+
+    fn archive(members: &[Member<'_>]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for member in members {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(member.kind);
+            header.set_mode(0o755);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(member.mtime);
+            header.set_size(member.data.len() as u64);
+            let old = header.as_old_mut();
+            old.name[..member.path.len()].copy_from_slice(member.path.as_bytes());
+            old.linkname[..member.link.len()].copy_from_slice(member.link.as_bytes());
+            header.set_cksum();
+            builder.append(&header, member.data).expect("append");
+        }
+        builder.into_inner().expect("archive")
+    }
+
+    /// Puts right what a change to a header made wrong.
+    fn correct(block: &mut [u8]) {
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+
+    fn add(bytes: &[u8], dst: &Path) -> Result<bool, FileError> {
+        let src = TempDir::new().expect("temp");
+        std::fs::write(src.path().join("a"), bytes).expect("write");
+        let open = |path: &Path| rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty());
+        let (src, dst) = (open(src.path()).expect("src"), open(dst).expect("dst"));
+        let cancel = CancellationToken::new();
+        unpack(Root(src.as_fd()), "/a", Root(dst.as_fd()), "/", owner(), None, &cancel)
+    }
+
+    #[test]
+    fn pax_records_are_read_by_their_length() {
+        let inner = archive(&[Member::file("smuggled", b"x")]);
+        // A reader that splits at newlines loses the size, and takes the data for headers.
+        let mut pax = b"30 SCHILY.xattr.user.a=\n\n9 b=\n".to_vec();
+        assert_eq!(pax.len(), 30);
+        pax.extend_from_slice(format!("13 size={}\n", inner.len()).as_bytes());
+        assert_eq!(pax.len(), 43);
+        let mut bytes = archive(&[
+            Member { data: &pax, ..Member::new("pax", tar::EntryType::XHeader) },
+            Member::file("outer", &inner),
+            Member::file("last", b"l"),
+        ]);
+        bytes[1024 + 124..1024 + 135].copy_from_slice(b"00000000000");
+        correct(&mut bytes[1024..1536]);
+        let dst = TempDir::new().expect("temp");
+        assert!(add(&bytes, dst.path()).expect("unpack"));
+        assert_eq!(std::fs::read(dst.path().join("outer")).expect("outer"), inner);
+        assert_eq!(std::fs::read(dst.path().join("last")).expect("last"), b"l");
+        assert!(!dst.path().join("smuggled").exists());
+    }
+
+    #[test]
+    fn sparse_files_of_every_form_keep_their_holes() {
+        let dir = TempDir::new().expect("temp");
+        let script = "dd if=/dev/zero of=s bs=1 count=0 seek=4M; printf middle | dd of=s bs=1 seek=2M conv=notrunc; printf end | dd of=s bs=1 seek=4000000 conv=notrunc";
+        let made = Command::new("sh").arg("-ec").arg(script).current_dir(dir.path()).output().expect("sh");
+        assert!(made.status.success(), "{made:?}");
+        let content = std::fs::read(dir.path().join("s")).expect("read");
+        let forms: [&[&str]; 4] = [
+            &["--format=gnu"],
+            &["--format=posix", "--sparse-version=0.0"],
+            &["--format=posix", "--sparse-version=0.1"],
+            &["--format=posix", "--sparse-version=1.0"],
+        ];
+        for form in forms {
+            let mut tar = Command::new("tar");
+            let tar = tar.args(form).args(["--sparse", "-cf", "-", "s"]).current_dir(dir.path());
+            let bytes = tar.output().expect("tar").stdout;
+            assert!(bytes.len() < 1 << 20, "{form:?}: sparse");
+            let dst = TempDir::new().expect("temp");
+            assert!(add(&bytes, dst.path()).expect("unpack"));
+            let out = dst.path().join("s");
+            assert!(std::fs::read(&out).expect("read") == content, "{form:?}");
+            assert!(out.metadata().expect("stat").blocks() < 2048, "{form:?}: holes");
+        }
+    }
+
+    #[test]
+    fn a_time_goes_to_the_directory_that_was_meant() {
+        use tar::EntryType::{Directory, Symlink};
+        let bytes = archive(&[
+            Member { mtime: 1, ..Member::new("a/", Directory) },
+            Member { mtime: 2, ..Member::new("a/b/", Directory) },
+            Member::file("a/b/f", b"f"),
+            Member { mtime: 3, ..Member::new("c/", Directory) },
+            Member { mtime: 4, ..Member::new("c/d/", Directory) },
+            Member { mtime: 5, ..Member::new("l/", Directory) },
+            Member { mtime: 6, ..Member::new("l/d/", Directory) },
+            Member { link: "c", ..Member::new("l", Symlink) },
+            Member::file("c/d/f", b"f"),
+        ]);
+        let dst = TempDir::new().expect("temp");
+        assert!(add(&bytes, dst.path()).expect("unpack"));
+        let time = |path: &str| dst.path().join(path).metadata().expect(path).mtime();
+        assert_eq!(["a", "a/b", "c", "c/d"].map(time), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn many_directories_need_few_descriptors() {
+        const CHILD: &str = "KILN_TEST_FEW_DESCRIPTORS";
+        if std::env::var_os(CHILD).is_none() {
+            let name = "ops::file::unpack::tests::many_directories_need_few_descriptors";
+            let mut child = Command::new("sh");
+            child
+                .args(["-c", "ulimit -n 64 && exec \"$0\" \"$@\""])
+                .arg(std::env::current_exe().expect("exe"));
+            let output = child.args(["--exact", name]).env(CHILD, "1").output().expect("child");
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let names: Vec<String> = (0..200).map(|n| format!("d{n}/")).collect();
+        let members: Vec<_> = names.iter().map(|n| Member::new(n, tar::EntryType::Directory)).collect();
+        let dst = TempDir::new().expect("temp");
+        assert!(add(&archive(&members), dst.path()).expect("unpack"));
+        assert_eq!(std::fs::read_dir(dst.path()).expect("list").count(), 200);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
+
+        #[test]
+        fn damage_never_escapes_or_panics(
+            changes in proptest::collection::vec((0usize..4096, any::<u8>()), 0..8),
+            squeeze: bool,
+        ) {
+            use tar::EntryType::{Directory, Link, Symlink, XHeader};
+            let mut bytes = archive(&[
+                Member { data: b"21 GNU.sparse.size=9\n", ..Member::new("pax", XHeader) },
+                Member::file("f", b"data"),
+                Member::new("d/", Directory),
+                Member { link: "../..", ..Member::new("d/l", Symlink) },
+                Member { link: "f", ..Member::new("d/l/h", Link) },
+            ]);
+            for (at, value) in changes {
+                bytes[at] = value;
+                let block = at / 512 * 512;
+                // Damage behind a checksum that is wrong would never be looked at.
+                if block != 512 && block != 1536 {
+                    correct(&mut bytes[block..block + 512]);
+                }
+            }
+            if squeeze {
+                bytes = zstd::encode_all(&bytes[..], 1).expect("zstd");
+            }
+            let world = TempDir::new().expect("temp");
+            let dst = world.path().join("dst");
+            std::fs::create_dir(&dst).expect("mkdir");
+            let _ = add(&bytes, &dst);
+            prop_assert_eq!(std::fs::read_dir(world.path()).expect("list").count(), 1);
+        }
+
+        #[test]
+        fn any_bytes_are_a_file_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..3000), magic in 0usize..5) {
+            let magics: [&[u8]; 5] = [b"", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"];
+            let dst = TempDir::new().expect("temp");
+            let _ = add(&[magics[magic], &bytes].concat(), dst.path());
+        }
     }
 }
