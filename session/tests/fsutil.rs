@@ -49,7 +49,7 @@ async fn a_directory_arrives_as_it_is() {
 async fn extended_attributes_arrive_with_their_values() {
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
     write(from.path(), "file", "x");
-    let long = "v".repeat(3000);
+    let long = "v".repeat(1500);
     let mut attributes = vec![("user.long".to_owned(), long.as_str()), ("user.none".to_owned(), "")];
     // More names than fit a first guess.
     attributes.extend((0..30).map(|n| (format!("user.attribute_with_a_long_name_{n:02}"), "value")));

@@ -26,10 +26,14 @@ pub(crate) fn open_on_boot(root: &Path, boot: &str) -> Arc<Store> {
 /// What `kill -9` leaves of an open store: a copy of its files at this moment.
 pub(crate) fn crash_image(root: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
+    // What is in the trash vanishes at any time, here as there.
+    std::fs::create_dir(copy.path().join("trash")).unwrap();
+    let entries = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap());
     let status = std::process::Command::new("cp")
-        .args(["-a", "--"])
-        .arg(root.join("."))
+        .args(["-a", "-t"])
         .arg(copy.path())
+        .arg("--")
+        .args(entries.filter(|entry| entry.file_name() != "trash").map(|entry| entry.path()))
         .status()
         .unwrap();
     assert!(status.success());

@@ -360,11 +360,7 @@ impl Run<'_> {
     /// `${x-w}`, `${x+w}`, `${x?w}` and their forms with a colon, for which empty counts as unset.
     fn conditional(&mut self, name: &str, op: char, colon: bool) -> Result<String, String> {
         let word = self.nested('}', false, "'}'")?;
-        let value = match (op, self.env.get(name)) {
-            // What is there for the case that the variable is not set does not miss it.
-            ('-' | '+', None) => None,
-            _ => self.lookup(name),
-        };
+        let value = self.lookup(name);
         if value.is_none() && self.lexer.keep_unset {
             let colon = if colon { ":" } else { "" };
             return Ok(format!("${{{name}{colon}{op}{word}}}"));
