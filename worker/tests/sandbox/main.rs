@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use kiln_worker::sandbox::{ExecutorChoice, open, zygote};
 
 use crate::confinement::{
-    confinement, devices, exit_status, insecure, memory_limit, no_network, own_namespaces, process,
-    readonly_root, resource_limits, system_calls, user_and_directory,
+    confinement, descriptors_lead_nowhere, devices, exit_status, insecure, memory_limit, no_network,
+    own_namespaces, process, readonly_root, resource_limits, system_calls,
+    the_hosts_program_stays_as_it_is, touch_own_program, user_and_directory,
 };
 use crate::ends::{
     background_processes_end, bad_sources, cancel, daemon, death_of_the_daemon, death_of_the_helper, dropped,
@@ -33,7 +34,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn main() -> ExitCode {
     zygote::run_if_requested();
     if let Some(mode) = std::env::var_os("KILN_TEST_DAEMON") {
-        return daemon(mode.to_str().unwrap_or_default());
+        return match mode.to_str() {
+            Some("touch") => touch_own_program(),
+            mode => daemon(mode.unwrap_or_default()),
+        };
     }
     if !rustix::process::geteuid().is_root() {
         println!("skipped: sandbox tests need root");
@@ -107,6 +111,8 @@ const TESTS: &[(&str, Test)] = &[
     ("confinement", confinement),
     ("system_calls", system_calls),
     ("devices", devices),
+    ("descriptors_lead_nowhere", descriptors_lead_nowhere),
+    ("the_hosts_program_stays_as_it_is", the_hosts_program_stays_as_it_is),
     ("insecure", insecure),
     ("user_and_directory", user_and_directory),
     ("changes_go_to_the_upper_directory", changes_go_to_the_upper_directory),
