@@ -17,6 +17,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::cgroup::Placement;
 use super::mounts::{self, Host, MountError};
+use super::nofile;
 use super::plan::{CapabilityPlan, NetworkPlan, Plan, ProcessPlan, RuntimePlan, SandboxPlan, Task};
 use super::sys::{self, Kernel};
 use super::wire::{self, FailureKind, Status};
@@ -96,6 +97,7 @@ fn start(
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Failure::setup("parent death signal", e))?;
     rustix::process::setsid().map_err(|e| Failure::setup("new session", e))?;
+    nofile::restore();
     for tasks in &placement.tasks {
         fs::write(tasks, "0")
             .map_err(|e| Failure::setup(&format!("joining cgroup {}", tasks.display()), e))?;

@@ -22,6 +22,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions};
 use super::SandboxError;
 use super::cgroup::{Cgroups, Placement};
 use super::init::{self, Streams};
+use super::nofile;
 use super::plan::{Limits, Plan};
 use super::wire::{self, FailureKind, Hello, START_FDS, Status};
 use crate::mount;
@@ -353,6 +354,7 @@ impl Zygote {
         let mut child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
             .arg0(ARGV0)
             .env(MARK, std::process::id().to_string())
+            .envs(nofile::original().map(|soft| (nofile::VARIABLE, soft.to_string())))
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())

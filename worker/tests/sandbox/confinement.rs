@@ -8,7 +8,9 @@ use std::process::ExitCode;
 use kiln_worker::sandbox::spec::{Bind, NetworkMode, Resources, SecurityMode, Tmpfs, Ulimit};
 use kiln_worker::sandbox::{ExecutorChoice, ExitOutcome, SandboxError};
 
+use rustix::process::{Resource, getrlimit};
 
+use crate::FEW_FILES;
 use crate::world::{Step, World, cgroups_named, status_fields};
 
 pub(crate) fn exit_status(world: &World) {
@@ -221,6 +223,17 @@ pub(crate) fn resource_limits(world: &World) {
         Ulimit { name: "core".into(), soft: 0, hard: 0 },
     ];
     assert_eq!(step.run(world).out(), "77\n99\n0");
+}
+
+pub(crate) fn open_files(world: &World) {
+    let ours = getrlimit(Resource::Nofile);
+    assert_eq!(ours.current, ours.maximum, "the daemon's own limit is raised");
+    if world.choice == ExecutorChoice::Runtime("runc".into()) {
+        // It raises the limit itself, and hands on what it has then.
+        return;
+    }
+    let hard = ours.maximum.unwrap().to_string();
+    assert_eq!(world.sh("ulimit -Sn; ulimit -Hn").run(world).out(), format!("{FEW_FILES}\n{hard}"));
 }
 
 pub(crate) fn memory_limit(world: &World) {
