@@ -80,6 +80,7 @@ pub(crate) struct Daemon {
 /// The daemon could not start, or a listener failed.
 pub fn run(config: Config) -> Result<(), DaemonError> {
     init_log(config.debug);
+    kiln_worker::sandbox::raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(Duration::from_secs(3))

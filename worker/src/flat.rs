@@ -11,6 +11,7 @@ use kiln_cache::{RecordType, SnapshotMeta, SnapshotRef, Snapshots};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
+use crate::layer::fsutil::is_whiteout;
 use crate::ops::file::root::{lstat, open_child, read_names, remove_all};
 use crate::view::ViewError;
 
@@ -96,7 +97,7 @@ pub(crate) fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), E
         let (src, dst) = (frame.src.as_fd(), frame.dst.as_fd());
         let Some(stat) = lstat(src, &name)? else { continue };
         let kind = FileType::from_raw_mode(stat.st_mode);
-        if kind == FileType::CharacterDevice && stat.st_rdev == 0 {
+        if is_whiteout(&stat) {
             remove_all(dst, &name)?;
             continue;
         }

@@ -7,7 +7,7 @@
 //! blocking I/O, and must not be called on an async thread.
 
 mod compress;
-mod fsutil;
+pub(crate) mod fsutil;
 mod pack;
 mod settle;
 mod tar_read;

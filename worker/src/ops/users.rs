@@ -5,13 +5,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use kiln_proto::pb;
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::file::root::{Owner, PathError, Root};
+use super::file::root::{Owner, PathError, Root, reopen_file};
 
 /// More than any real file holds, little enough to keep in memory.
 const MAX_BYTES: u64 = 10 << 20;
@@ -67,20 +67,16 @@ fn group(text: &str) -> impl Iterator<Item = Group<'_>> {
 /// Content of a file of the root; empty where there is none.
 pub(crate) fn read(root: Root<'_>, path: &str) -> Result<String, PathError> {
     let failed = |errno| PathError::new("open", path, errno);
-    let fd = match root.open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, 0) {
-        Ok(fd) => fd,
-        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(String::new()),
-        Err(errno) => return Err(failed(errno)),
-    };
-    read_fd(fd).map_err(failed)
+    match root.open(path, OFlags::PATH, 0) {
+        Ok(found) => read_found(found.as_fd()).map_err(failed),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(String::new()),
+        Err(errno) => Err(failed(errno)),
+    }
 }
 
-/// Content of an open file of foreign origin; empty if it is no regular file.
-pub(crate) fn read_fd(fd: OwnedFd) -> Result<String, Errno> {
-    let stat = rustix::fs::fstat(&fd)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Ok(String::new());
-    }
+/// Content of what was found (opened with `O_PATH`) in an image; empty if it is no regular file.
+pub(crate) fn read_found(found: BorrowedFd<'_>) -> Result<String, Errno> {
+    let Some(fd) = reopen_file(found, OFlags::RDONLY)? else { return Ok(String::new()) };
     let mut bytes = Vec::new();
     let read = File::from(fd).take(MAX_BYTES + 1).read_to_end(&mut bytes);
     read.map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))?;

@@ -17,6 +17,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::cgroup::Placement;
 use super::mounts::{self, Host, MountError};
+use super::nofile;
 use super::plan::{CapabilityPlan, NetworkPlan, Plan, ProcessPlan, RuntimePlan, SandboxPlan, Task};
 use super::sys::{self, Kernel};
 use super::wire::{self, FailureKind, Status};
@@ -96,6 +97,7 @@ fn start(
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Failure::setup("parent death signal", e))?;
     rustix::process::setsid().map_err(|e| Failure::setup("new session", e))?;
+    nofile::restore();
     for tasks in &placement.tasks {
         fs::write(tasks, "0")
             .map_err(|e| Failure::setup(&format!("joining cgroup {}", tasks.display()), e))?;
@@ -164,9 +166,10 @@ fn become_program(
     let stubs = mounts::assemble(&Kernel, plan, host)?;
     report_stubs(status, stubs)?;
 
-    // What is needed of the descriptors moves to 0, 1 and 2; the rest closes with the exec.
+    // Now, before any path of the image's is looked up: what only closes with the exec could still be used by the look-up
+    // of the program, as /proc/self/fd/N, and lead out of the root.
     streams_to_stdio(stdio).map_err(|e| Failure::setup("standard streams", e))?;
-    close_on_exec().map_err(|e| Failure::setup("closing descriptors", e))?;
+    close_all_but(status).map_err(|e| Failure::setup("closing descriptors", e))?;
     for (resource, soft, hard) in &process.rlimits {
         set_rlimit(*resource, *soft, *hard)
             .map_err(|e| Failure::setup(&format!("resource limit {resource}"), e))?;
@@ -225,10 +228,20 @@ fn streams_to_stdio([stdin, stdout, stderr]: [OwnedFd; 3]) -> io::Result<()> {
     Ok(())
 }
 
-fn close_on_exec() -> io::Result<()> {
-    // SAFETY: only sets a flag on descriptors of this process.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// Closes every descriptor except the standard streams and `kept`. That is a socket, through which no path leads; it
+/// closes with the exec.
+fn close_all_but(kept: &OwnedFd) -> io::Result<()> {
+    let kept = kept.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept + 1, u32::MAX)] {
+        if first > last {
+            continue;
+        }
+        // SAFETY: what else is open belongs to callers that this process never returns to.
+        if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0u32) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {

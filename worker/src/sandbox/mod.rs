@@ -15,6 +15,7 @@ mod init;
 mod lean;
 mod limits;
 mod mounts;
+mod nofile;
 mod oci;
 mod plan;
 pub mod seccomp;
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use lean::LeanExecutor;
+pub use nofile::raise_open_files;
 pub use oci::OciRuntimeExecutor;
 
 /// Runs sandboxes. Implementations behave alike; one test suite runs on all of them.

@@ -7,17 +7,15 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
-    OpenTreeFlags, UnmountFlags,
-};
+use rustix::mount::{FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 
 use super::plan::DevicePlan;
+use crate::mount::{self, MAX_LOWERS, Namespace};
 
 /// What a mount point must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,12 +75,6 @@ pub(super) trait Sys {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Kernel;
 
-/// Most lower layers one overlay takes.
-pub(super) const MAX_LOWERS: usize = 500;
-
-/// Longest string `fsconfig` takes, without its end.
-const MAX_CONFIG_STRING: usize = 255;
-
 /// Symbolic links followed in one mount point, as the kernel's own limit.
 const MAX_LINKS: usize = 40;
 
@@ -90,7 +82,7 @@ impl Sys for Kernel {
     type Fd = OwnedFd;
 
     fn make_private(&self) -> io::Result<()> {
-        Ok(rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
+        mount::make_private()
     }
 
     fn new_fs(&self, fstype: &str, options: &[(String, Option<String>)], attrs: u32) -> io::Result<OwnedFd> {
@@ -100,14 +92,17 @@ impl Sys for Kernel {
                 Some(value) => rustix::mount::fsconfig_set_string(&fs, key.as_str(), value.as_str()),
                 None => rustix::mount::fsconfig_set_flag(&fs, key.as_str()),
             }
-            .map_err(|e| explain(&fs, e))?;
+            .map_err(|e| mount::explain(&fs, e))?;
         }
-        create(&fs, attrs)
+        mount::create(&fs, MountAttrFlags::from_bits_retain(attrs))
     }
 
     fn overlay(&self, lowers: &[PathBuf], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
         // Of more layers than fit, the bottom ones are merged first: nothing lies beneath them that their
         // whiteouts could still hide.
+        let once = |lowers: &[&Path], upper| {
+            mount::overlay(lowers, upper, MountAttrFlags::from_bits_retain(attrs), Namespace::Private)
+        };
         let merged;
         let mut lowers = lowers.iter().map(PathBuf::as_path).collect::<Vec<_>>();
         let bottom;
@@ -120,42 +115,24 @@ impl Sys for Kernel {
                     2 * MAX_LOWERS - 1
                 )));
             }
-            bottom = overlay_once(&tail, None, attrs)?;
+            bottom = once(&tail, None)?;
             self.park(&bottom)?;
             merged = PathBuf::from(format!("/proc/self/fd/{}", bottom.as_raw_fd()));
             lowers.push(&merged);
         }
-        overlay_once(&lowers, upper, attrs)
+        once(&lowers, upper)
     }
 
     fn clone_tree(&self, path: &Path, recursive: bool) -> io::Result<OwnedFd> {
-        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
-        Ok(rustix::mount::open_tree(CWD, path, flags)?)
+        mount::clone_tree(path, recursive)
     }
 
     fn clone_at(&self, at: &OwnedFd, recursive: bool) -> io::Result<OwnedFd> {
-        let mut flags =
-            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-        flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
-        Ok(rustix::mount::open_tree(at, "", flags)?)
+        mount::clone_at(at.as_fd(), recursive)
     }
 
     fn set_attrs(&self, mount: &OwnedFd, attrs: u32, recursive: bool) -> io::Result<()> {
-        let attr = libc::mount_attr { attr_set: u64::from(attrs), attr_clr: 0, propagation: 0, userns_fd: 0 };
-        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-        // SAFETY: the path is a constant C string and `attr` a struct of the given size; both are only read.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                mount.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-                std::ptr::from_ref(&attr),
-                size_of::<libc::mount_attr>(),
-            )
-        };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        mount::set_attrs(mount.as_fd(), MountAttrFlags::from_bits_retain(attrs), recursive)
     }
 
     fn open_host(&self, path: &Path) -> io::Result<OwnedFd> {
@@ -310,120 +287,6 @@ fn file_type(fd: &OwnedFd) -> io::Result<FileType> {
     Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode))
 }
 
-fn create(fs: &OwnedFd, attrs: u32) -> io::Result<OwnedFd> {
-    rustix::mount::fsconfig_create(fs).map_err(|e| explain(fs, e))?;
-    let attrs = MountAttrFlags::from_bits_retain(attrs);
-    Ok(rustix::mount::fsmount(fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)
-}
-
-/// Adds what the kernel logged about a failed mount.
-fn explain(fs: &OwnedFd, error: Errno) -> io::Error {
-    let mut texts = Vec::new();
-    let mut buffer = [0u8; 512];
-    while let Ok(n @ 1..) = rustix::io::read(fs, &mut buffer) {
-        let text = String::from_utf8_lossy(&buffer[..n]).trim().to_owned();
-        // Lines start with a severity letter.
-        texts.push(text.get(2..).unwrap_or(&text).to_owned());
-    }
-    let error = io::Error::from(error);
-    if texts.is_empty() {
-        error
-    } else {
-        io::Error::new(error.kind(), format!("{error} ({})", texts.join("; ")))
-    }
-}
-
-/// An overlay of at most [`MAX_LOWERS`] lower directories.
-fn overlay_once(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
-    match overlay_by_config(lowers, upper, attrs) {
-        // Kernels before 6.5 have no option for a single layer, and notice it late.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            overlay_by_mount(lowers, upper, attrs).map_err(|_| error)
-        }
-        other => other,
-    }
-}
-
-fn overlay_by_config(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
-    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    let mut held = Vec::new();
-    let mut set = |key: &str, path: &Path| -> io::Result<()> {
-        let text = short(path, &mut held)?;
-        rustix::mount::fsconfig_set_string(&fs, key, text.as_path()).map_err(|e| explain(&fs, e))
-    };
-    for lower in lowers {
-        set("lowerdir+", lower)?;
-    }
-    let mut options = vec![("redirect_dir", "nofollow"), ("metacopy", "off"), ("xino", "off")];
-    if let Some((upper, work)) = upper {
-        set("upperdir", upper)?;
-        set("workdir", work)?;
-        options.push(("index", "off"));
-        // What a sandbox wrote is made durable by the store, once for many; a step must not wait for the disk.
-        rustix::mount::fsconfig_set_flag(&fs, "volatile").map_err(|e| explain(&fs, e))?;
-    }
-    for (key, value) in options {
-        rustix::mount::fsconfig_set_string(&fs, key, value).map_err(|e| explain(&fs, e))?;
-    }
-    create(&fs, attrs)
-}
-
-/// A name for a directory that needs no escaping and fits into the kernel's limit.
-fn short(path: &Path, held: &mut Vec<OwnedFd>) -> io::Result<PathBuf> {
-    let bytes = path.as_os_str().as_bytes();
-    if bytes.len() <= MAX_CONFIG_STRING && !bytes.iter().any(|b| matches!(b, b'\\' | b':' | b',')) {
-        return Ok(path.to_owned());
-    }
-    by_descriptor(path, held)
-}
-
-fn by_descriptor(path: &Path, held: &mut Vec<OwnedFd>) -> io::Result<PathBuf> {
-    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let text = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    held.push(fd);
-    Ok(text)
-}
-
-/// The same through mount(2), for kernels before 6.5: mounted on one of its own directories (this mount namespace is
-/// private), copied as a detached mount, and taken away again.
-fn overlay_by_mount(lowers: &[&Path], upper: Option<(&Path, &Path)>, attrs: u32) -> io::Result<OwnedFd> {
-    let mut held = Vec::new();
-    let mut data = OsString::from("lowerdir=");
-    for (at, lower) in lowers.iter().enumerate() {
-        if at > 0 {
-            data.push(":");
-        }
-        data.push(by_descriptor(lower, &mut held)?);
-    }
-    data.push(",redirect_dir=nofollow,metacopy=off,xino=off");
-    if let Some((upper, work)) = upper {
-        data.push(",upperdir=");
-        data.push(by_descriptor(upper, &mut held)?);
-        data.push(",workdir=");
-        data.push(by_descriptor(work, &mut held)?);
-        data.push(",index=off,volatile");
-    }
-    // The old interface takes one page.
-    if data.len() >= 4096 {
-        return Err(io::Error::other(format!(
-            "unsupported: a file system of {} layers on a kernel older than 6.5",
-            lowers.len()
-        )));
-    }
-    let data = std::ffi::CString::new(data.into_vec())?;
-    let place = upper.map_or(lowers[0], |(_, work)| work);
-    rustix::mount::mount("overlay", place, "overlay", MountFlags::empty(), Some(data.as_c_str()))?;
-    let copied = rustix::mount::open_tree(
-        CWD,
-        place,
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    );
-    rustix::mount::unmount(place, UnmountFlags::DETACH)?;
-    let copied = copied?;
-    Kernel.set_attrs(&copied, attrs, false)?;
-    Ok(copied)
-}
-
 /// Reads a small file completely, or as much as `limit`.
 pub(super) fn read_limited(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
@@ -435,48 +298,6 @@ pub(super) fn read_limited(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
 mod tests {
     use super::*;
     use std::fs;
-
-    #[test]
-    fn both_ways_to_an_overlay_agree() {
-        if !rustix::process::geteuid().is_root() {
-            println!("skipped: mounts need root");
-            return;
-        }
-        let base = tempfile::tempdir().unwrap();
-        for dir in ["a", "b,:\\", "up1", "work1", "up2", "work2"] {
-            fs::create_dir(base.path().join(dir)).unwrap();
-        }
-        let (a, b) = (base.path().join("a"), base.path().join("b,:\\"));
-        fs::write(a.join("f"), "a").unwrap();
-        fs::write(b.join("f"), "b").unwrap();
-        fs::write(b.join("g"), "g").unwrap();
-        // A mount namespace of its own, for this thread only.
-        let work = move || {
-            // SAFETY: only this thread leaves the namespaces, and it ends with the test.
-            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_FS) }, 0);
-            Kernel.make_private().unwrap();
-            for number in [1, 2] {
-                let (up, work) =
-                    (base.path().join(format!("up{number}")), base.path().join(format!("work{number}")));
-                let (lowers, upper) = ([a.as_path(), b.as_path()], Some((up.as_path(), work.as_path())));
-                let root = match number {
-                    1 => overlay_by_config(&lowers, upper, 0),
-                    _ => overlay_by_mount(&lowers, upper, 0),
-                }
-                .unwrap();
-                for (name, text) in [("f", "a"), ("g", "g")] {
-                    let file = open_in(root.as_fd(), Path::new(name), OFlags::RDONLY).unwrap();
-                    assert_eq!(read_limited(file, 9).unwrap(), text.as_bytes(), "way {number}");
-                }
-                let flags = OFlags::CREATE | OFlags::WRONLY;
-                drop(rustix::fs::openat(&root, "new", flags, Mode::from_raw_mode(0o600)).unwrap());
-                assert!(up.join("new").exists());
-            }
-            let missing = overlay_once(&[Path::new("/nowhere"), &a], None, 0).unwrap_err();
-            assert_eq!(missing.kind(), io::ErrorKind::NotFound);
-        };
-        std::thread::spawn(work).join().unwrap();
-    }
 
     #[test]
     fn targets_stay_beneath_their_root() {

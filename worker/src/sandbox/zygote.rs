@@ -10,18 +10,22 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::mount::MountAttrFlags;
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 
 use super::SandboxError;
 use super::cgroup::{Cgroups, Placement};
 use super::init::{self, Streams};
+use super::nofile;
 use super::plan::{Limits, Plan};
 use super::wire::{self, FailureKind, Hello, START_FDS, Status};
+use crate::mount;
 
 /// Name the binary is started under to become the zygote.
 const ARGV0: &str = "kiln-zygote";
@@ -252,6 +256,7 @@ impl Server {
                 // Held copies would keep other sandboxes' sockets, and the daemon's, from closing.
                 self.control = None;
                 self.running.clear();
+                placement.into = None;
                 let Ok(status) = status.try_clone() else { std::process::exit(255) };
                 init::run(&plan, &programs, &placement, Streams { status, stdio })
             }
@@ -345,9 +350,11 @@ impl Zygote {
         }
         let (ours, theirs) =
             wire::pair(false).map_err(|e| SandboxError::io("socket for the sandbox helper", e))?;
-        let mut child = Command::new("/proc/self/exe")
+        let program = program().map_err(|e| SandboxError::io("binary of the sandbox helper", e))?;
+        let mut child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
             .arg0(ARGV0)
             .env(MARK, std::process::id().to_string())
+            .envs(nofile::original().map(|soft| (nofile::VARIABLE, soft.to_string())))
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -400,6 +407,15 @@ impl Drop for Zygote {
             }
         }
     }
+}
+
+/// This binary by a read-only mount: until an image's program takes over, a sandbox reaches it as `/proc/self/exe`, and
+/// must not change what the host has.
+fn program() -> io::Result<OwnedFd> {
+    let attrs = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    let program = mount::clone_tree(Path::new("/proc/self/exe"), false)?;
+    mount::set_attrs(program.as_fd(), attrs, false)?;
+    Ok(program)
 }
 
 fn readable(fd: &OwnedFd, limit: Duration) -> bool {

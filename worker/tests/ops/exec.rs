@@ -6,6 +6,7 @@ use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
 use kiln_session::client::{Attachables, Secret};
 use kiln_worker::ops::{BuildContext, SessionGroup};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
 use crate::common;
 use crate::world::{World, action, bind, copy, exec, file, layer, sh, top, vertex, walk};
@@ -74,6 +75,33 @@ pub(crate) async fn users_environment_and_hosts(world: &World) {
     unknown.meta.as_mut().unwrap().user = "nobody-here".into();
     let error = world.run(exec(unknown), &[&base]).await.unwrap_err();
     assert_eq!(error.message, "unable to find user nobody-here: no matching entries in passwd file");
+}
+
+pub(crate) async fn user_files_that_are_no_files_are_left_alone(world: &World) {
+    let base = world.busybox();
+    let pipe = world.snapshot(|root| {
+        std::fs::create_dir(root.join("etc")).unwrap();
+        let mode = Mode::from_raw_mode(0o644);
+        mknodat(CWD, root.join("etc/passwd"), FileType::Fifo, mode, 0).unwrap();
+    });
+    let inputs = [0, 1].map(|input| pb::MergeInput { input }).to_vec();
+    let merged = pb::op::Op::Merge(pb::MergeOp { inputs });
+    let merged = world.run(merged, &[&base, &pipe]).await.unwrap().remove(0);
+    // Goes on as soon as anybody opens the pipe.
+    let place = top(&pipe).dir().join("etc/passwd");
+    let writer = std::thread::spawn({
+        let place = place.clone();
+        move || std::fs::File::options().write(true).open(place).unwrap()
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut op = sh("stat -c %u /proc/self/status");
+    op.meta.as_mut().unwrap().user = "7".into();
+    world.run(exec(op), &[&merged]).await.unwrap();
+    assert_eq!(world.log(1), "7\n");
+    let opened = writer.is_finished();
+    drop(rustix::fs::open(&place, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap());
+    writer.join().unwrap();
+    assert!(!opened, "the pipe was opened");
 }
 
 pub(crate) async fn mounts_show_inputs_and_scratch_space(world: &World) {

@@ -1,11 +1,15 @@
 //! File operations, merge and diff.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use kiln_cache::Ref;
+use kiln_cache::{RecordType, Ref, SnapshotMeta};
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, openat};
+use rustix::io::Errno;
 
 use crate::common;
 use crate::world::{World, action, copy, file, layer, mkfile, rm, top};
@@ -73,6 +77,40 @@ pub(crate) async fn a_failing_action_is_named(world: &World) {
     let error = world.run(op, &[&None]).await.unwrap_err();
     assert_eq!(error.message, "lstat /zzz: no such file or directory");
     assert_eq!(error.file_action, Some(1));
+}
+
+pub(crate) async fn device_nodes_are_not_opened(world: &World) {
+    let node = |root: &Path, name: &str, kind, device| {
+        mknodat(CWD, root.join(name), kind, Mode::from_raw_mode(0o666), device).unwrap();
+    };
+    // /dev/null: writing to it does no harm, and would succeed.
+    let archive = tempfile::tempdir().unwrap();
+    node(archive.path(), "null", FileType::CharacterDevice, makedev(1, 3));
+    node(archive.path(), "pipe", FileType::Fifo, 0);
+    let tar = archive.path().join("nodes.tar");
+    let mut pack = Command::new("tar");
+    pack.arg("-C").arg(archive.path()).arg("-cf").arg(&tar).args(["null", "pipe"]);
+    assert!(pack.status().unwrap().success());
+    let source = world.snapshot(|root| std::fs::copy(&tar, root.join("nodes.tar")).map(drop).unwrap());
+    for (name, base) in [("null", -1), ("pipe", -1), ("null", 1), ("pipe", 1)] {
+        let unpack = Action::Copy(pb::FileActionCopy {
+            attempt_unpack_docker_compatibility: true,
+            ..copy("/nodes.tar", "/")
+        });
+        let chain = vec![action(base, 0, -1, unpack), action(2, -1, 0, mkfile(&format!("/{name}"), "data"))];
+        let error = world.run(file(chain), &[&source, &world.busybox()]).await.unwrap_err();
+        assert_eq!(error.message, format!("mkfile /{name}: not a regular file"));
+    }
+
+    // A client's directory is one layer and shown as it is, but for its devices.
+    let snapshots = world.worker.layers().snapshots();
+    let staged = snapshots.stage(None).unwrap();
+    node(staged.fs(), "null", FileType::CharacterDevice, makedev(1, 3));
+    let meta = SnapshotMeta::of_type(RecordType::LocalSource, "test");
+    let local = Some(snapshots.commit(staged, meta).unwrap());
+    let view = world.worker.view(&local).await.unwrap();
+    let opened = openat(view.fd(), "null", OFlags::RDONLY, Mode::empty());
+    assert_eq!(opened.unwrap_err(), Errno::ACCESS);
 }
 
 pub(crate) async fn a_chain_too_deep_for_one_mount_is_still_one_tree(world: &World) {

@@ -22,11 +22,13 @@ use crate::exec::{
     a_step_writes_a_layer_and_reports_its_output, cache_mounts_persist_and_locked_ones_wait,
     forbidden_things_are_refused, keys_leave_out_what_does_not_matter, mounts_show_inputs_and_scratch_space,
     nothing_but_the_change_is_in_the_layer, secrets_come_from_the_client,
-    several_outputs_are_numbered_by_mount, users_environment_and_hosts,
+    several_outputs_are_numbered_by_mount, user_files_that_are_no_files_are_left_alone,
+    users_environment_and_hosts,
 };
 use crate::files::{
-    a_chain_too_deep_for_one_mount_is_still_one_tree, a_failing_action_is_named, file_actions_make_layers,
-    merge_and_diff, removed_files_are_whiteouts, users_are_looked_up_in_their_input,
+    a_chain_too_deep_for_one_mount_is_still_one_tree, a_failing_action_is_named, device_nodes_are_not_opened,
+    file_actions_make_layers, merge_and_diff, removed_files_are_whiteouts,
+    users_are_looked_up_in_their_input,
 };
 use crate::sources::{
     a_broken_transfer_is_not_taken_for_the_present_state, a_clients_directory_is_transferred_once,
@@ -47,12 +49,14 @@ const TESTS: &[(&str, Test)] = tests![
     removed_files_are_whiteouts,
     users_are_looked_up_in_their_input,
     a_failing_action_is_named,
+    device_nodes_are_not_opened,
     a_chain_too_deep_for_one_mount_is_still_one_tree,
     merge_and_diff,
     a_step_writes_a_layer_and_reports_its_output,
     nothing_but_the_change_is_in_the_layer,
     a_failing_step_tells_its_exit_code,
     users_environment_and_hosts,
+    user_files_that_are_no_files_are_left_alone,
     mounts_show_inputs_and_scratch_space,
     several_outputs_are_numbered_by_mount,
     cache_mounts_persist_and_locked_ones_wait,

@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use kiln_worker::sandbox::spec::{NetworkMode, Resources, SecurityMode, Tmpfs, Ulimit};
+use kiln_worker::sandbox::spec::{Bind, NetworkMode, Resources, SecurityMode, Tmpfs, Ulimit};
 use kiln_worker::sandbox::{ExecutorChoice, ExitOutcome, SandboxError};
 
-use crate::world::{World, cgroups_named, status_fields};
+use rustix::process::{Resource, getrlimit};
+
+use crate::FEW_FILES;
+use crate::world::{Step, World, cgroups_named, status_fields};
 
 pub(crate) fn exit_status(world: &World) {
     assert_eq!(world.sh("exit 0").run(world).code(), 0);
@@ -118,6 +122,61 @@ pub(crate) fn insecure(world: &World) {
     assert_eq!((theirs["CapEff"], theirs["Seccomp"]), (ours["CapPrm"], "0"));
 }
 
+/// Descriptors of the helper that a program could find as its own.
+const DESCRIPTORS: std::ops::RangeInclusive<u32> = 3..=32;
+
+pub(crate) fn descriptors_lead_nowhere(world: &World) {
+    if world.choice != ExecutorChoice::Lean {
+        return;
+    }
+    let outside = world.base.join("outside-program");
+    fs::create_dir_all(&outside).unwrap();
+    // The program is looked for by the kernel while descriptors that only close with the exec are still open.
+    fs::copy(world.root.join("bin/busybox"), outside.join("echo")).unwrap();
+    let through = |n: u32| format!("/proc/self/fd/{n}{}{}", "/..".repeat(16), outside.display());
+    let refused = |what: &str, step: Step| {
+        let ran = step.run(world);
+        assert!(ran.result.is_err() && ran.stdout.is_empty(), "{what}: {:?} {}", ran.result, ran.stdout);
+    };
+    for n in DESCRIPTORS {
+        let program = format!("{}/echo", through(n));
+        refused(&program, world.program(&[&program, "reached"]));
+
+        let step = world.program(&["/script"]);
+        fs::write(step.upper().join("script"), format!("#!{program}\n")).unwrap();
+        fs::set_permissions(step.upper().join("script"), fs::Permissions::from_mode(0o755)).unwrap();
+        refused(&format!("script of {program}"), step);
+
+        let mut step = world.program(&["./echo", "reached"]);
+        step.params.cwd = through(n);
+        refused(&format!("working directory {}", through(n)), step);
+    }
+    let mut step = world.program(&["echo", "reached"]);
+    step.params.env = vec![format!("PATH={}", DESCRIPTORS.map(through).collect::<Vec<_>>().join(":"))];
+    refused("PATH", step);
+}
+
+/// Runs in a sandbox, as the program that was there before the one of the image.
+pub(crate) fn touch_own_program() -> ExitCode {
+    let program = Path::new("/proc/self/exe");
+    let mode = fs::metadata(program).unwrap().permissions();
+    println!("{:?}", fs::set_permissions(program, mode).map_err(|e| e.kind()));
+    ExitCode::SUCCESS
+}
+
+pub(crate) fn the_hosts_program_stays_as_it_is(world: &World) {
+    if world.choice != ExecutorChoice::Lean {
+        return;
+    }
+    // Before the image's program runs, this is the helper's. With the host's libraries it runs in the sandbox.
+    let mut step = world.program(&["/proc/self/exe"]);
+    step.params.env.push("KILN_TEST_DAEMON=touch".into());
+    for libraries in ["/lib", "/lib64", "/usr/lib"].map(PathBuf::from).into_iter().filter(|p| p.exists()) {
+        step.params.binds.push(Bind { source: libraries.clone(), dest: libraries, readonly: true });
+    }
+    assert_eq!(step.run(world).out(), "Err(ReadOnlyFilesystem)");
+}
+
 pub(crate) fn user_and_directory(world: &World) {
     let mut step = world.sh("id -u; id -g; id -G; echo $HOME; pwd; touch here && stat -c %u:%g . here; grep CapEff /proc/self/status");
     (step.params.uid, step.params.gid, step.params.groups) = (1000, 1001, vec![5, 6]);
@@ -164,6 +223,17 @@ pub(crate) fn resource_limits(world: &World) {
         Ulimit { name: "core".into(), soft: 0, hard: 0 },
     ];
     assert_eq!(step.run(world).out(), "77\n99\n0");
+}
+
+pub(crate) fn open_files(world: &World) {
+    let ours = getrlimit(Resource::Nofile);
+    assert_eq!(ours.current, ours.maximum, "the daemon's own limit is raised");
+    if world.choice == ExecutorChoice::Runtime("runc".into()) {
+        // It raises the limit itself, and hands on what it has then.
+        return;
+    }
+    let hard = ours.maximum.unwrap().to_string();
+    assert_eq!(world.sh("ulimit -Sn; ulimit -Hn").run(world).out(), format!("{FEW_FILES}\n{hard}"));
 }
 
 pub(crate) fn memory_limit(world: &World) {

@@ -12,11 +12,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use kiln_worker::sandbox::{ExecutorChoice, open, zygote};
+use kiln_worker::sandbox::{ExecutorChoice, open, raise_open_files, zygote};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::confinement::{
-    confinement, devices, exit_status, insecure, memory_limit, no_network, own_namespaces, process,
-    readonly_root, resource_limits, system_calls, user_and_directory,
+    confinement, descriptors_lead_nowhere, devices, exit_status, insecure, memory_limit, no_network,
+    open_files, own_namespaces, process, readonly_root, resource_limits, system_calls,
+    the_hosts_program_stays_as_it_is, touch_own_program, user_and_directory,
 };
 use crate::ends::{
     background_processes_end, bad_sources, cancel, daemon, death_of_the_daemon, death_of_the_helper, dropped,
@@ -28,12 +30,16 @@ use crate::roots::{
 };
 use crate::world::{World, cgroups_named, choices, make_root, mount_points};
 
+const FEW_FILES: u64 = 512;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> ExitCode {
     zygote::run_if_requested();
     if let Some(mode) = std::env::var_os("KILN_TEST_DAEMON") {
-        return daemon(mode.to_str().unwrap_or_default());
+        return match mode.to_str() {
+            Some("touch") => touch_own_program(),
+            mode => daemon(mode.unwrap_or_default()),
+        };
     }
     if !rustix::process::geteuid().is_root() {
         println!("skipped: sandbox tests need root");
@@ -44,6 +50,8 @@ fn main() -> ExitCode {
     let base = tempfile::tempdir().unwrap();
     let root = make_root(base.path());
     let mounts_before = mount_points();
+    lower_open_files();
+    raise_open_files();
     let mut failed = Vec::new();
     let mut ran = 0;
     for choice in if groups.is_empty() { choices() } else { vec![ExecutorChoice::Lean] } {
@@ -88,6 +96,12 @@ fn main() -> ExitCode {
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// A soft limit below the hard one, as most systems start a daemon with.
+fn lower_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(FEW_FILES), ..limit }).unwrap();
+}
+
 /// Runs the tests of this program where the host seems to have other cgroups.
 fn again_with(kind: &str) -> bool {
     let mount = if kind == "cgroup2" { "mount -t cgroup2 none /sys/fs/cgroup" } else { "true" };
@@ -107,6 +121,8 @@ const TESTS: &[(&str, Test)] = &[
     ("confinement", confinement),
     ("system_calls", system_calls),
     ("devices", devices),
+    ("descriptors_lead_nowhere", descriptors_lead_nowhere),
+    ("the_hosts_program_stays_as_it_is", the_hosts_program_stays_as_it_is),
     ("insecure", insecure),
     ("user_and_directory", user_and_directory),
     ("changes_go_to_the_upper_directory", changes_go_to_the_upper_directory),
@@ -117,6 +133,7 @@ const TESTS: &[(&str, Test)] = &[
     ("readonly_root", readonly_root),
     ("no_network", no_network),
     ("resource_limits", resource_limits),
+    ("open_files", open_files),
     ("memory_limit", memory_limit),
     ("programs_that_do_not_start", programs_that_do_not_start),
     ("bad_sources", bad_sources),

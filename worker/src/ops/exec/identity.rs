@@ -8,6 +8,7 @@ use kiln_cache::Ref;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use crate::layer::fsutil::is_whiteout;
 use crate::ops::file::root::Root;
 use crate::ops::users::{self, ProcessUser};
 use crate::worker::Layers;
@@ -44,6 +45,7 @@ pub(crate) fn resolve(layers: &Layers, root: &Ref, user: &str) -> Result<Process
 }
 
 enum Peek {
+    /// Opened with `O_PATH` only: in a layer's own directory a device would be opened.
     Found(OwnedFd),
     Absent,
     Unsure,
@@ -52,7 +54,7 @@ enum Peek {
 impl Peek {
     fn read(self) -> Result<String, String> {
         match self {
-            Self::Found(fd) => users::read_fd(fd).map_err(|err| err.to_string()),
+            Self::Found(fd) => users::read_found(fd.as_fd()).map_err(|err| err.to_string()),
             Self::Absent | Self::Unsure => Ok(String::new()),
         }
     }
@@ -62,10 +64,14 @@ impl Peek {
 fn peek(layers: &[OwnedFd], path: &str) -> Peek {
     let (dir, _) = path.split_once('/').unwrap_or((path, ""));
     for layer in layers {
-        match open(layer.as_fd(), path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) {
-            Ok(fd) => return Peek::Found(fd),
-            // What the kernel answers for a whiteout, which is a device without a driver.
-            Err(Errno::NXIO) => return Peek::Absent,
+        match open(layer.as_fd(), path, OFlags::PATH) {
+            Ok(fd) => {
+                return match rustix::fs::fstat(&fd) {
+                    Ok(stat) if is_whiteout(&stat) => Peek::Absent,
+                    Ok(_) => Peek::Found(fd),
+                    Err(_) => Peek::Unsure,
+                };
+            }
             Err(Errno::NOENT) => {}
             Err(_) => return Peek::Unsure,
         }

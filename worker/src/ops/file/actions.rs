@@ -8,7 +8,7 @@ use kiln_proto::pb;
 use rustix::fs::{Gid, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
-use super::root::{NewDir, Owner, PathError, Root, chown, clean, remove_all, split, utimes};
+use super::root::{NewDir, Owner, PathError, Root, chown, clean, remove_all, reopen_file, split, utimes};
 use super::wildcard;
 
 /// Why a file action failed.
@@ -69,11 +69,13 @@ pub(crate) fn mkfile(
 ) -> Result<(), FileError> {
     let path = clean(&action.path);
     let failed = |errno| PathError::new("open", &path, errno);
-    let write = OFlags::WRONLY | OFlags::TRUNC | OFlags::NOCTTY | OFlags::NONBLOCK;
     let mode = action.mode as u32 & 0o777;
-    let (fd, new) = match root.open(&path, write, 0) {
-        Ok(fd) => (fd, false),
-        Err(Errno::NOENT) => (root.open(&path, write | OFlags::CREATE, mode).map_err(failed)?, true),
+    let (fd, new) = match root.open(&path, OFlags::PATH, 0) {
+        Ok(found) => {
+            let opened = reopen_file(found.as_fd(), OFlags::WRONLY | OFlags::TRUNC).map_err(failed)?;
+            (opened.ok_or_else(|| FileError::Text(format!("mkfile {path}: not a regular file")))?, false)
+        }
+        Err(Errno::NOENT) => (root.open(&path, OFlags::WRONLY | OFlags::CREATE, mode).map_err(failed)?, true),
         Err(errno) => return Err(failed(errno).into()),
     };
     let mut file = std::fs::File::from(fd);

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
@@ -105,6 +105,17 @@ pub(crate) fn lstat(dir: BorrowedFd<'_>, name: &OsStr) -> Result<Option<Stat>, E
 /// Opens one name of a directory, never through a symlink.
 pub(crate) fn open_child(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Opens anew what `found` (opened with `O_PATH`) stands for, if it is a regular file. Nothing else is opened at all: a
+/// pipe would wait, and a device might act.
+pub(crate) fn reopen_file(found: BorrowedFd<'_>, flags: OFlags) -> Result<Option<OwnedFd>, Errno> {
+    let stat = rustix::fs::fstat(found)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(None);
+    }
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map(Some)
 }
 
 /// Opens a subdirectory for use as a base, never through a symlink.
