@@ -1,6 +1,7 @@
 //! Several shells at once share one daemon, one cache and one execution.
 
 use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kiln_integration::{Built, Context, Kiln, Registry, tools, wait_until};
@@ -27,8 +28,8 @@ fn sixteen_builds_of_one_dockerfile_run_each_step_once() {
                 "--push",
                 context.path().to_str().expect("UTF-8"),
             ])
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("start kiln")
         })
@@ -85,4 +86,23 @@ fn a_daemon_that_was_started_on_demand_leaves_when_idle() {
     wait_until("the idle daemon to leave", Duration::from_secs(30), || kiln.daemons().is_empty());
     let again = kiln.build(context.path(), &[]).ok();
     assert_eq!(again.cached(), 1, "{}", again.stderr);
+}
+
+#[test]
+fn the_daemon_may_open_more_files_than_its_steps() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new("FROM busybox\nRUN test $(ulimit -Sn) = 300\n");
+    let build = kiln.command(&["build", "--progress", "plain", context.path().to_str().expect("UTF-8")]);
+    let mut limited = Command::new("prlimit");
+    limited.arg("--nofile=300:").arg(build.get_program()).args(build.get_args());
+    limited.envs(build.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    Built::from(limited.output().expect("run kiln")).ok();
+
+    let daemons = kiln.daemons();
+    let limits =
+        std::fs::read_to_string(format!("/proc/{}/limits", daemons[0])).expect("the daemon's limits");
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).expect("open files");
+    let fields: Vec<_> = files.split_whitespace().collect();
+    assert_eq!(fields[3], fields[4], "soft and hard limit: {files}");
 }
