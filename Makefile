@@ -37,6 +37,7 @@ bench: setup-lab rocksdb
 	$(CARGO) build --release --locked -p kiln -p kiln-integration --bins
 	@$(SUDO) tools/base-images.sh busybox >/dev/null
 	@$(SUDO) target/release/kiln-bench $(BENCH)
+	$(CARGO) bench --locked --workspace --bench graphs
 
 lint: rocksdb
 	$(CARGO) fmt --all --check

@@ -243,11 +243,7 @@ impl Compiler<'_> {
     ) -> (pb::ExecOp, Vec<Out>, Vec<&'static str>) {
         let options = self.input.options;
         let Gathered { mut mounts, secrets, secret_env, mut ssh, mut caps } = gathered;
-        caps.extend([
-            llb::caps::EXEC_META_BASE,
-            llb::caps::EXEC_META_SETS_DEFAULT_PATH,
-            llb::caps::EXEC_META_REMOVE_MOUNT_STUBS_RECURSIVE,
-        ]);
+        caps.extend([llb::caps::EXEC_META_BASE, llb::caps::EXEC_META_SETS_DEFAULT_PATH]);
         let root = pb::Mount { dest: "/".into(), output: 0, ..Default::default() };
         mounts.insert(0, (root, stage.fs.output));
         mounts.sort_by(|a, b| a.0.dest.cmp(&b.0.dest));

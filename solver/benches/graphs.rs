@@ -1,0 +1,197 @@
+//! The solver alone: graphs of fake operations over the real key store, new and then cached. Needs no root.
+//!
+//! `cargo bench --workspace --bench graphs`. Each graph runs in a process of its own, so that memory is its own.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use kiln_cache::{Store, StoreOptions};
+use kiln_proto::{llb, pb};
+use kiln_solver::op::{
+    CacheMap, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, ResultStore,
+};
+use kiln_solver::progress::{Event, ProgressSink};
+use kiln_solver::{BuildOptions, Solver, SolverOptions};
+
+const ROUNDS: usize = 3;
+const SHAPES: [&str; 4] = ["chain", "wide", "grid", "random"];
+
+/// Set for the process that runs one graph.
+const CHILD: &str = "KILN_BENCH_GRAPH";
+
+fn main() {
+    if let Ok(what) = std::env::var(CHILD) {
+        let (shape, count) = what.split_once(' ').expect("SHAPE COUNT");
+        return child(shape, count.parse().expect("a count"));
+    }
+    println!("{:<8} {:>9} {:>10} {:>10} {:>14}", "graph", "vertices", "new ms", "cached ms", "bytes/vertex");
+    for shape in SHAPES {
+        let (small, large) = (measure(shape, 10_000), measure(shape, 100_000));
+        println!("{:<8} 100,000 against 10,000 vertices: new {:.1} times as long", shape, large / small);
+    }
+    measure("chain", 1_000_000);
+}
+
+/// Runs a graph in processes of its own; gives the median time of its first solve.
+fn measure(shape: &str, count: usize) -> f64 {
+    let rounds = if count > 100_000 { 1 } else { ROUNDS };
+    let mut runs: Vec<[f64; 3]> = (0..rounds)
+        .map(|_| {
+            let program = std::env::current_exe().expect("this program");
+            let output = Command::new(program).env(CHILD, format!("{shape} {count}")).output().expect("run");
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+            let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+            numbers.try_into().expect("three numbers")
+        })
+        .collect();
+    runs.sort_by(|a, b| a[0].total_cmp(&b[0]));
+    let [new, cached, bytes] = runs[runs.len() / 2];
+    println!("{shape:<8} {count:>9} {new:>10.1} {cached:>10.1} {bytes:>14.0}");
+    new
+}
+
+fn child(shape: &str, count: usize) {
+    let definition = definition(shape, count);
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let store = Store::open(dir.path(), StoreOptions::default()).expect("store");
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    let before = memory("VmRSS:");
+    // So that the peak is that of the solve.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    let new = runtime.block_on(solve(&store, &definition));
+    let bytes = memory("VmHWM:").saturating_sub(before) as f64 / count as f64;
+    let cached = runtime.block_on(solve(&store, &definition));
+    println!("{} {} {bytes}", milliseconds(new), milliseconds(cached));
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// A line of `/proc/self/status`, in bytes.
+fn memory(line: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").expect("status");
+    let found = text.lines().find_map(|l| l.strip_prefix(line)).expect("the line");
+    found.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+async fn solve(store: &Store, definition: &pb::Definition) -> Duration {
+    let solver = Solver::new(store.keys(), Arc::new(Results), SolverOptions::default());
+    let start = Instant::now();
+    let build = solver.build(BuildOptions { factory: Arc::new(Factory), progress: Arc::new(Unseen) });
+    build.solve(definition).await.expect("solved");
+    let time = start.elapsed();
+    drop(build);
+    solver.idle().await;
+    time
+}
+
+fn definition(shape: &str, count: usize) -> pb::Definition {
+    let mut builder = llb::Builder::new();
+    let mut digests: Vec<String> = Vec::with_capacity(count);
+    let side = (count as f64).sqrt() as usize;
+    // A fixed seed: every run has the same graph.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    for at in 0..count {
+        let last = at + 1 == count;
+        let inputs: Vec<usize> = match shape {
+            "chain" => at.checked_sub(1).into_iter().collect(),
+            "wide" if last => (0..at).collect(),
+            "wide" => Vec::new(),
+            "grid" => {
+                let left = (at % side > 0).then(|| at - 1);
+                left.into_iter().chain(at.checked_sub(side)).collect()
+            }
+            // Each hangs on the one before too, so that the last one needs all.
+            _ => at
+                .checked_sub(1)
+                .into_iter()
+                .chain((0..2).filter_map(|_| (at > 1).then(|| random(at - 1))))
+                .collect(),
+        };
+        let op = pb::Op {
+            inputs: inputs
+                .iter()
+                .map(|&from| pb::Input { digest: digests[from].clone(), index: 0 })
+                .collect(),
+            op: Some(pb::op::Op::Source(pb::SourceOp {
+                identifier: format!("fake://{at}"),
+                ..Default::default()
+            })),
+            ..Default::default()
+        };
+        digests.push(builder.add(&op, pb::OpMetadata::default()));
+    }
+    builder.finish(&pb::Input { digest: digests.pop().expect("a vertex"), index: 0 })
+}
+
+struct Factory;
+
+impl OpFactory<u32> for Factory {
+    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<u32>>, OpError> {
+        let Some(pb::op::Op::Source(source)) = &vertex.op.op else { return Err(OpError::new("no source")) };
+        let digest = blake3::hash(source.identifier.as_bytes());
+        Ok(Arc::new(Fake { digest, inputs: vertex.op.inputs.len() }))
+    }
+}
+
+struct Fake {
+    digest: Key,
+    inputs: usize,
+}
+
+impl Op<u32> for Fake {
+    fn cache_map<'a>(&'a self, _: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
+        let map = CacheMap {
+            digest: self.digest,
+            inputs: vec![InputMap::default(); self.inputs],
+            persistent: true,
+            parts: Vec::new(),
+        };
+        std::future::ready(Ok(map)).boxed()
+    }
+
+    fn execute<'a>(&'a self, _: &'a OpContext, _: Vec<u32>) -> BoxFuture<'a, Result<Vec<u32>, OpError>> {
+        std::future::ready(Ok(vec![1])).boxed()
+    }
+
+    fn class(&self) -> OpClass {
+        OpClass::Io
+    }
+}
+
+struct Results;
+
+impl ResultStore<u32> for Results {
+    fn id(&self, result: &u32) -> String {
+        result.to_string()
+    }
+
+    fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<u32>, OpError>> {
+        std::future::ready(Ok(id.parse().ok())).boxed()
+    }
+
+    fn content_digest<'a>(&'a self, _: &'a u32, _: &'a ContentQuery) -> BoxFuture<'a, Result<Key, OpError>> {
+        std::future::ready(Err(OpError::new("not asked for"))).boxed()
+    }
+
+    fn output_digest<'a>(&'a self, result: &'a u32) -> BoxFuture<'a, Result<Key, OpError>> {
+        std::future::ready(Ok(blake3::hash(&result.to_le_bytes()))).boxed()
+    }
+}
+
+struct Unseen;
+
+impl ProgressSink for Unseen {
+    fn event(&self, _: Event) {}
+}
