@@ -147,3 +147,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn logs_of_short_lives_do_not_pile_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        names.filter(|path| path.extension().is_some_and(|name| name == "log")).count()
+    };
+    for life in 0..80_u32 {
+        let kv = RocksKv::open(dir.path()).unwrap();
+        put(&kv, Cf::ALL[life as usize % 3], &life.to_le_bytes(), b"v");
+        assert!(logs() < 40, "{} logs", logs());
+    }
+    let kv = RocksKv::open(dir.path()).unwrap();
+    for life in 0..80_u32 {
+        assert!(kv.get(Cf::ALL[life as usize % 3], &life.to_le_bytes()).unwrap().is_some(), "{life}");
+    }
+}

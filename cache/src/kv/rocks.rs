@@ -16,6 +16,8 @@ const BLOCK_CACHE: usize = 2 << 20;
 const MEMTABLE: usize = 1 << 20;
 const MEMTABLES_TOTAL: usize = 4 << 20;
 const WAL_TOTAL: u64 = 4 << 20;
+/// Each open begins a new log, and short ones may wait long to be written to tables: from this many on they are.
+const LOGS: usize = 24;
 
 /// A RocksDB database.
 pub struct RocksKv {
@@ -28,7 +30,13 @@ impl RocksKv {
         let cache = Cache::new_lru_cache(BLOCK_CACHE);
         let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(&cache)));
         let db = DB::open_cf_descriptors(&database_options()?, dir, families)?;
-        Ok(Self { db })
+        let kv = Self { db };
+        if logs(dir)? > LOGS {
+            for cf in Cf::ALL {
+                kv.db.flush_cf(kv.family(cf)?)?;
+            }
+        }
+        Ok(kv)
     }
 
     fn family(&self, cf: Cf) -> Result<&ColumnFamily> {
@@ -49,6 +57,11 @@ impl RocksKv {
         options.set_sync(sync);
         Ok(self.db.write_opt(native, &options)?)
     }
+}
+
+fn logs(dir: &Path) -> Result<usize> {
+    let listed = std::fs::read_dir(dir).map_err(|e| StoreError::io("list", dir, e))?;
+    Ok(listed.flatten().filter(|entry| entry.path().extension().is_some_and(|name| name == "log")).count())
 }
 
 fn database_options() -> Result<Options> {
