@@ -113,11 +113,8 @@ fn definition(shape: &str, count: usize) -> pb::Definition {
                 left.into_iter().chain(at.checked_sub(side)).collect()
             }
             // Each hangs on the one before too, so that the last one needs all.
-            _ => at
-                .checked_sub(1)
-                .into_iter()
-                .chain((0..2).filter_map(|_| (at > 1).then(|| random(at - 1))))
-                .collect(),
+            _ if at < 2 => at.checked_sub(1).into_iter().collect(),
+            _ => vec![at - 1, random(at - 1), random(at - 1)],
         };
         let op = pb::Op {
             inputs: inputs
