@@ -9,15 +9,15 @@ use tempfile::TempDir;
 
 use crate::lab::{Registry, repository, wait_until};
 
-/// The binary under test: `KILN`, or the one of the profile that the tests were built with.
+/// The binary under test: `KILN`, or the one that was built with this program, which stands beside it or, as a test,
+/// one directory below.
 pub fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("KILN") {
         return PathBuf::from(path);
     }
-    let test = std::env::current_exe().expect("path of the test");
-    let path = test.parent().and_then(Path::parent).expect("target directory").join("kiln");
-    assert!(path.exists(), "{} is not there: build the workspace first", path.display());
-    path
+    let program = std::env::current_exe().expect("path of this program");
+    let found = program.ancestors().skip(1).take(2).map(|dir| dir.join("kiln")).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("no kiln beside {}: build the workspace first", program.display()))
 }
 
 /// State, socket and configuration of one daemon; stopped when dropped.
