@@ -45,7 +45,6 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// Whether another process holds the store.
     /// Whether another daemon has the store; and if so, whether it is about to leave.
     pub(crate) fn locked(&self) -> Option<bool> {
         match self {

@@ -1,12 +1,13 @@
 //! A client's directories, and what follows from their content.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use kiln_cache::Ref;
 use kiln_proto::pb::file_action::Action;
 use kiln_proto::{llb, pb};
-use kiln_session::client::{Attachables, SharedDir};
+use kiln_session::client::{Attachables, ClientSession, SharedDir};
 use kiln_solver::op::ResultStore;
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
@@ -20,17 +21,22 @@ pub(crate) fn local(name: &str, session: &str) -> pb::op::Op {
     pb::op::Op::Source(pb::SourceOp { identifier: format!("local://{name}"), attrs })
 }
 
+/// A client, in session `s`, that shares a directory as `context`; and a build for it.
+async fn client_of(world: &World, dir: &Path) -> (ClientSession, BuildContext) {
+    let (manager, mut control) = common::daemon().await;
+    let mut offer = Attachables::new();
+    offer.share(vec![SharedDir { name: "context".into(), path: dir.to_owned() }]);
+    let client = offer.attach(&mut control, "s", "key").await.unwrap();
+    let sessions = SessionGroup::new(manager, vec!["s".into()]);
+    (client, BuildContext { sessions, ..world.context(&[]) })
+}
+
 pub(crate) async fn a_clients_directory_is_transferred_once(world: &World) {
     let from = world.dir.path().join("context");
     common::write(&from, "src/main", "1");
     common::write(&from, "other", "o");
     std::fs::set_permissions(from.join("other"), std::fs::Permissions::from_mode(0o640)).unwrap();
-    let (manager, mut control) = common::daemon().await;
-    let mut offer = Attachables::new();
-    offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
-    let _client = offer.attach(&mut control, "s", "key").await.unwrap();
-    let context =
-        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let (_client, context) = client_of(world, &from).await;
     let fetch = || world.run_in(&context, local("context", "s"), &[]);
     let first = fetch().await.unwrap().remove(0);
     assert_eq!(world.read(&first, "src/main").await.as_deref(), Some("1"));
@@ -54,12 +60,7 @@ pub(crate) async fn a_clients_directory_is_transferred_once(world: &World) {
 pub(crate) async fn a_broken_transfer_is_not_taken_for_the_present_state(world: &World) {
     let from = world.dir.path().join("context");
     common::write(&from, "a", "1");
-    let (manager, mut control) = common::daemon().await;
-    let mut offer = Attachables::new();
-    offer.share(vec![SharedDir { name: "context".into(), path: from.clone() }]);
-    let _client = offer.attach(&mut control, "s", "key").await.unwrap();
-    let context =
-        BuildContext { sessions: SessionGroup::new(manager, vec!["s".into()]), ..world.context(&[]) };
+    let (_client, context) = client_of(world, &from).await;
     let fetch = || world.run_in(&context, local("context", "s"), &[]);
     let first = fetch().await.unwrap().remove(0);
     common::write(&from, "a", "22");
