@@ -24,6 +24,12 @@ pub(crate) fn random_id() -> String {
         .collect()
 }
 
+/// Bytes that are free on the disk of `path` for those without privileges.
+pub(crate) fn free_space(path: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| StoreError::io("measure disk of", path, e))?;
+    Ok(stat.f_bavail * stat.f_frsize)
+}
+
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|e| StoreError::io("create directory", path, e))
 }

@@ -5,8 +5,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
 
-use crate::error::{Result, StoreError};
+use crate::error::Result;
 use crate::filter::Filter;
+use crate::fsx;
 use crate::kv::Batch;
 use crate::snapshots::record::{self, Record};
 use crate::store::{Shared, Store};
@@ -93,7 +94,7 @@ impl Shared {
         let entries = self.ledger(true)?;
         let mut total: u64 = entries.iter().map(|entry| entry.record.size).sum();
         let keep = match options.has_limits() {
-            true => options.allowance(total, self.free_space()?),
+            true => options.allowance(total, fsx::free_space(&self.root)?),
             false => 0,
         };
         let cut_off = SystemTime::now().checked_sub(options.keep_duration);
@@ -195,11 +196,5 @@ impl Shared {
             Ok(!found)
         })?;
         Ok(found)
-    }
-
-    fn free_space(&self) -> Result<u64> {
-        let stat =
-            rustix::fs::statvfs(&self.root).map_err(|e| StoreError::io("measure disk of", &self.root, e))?;
-        Ok(stat.f_bavail * stat.f_frsize)
     }
 }

@@ -2,15 +2,17 @@
 //! records of a few hundred bytes; what matters is a short open, little memory, and no thread
 //! that wakes up while nothing happens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, Direction,
-    IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
+    ErrorKind, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 
 use super::{Batch, Cf, Change, Kv, Visit};
 use crate::error::{Result, StoreError};
+use crate::fsx;
 
 const BLOCK_CACHE: usize = 2 << 20;
 const MEMTABLE: usize = 1 << 20;
@@ -18,10 +20,15 @@ const MEMTABLES_TOTAL: usize = 4 << 20;
 const WAL_TOTAL: u64 = 4 << 20;
 /// Each open begins a new log, and short ones may wait long to be written to tables: from this many on they are.
 const LOGS: usize = 24;
+/// Bytes that must be free on the disk for tables to be written: with less, a write that has to wait for them fails.
+const TABLE_ROOM: u64 = 4 * MEMTABLES_TOTAL as u64;
+/// How long a write waits for tables to be written while there is room.
+const STALL: Duration = Duration::from_secs(30);
 
 /// A RocksDB database.
 pub struct RocksKv {
     db: DB,
+    dir: PathBuf,
 }
 
 impl RocksKv {
@@ -30,8 +37,8 @@ impl RocksKv {
         let cache = Cache::new_lru_cache(BLOCK_CACHE);
         let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(&cache)));
         let db = DB::open_cf_descriptors(&database_options()?, dir, families)?;
-        let kv = Self { db };
-        if logs(dir)? > LOGS {
+        let kv = Self { db, dir: dir.to_owned() };
+        if logs(dir)? > LOGS && kv.has_room()? {
             for cf in Cf::ALL {
                 kv.db.flush_cf(kv.family(cf)?)?;
             }
@@ -55,7 +62,27 @@ impl RocksKv {
         }
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        Ok(self.db.write_opt(native, &options)?)
+        // RocksDB itself would wait on a full disk until somebody makes room, however long that takes.
+        options.set_no_slowdown(true);
+        let began = Instant::now();
+        loop {
+            match self.db.write_opt(WriteBatch::from_data(native.data()), &options) {
+                Err(error) if error.kind() == ErrorKind::Incomplete => {
+                    if !self.has_room()? {
+                        return Err(StoreError::io("write tables in", &self.dir, rustix::io::Errno::NOSPC));
+                    }
+                    if began.elapsed() > STALL {
+                        return Err(error.into());
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                written => return Ok(written?),
+            }
+        }
+    }
+
+    fn has_room(&self) -> Result<bool> {
+        Ok(fsx::free_space(&self.dir)? >= TABLE_ROOM)
     }
 }
 
