@@ -23,6 +23,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // LLB is addressed by the digest of its bytes, so its maps must encode in one order.
     tonic_prost_build::configure()
         .btree_map(".pb")
+        // Large and, in graphs of many vertices, rare: without this every operation takes as much.
+        .boxed(".pb.Op.op.exec")
+        .boxed(".pb.Op.op.build")
         .bytes(".fsutil.types.Packet")
         .bytes(".moby.filesync.v1.BytesMessage")
         .bytes(".moby.buildkit.v1.BytesMessage")

@@ -14,36 +14,56 @@ pub struct KeyRecord {
     /// Names of the results, one for each output; the empty string stands for scratch.
     pub results: Vec<String>,
     /// Digest (`sha256:…`) of the vertex that made them.
-    pub vertex: String,
+    pub vertex: Arc<str>,
     /// That vertex's display name.
-    pub name: String,
+    pub name: Arc<str>,
     /// When it finished.
     pub created: SystemTime,
     /// How long it ran.
     pub duration: Duration,
-    /// The output digest of each result, where it was computed.
-    pub output_content: Vec<Option<[u8; 32]>>,
     /// The content key of the vertex, where it says more than the definition key.
     pub content_key: Option<[u8; 32]>,
+}
+
+/// What is known of an operation, whatever it ran on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpRecord {
+    /// How long it took when it last ran.
+    pub duration: Duration,
+    /// It counts some input by the whole of what that input's operation produced, so that knowing
+    /// the digests of such outputs may find it again.
+    pub follows_outputs: bool,
+}
+
+/// Something to remember.
+#[derive(Debug, Clone)]
+pub enum KeyChange {
+    /// One record under several keys.
+    Record {
+        /// The keys.
+        keys: Vec<[u8; 32]>,
+        /// What is found under each of them.
+        record: Arc<KeyRecord>,
+    },
+    /// What is known of the operation with this digest.
+    Op {
+        /// The operation's digest.
+        digest: [u8; 32],
+        /// Replaces what was known of it.
+        record: OpRecord,
+    },
 }
 
 /// Where the solver keeps its keys.
 pub trait KeyStorage: Send + Sync + 'static {
     /// The record under a key.
     fn get(&self, key: &[u8; 32]) -> Result<Option<KeyRecord>>;
-    /// Puts one record under several keys at once.
-    fn put(&self, keys: &[[u8; 32]], record: &KeyRecord) -> Result<()>;
+    /// What is known of an operation by its digest.
+    fn op(&self, digest: &[u8; 32]) -> Result<Option<OpRecord>>;
+    /// Remembers all of `changes`, or nothing.
+    fn write(&self, changes: &[KeyChange]) -> Result<()>;
     /// Forgets a key.
     fn remove(&self, key: &[u8; 32]) -> Result<()>;
-    /// True if an operation with this digest was once recorded by what it read from other
-    /// operations' outputs, so that knowing those outputs' digests may find it again.
-    fn followers(&self, op_digest: &[u8; 32]) -> Result<bool>;
-    /// Notes that an operation with this digest was recorded so.
-    fn mark_follower(&self, op_digest: &[u8; 32]) -> Result<()>;
-    /// How long the operation with this digest took when it last ran.
-    fn duration(&self, op_digest: &[u8; 32]) -> Result<Option<Duration>>;
-    /// Notes how long it took.
-    fn set_duration(&self, op_digest: &[u8; 32], duration: Duration) -> Result<()>;
 }
 
 /// Keys kept in a [`Kv`].
@@ -64,11 +84,33 @@ impl KeyStorage for KeyStore {
         codec::decode::<Encoded>("key", key, &bytes)?.into_record(key).map(Some)
     }
 
-    fn put(&self, keys: &[[u8; 32]], record: &KeyRecord) -> Result<()> {
-        let value = codec::encode(&Encoded::from(record));
+    fn op(&self, digest: &[u8; 32]) -> Result<Option<OpRecord>> {
+        let Some(bytes) = self.kv.get(Cf::Ops, digest)? else { return Ok(None) };
+        let encoded: EncodedOp = codec::decode("operation", digest, &bytes)?;
+        Ok(Some(OpRecord {
+            duration: Duration::from_nanos(encoded.duration),
+            follows_outputs: encoded.follows_outputs,
+        }))
+    }
+
+    fn write(&self, changes: &[KeyChange]) -> Result<()> {
         let mut batch = Batch::new();
-        for key in keys {
-            batch.put(Cf::Keys, *key, value.clone());
+        for change in changes {
+            match change {
+                KeyChange::Record { keys, record } => {
+                    let value = codec::encode(&Encoded::from(&**record));
+                    for key in keys {
+                        batch.put(Cf::Keys, *key, value.clone());
+                    }
+                }
+                KeyChange::Op { digest, record } => {
+                    let encoded = EncodedOp {
+                        duration: nanos(record.duration),
+                        follows_outputs: record.follows_outputs,
+                    };
+                    batch.put(Cf::Ops, *digest, codec::encode(&encoded));
+                }
+            }
         }
         self.kv.write(batch)
     }
@@ -78,51 +120,17 @@ impl KeyStorage for KeyStore {
         batch.delete(Cf::Keys, *key);
         self.kv.write(batch)
     }
-
-    fn followers(&self, op_digest: &[u8; 32]) -> Result<bool> {
-        Ok(self.kv.get(Cf::Ops, &op_key(b'f', op_digest))?.is_some())
-    }
-
-    fn mark_follower(&self, op_digest: &[u8; 32]) -> Result<()> {
-        let key = op_key(b'f', op_digest);
-        if self.kv.get(Cf::Ops, &key)?.is_some() {
-            return Ok(());
-        }
-        let mut batch = Batch::new();
-        batch.put(Cf::Ops, key, [1]);
-        self.kv.write(batch)
-    }
-
-    fn duration(&self, op_digest: &[u8; 32]) -> Result<Option<Duration>> {
-        let key = op_key(b'd', op_digest);
-        let Some(bytes) = self.kv.get(Cf::Ops, &key)? else { return Ok(None) };
-        let bytes: [u8; 8] = bytes.try_into().map_err(|_| StoreError::Corrupt {
-            what: "duration",
-            key: hex::encode(op_digest),
-            reason: "not 8 bytes".to_owned(),
-        })?;
-        Ok(Some(Duration::from_nanos(u64::from_le_bytes(bytes))))
-    }
-
-    fn set_duration(&self, op_digest: &[u8; 32], duration: Duration) -> Result<()> {
-        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        let mut batch = Batch::new();
-        batch.put(Cf::Ops, op_key(b'd', op_digest), nanos.to_le_bytes());
-        self.kv.write(batch)
-    }
 }
 
-fn op_key(kind: u8, digest: &[u8; 32]) -> Vec<u8> {
-    let mut key = Vec::with_capacity(33);
-    key.push(kind);
-    key.extend_from_slice(digest);
-    key
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Encoded {
     #[prost(string, repeated, tag = "1")]
     results: Vec<String>,
+    /// A digest that is not sha256.
     #[prost(string, tag = "2")]
     vertex: String,
     #[prost(string, tag = "3")]
@@ -131,50 +139,61 @@ struct Encoded {
     created: i64,
     #[prost(uint64, tag = "5")]
     duration: u64,
-    /// An empty entry stands for a digest that was not computed.
-    #[prost(bytes = "vec", repeated, tag = "6")]
-    output_content: Vec<Vec<u8>>,
     /// Empty stands for none.
     #[prost(bytes = "vec", tag = "7")]
     content_key: Vec<u8>,
+    /// The bytes of a sha256 digest.
+    #[prost(bytes = "vec", tag = "8")]
+    vertex_sha256: Vec<u8>,
 }
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct EncodedOp {
+    #[prost(uint64, tag = "1")]
+    duration: u64,
+    #[prost(bool, tag = "2")]
+    follows_outputs: bool,
+}
+
+const SHA256: &str = "sha256:";
 
 impl From<&KeyRecord> for Encoded {
     fn from(record: &KeyRecord) -> Self {
+        let sha256 = record.vertex.strip_prefix(SHA256).and_then(|digits| hex::decode(digits).ok());
         Self {
             results: record.results.clone(),
-            vertex: record.vertex.clone(),
-            name: record.name.clone(),
+            vertex: if sha256.is_some() { String::new() } else { record.vertex.to_string() },
+            name: record.name.to_string(),
             created: codec::nanos(record.created),
-            duration: u64::try_from(record.duration.as_nanos()).unwrap_or(u64::MAX),
-            output_content: record
-                .output_content
-                .iter()
-                .map(|d| d.map_or_else(Vec::new, |d| d.to_vec()))
-                .collect(),
+            duration: nanos(record.duration),
             content_key: record.content_key.map_or_else(Vec::new, |d| d.to_vec()),
+            vertex_sha256: sha256.unwrap_or_default(),
         }
     }
 }
 
 impl Encoded {
     fn into_record(self, key: &[u8; 32]) -> Result<KeyRecord> {
-        let digest = |bytes: Vec<u8>| match bytes.len() {
-            0 => Ok(None),
-            _ => bytes.try_into().map(Some).map_err(|_| StoreError::Corrupt {
-                what: "key",
-                key: hex::encode(key),
-                reason: "a digest is not 32 bytes".to_owned(),
-            }),
+        let corrupt = || StoreError::Corrupt {
+            what: "key",
+            key: hex::encode(key),
+            reason: "a digest is not 32 bytes".to_owned(),
+        };
+        let content_key = match self.content_key.is_empty() {
+            true => None,
+            false => Some(self.content_key.try_into().map_err(|_| corrupt())?),
+        };
+        let vertex = match self.vertex_sha256.is_empty() {
+            true => self.vertex,
+            false => format!("{SHA256}{}", hex::encode(self.vertex_sha256)),
         };
         Ok(KeyRecord {
             results: self.results,
-            vertex: self.vertex,
-            name: self.name,
+            vertex: vertex.into(),
+            name: self.name.into(),
             created: codec::time(self.created),
             duration: Duration::from_nanos(self.duration),
-            output_content: self.output_content.into_iter().map(digest).collect::<Result<_>>()?,
-            content_key: digest(self.content_key)?,
+            content_key,
         })
     }
 }

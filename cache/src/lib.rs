@@ -32,7 +32,7 @@ pub use blobs::{BlobInfo, BlobRef, BlobWriter, Blobs};
 pub use error::{Result, StoreError};
 pub use filter::Filter;
 pub use gc::{GcPolicy, PruneOptions};
-pub use keys::{KeyRecord, KeyStorage, KeyStore};
+pub use keys::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord};
 pub use kv::Kv;
 pub use mutable::{MutableDir, MutableDirs, MutableKind};
 pub use scratch::ScratchDir;

@@ -123,7 +123,8 @@ fn run(signal: &Signal, shared: &Weak<Shared>, interval: Duration) {
                 let done = shared
                     .usage
                     .flush(shared.kv.as_ref())
-                    .and_then(|()| shared.epochs.advance(shared.kv.as_ref(), &shared.root, false));
+                    .and_then(|()| shared.epochs.advance(shared.kv.as_ref(), &shared.root, false))
+                    .and_then(|()| shared.kv.settle());
                 if let Err(error) = done {
                     tracing::warn!(%error, "can't sync the store");
                 }

@@ -36,7 +36,7 @@ use crate::values::Values;
 use crate::{fsx, sweep};
 
 const SCHEMA_KEY: &[u8] = b"schema";
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 /// How to open a store.
 #[derive(Debug, Clone)]
@@ -273,11 +273,21 @@ fn check_schema(root: &Path, kv: &dyn Kv) -> Result<()> {
         Some(found) if found > SCHEMA => {
             Err(StoreError::Schema { root: root.to_path_buf(), found, supported: SCHEMA })
         }
-        // Version 1 is the first; a later one inserts its conversions here.
         Some(_) | None => {
             let mut batch = Batch::new();
+            if found == Some(1) {
+                forget_ops(kv, &mut batch)?;
+            }
             batch.put(Cf::Meta, SCHEMA_KEY, SCHEMA.to_le_bytes());
             kv.write_durable(batch)
         }
     }
+}
+
+/// Version 1 told the properties of an operation apart by a letter before the digest. They are hints, and soon learned anew.
+fn forget_ops(kv: &dyn Kv, batch: &mut Batch) -> Result<()> {
+    kv.scan(Cf::Ops, b"", &mut |key, _| {
+        batch.delete(Cf::Ops, key);
+        Ok(true)
+    })
 }

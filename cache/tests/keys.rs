@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use kiln_cache::kv::{Batch, Cf, Kv, MemKv, RocksKv};
-use kiln_cache::{KeyRecord, KeyStorage, KeyStore, StoreError};
+use kiln_cache::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord, StoreError};
 
 fn record() -> KeyRecord {
     KeyRecord {
@@ -13,7 +13,6 @@ fn record() -> KeyRecord {
         name: "[2/2] RUN true".into(),
         created: SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789),
         duration: Duration::from_micros(1234),
-        output_content: vec![Some([7; 32]), None],
         content_key: Some([9; 32]),
     }
 }
@@ -27,28 +26,31 @@ fn on_each(test: impl Fn(KeyStore)) {
 #[test]
 fn one_record_is_found_under_all_its_keys() {
     on_each(|store| {
-        store.put(&[[1; 32], [2; 32]], &record()).unwrap();
+        let record_under = |keys: &[[u8; 32]], record| KeyChange::Record { keys: keys.to_vec(), record };
+        store.write(&[record_under(&[[1; 32], [2; 32]], Arc::new(record()))]).unwrap();
         assert_eq!(store.get(&[1; 32]).unwrap(), Some(record()));
         assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
         assert_eq!(store.get(&[3; 32]).unwrap(), None);
         store.remove(&[1; 32]).unwrap();
         assert_eq!(store.get(&[1; 32]).unwrap(), None);
         assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
+
+        let whole = KeyRecord { vertex: format!("sha256:{}", "0a".repeat(32)).into(), ..record() };
+        store.write(&[record_under(&[[1; 32]], Arc::new(whole.clone()))]).unwrap();
+        assert_eq!(store.get(&[1; 32]).unwrap(), Some(whole));
     });
 }
 
 #[test]
-fn followers_and_durations_are_told_apart() {
+fn an_operation_is_remembered_by_its_digest() {
     on_each(|store| {
-        assert!(!store.followers(&[1; 32]).unwrap());
-        assert_eq!(store.duration(&[1; 32]).unwrap(), None);
-        store.set_duration(&[1; 32], Duration::from_millis(5)).unwrap();
-        assert!(!store.followers(&[1; 32]).unwrap());
-        store.mark_follower(&[1; 32]).unwrap();
-        store.mark_follower(&[1; 32]).unwrap();
-        assert!(store.followers(&[1; 32]).unwrap());
-        assert_eq!(store.duration(&[1; 32]).unwrap(), Some(Duration::from_millis(5)));
-        assert!(!store.followers(&[2; 32]).unwrap());
+        assert_eq!(store.op(&[1; 32]).unwrap(), None);
+        for (ms, follows_outputs) in [(5, true), (7, false)] {
+            let record = OpRecord { duration: Duration::from_millis(ms), follows_outputs };
+            store.write(&[KeyChange::Op { digest: [1; 32], record }]).unwrap();
+            assert_eq!(store.op(&[1; 32]).unwrap(), Some(record));
+        }
+        assert_eq!(store.op(&[2; 32]).unwrap(), None);
     });
 }
 

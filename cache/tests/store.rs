@@ -21,6 +21,32 @@ fn a_second_owner_is_refused_and_told_who_has_it() {
 }
 
 #[test]
+fn an_older_schema_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = {
+        let store = open(dir.path());
+        let top = layer(&store, None, |fs| write(fs, "a", "1"));
+        let id = top.id().to_owned();
+        drop(top);
+        store.close().unwrap();
+        id
+    };
+    {
+        let kv = RocksKv::open(&dir.path().join("meta")).unwrap();
+        let mut batch = Batch::new();
+        batch.put(Cf::Meta, *b"schema", 1u32.to_le_bytes());
+        batch.put(Cf::Ops, [b'f'; 33], [1]);
+        kv.write(batch).unwrap();
+    }
+    let store = open(dir.path());
+    assert!(store.snapshots().get(&top).unwrap().is_some());
+    store.close().unwrap();
+    drop(store);
+    let kv = RocksKv::open(&dir.path().join("meta")).unwrap();
+    assert_eq!(kv.get(Cf::Ops, &[b'f'; 33]).unwrap(), None);
+}
+
+#[test]
 fn a_newer_schema_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()));
@@ -45,21 +71,16 @@ fn everything_survives_a_clean_restart_and_a_reboot() {
     };
     let blob = store.blobs().put(b"content").unwrap().digest().to_owned();
     store.values().put("git", "url", b"commit").unwrap();
-    store
-        .keys()
-        .put(
-            &[[1; 32]],
-            &kiln_cache::KeyRecord {
-                results: vec![top.clone()],
-                vertex: String::new(),
-                name: String::new(),
-                created: std::time::SystemTime::UNIX_EPOCH,
-                duration: Default::default(),
-                output_content: vec![None],
-                content_key: None,
-            },
-        )
-        .unwrap();
+    let record = kiln_cache::KeyRecord {
+        results: vec![top.clone()],
+        vertex: "".into(),
+        name: "".into(),
+        created: std::time::SystemTime::UNIX_EPOCH,
+        duration: Default::default(),
+        content_key: None,
+    };
+    let change = kiln_cache::KeyChange::Record { keys: vec![[1; 32]], record: record.into() };
+    store.keys().write(&[change]).unwrap();
     store.close().unwrap();
     assert!(matches!(store.snapshots().stage(None), Err(StoreError::Closed)));
     drop(store);

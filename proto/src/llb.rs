@@ -25,7 +25,15 @@ pub const EMPTY: i64 = -1;
 
 /// The digest of `bytes` as vertices carry it: `sha256:` and lower-case hex.
 pub fn digest(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
+    const ALGORITHM: &str = "sha256:";
+    let mut text = String::with_capacity(ALGORITHM.len() + 64);
+    text.push_str(ALGORITHM);
+    for byte in Sha256::digest(bytes) {
+        for digit in [byte >> 4, byte & 0xf] {
+            text.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
+        }
+    }
+    text
 }
 
 /// The canonical bytes of an operation, equal to what Go clients of LLB send: inputs, platform,

@@ -13,6 +13,7 @@ pub mod op;
 mod owner;
 mod produced;
 pub mod progress;
+mod record;
 mod solver;
 mod work;
 

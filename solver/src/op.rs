@@ -128,11 +128,11 @@ pub trait OpFactory<R>: Send + Sync + 'static {
 #[derive(Debug, Clone)]
 pub struct OpVertex {
     /// `sha256:…` over the operation's bytes as received.
-    pub digest: String,
+    pub digest: Arc<str>,
     /// The decoded operation.
-    pub op: pb::Op,
+    pub op: Box<pb::Op>,
     /// Its metadata (empty if none was sent).
-    pub metadata: pb::OpMetadata,
+    pub metadata: Arc<pb::OpMetadata>,
     /// What the progress stream calls it.
-    pub name: String,
+    pub name: Arc<str>,
 }

@@ -22,11 +22,11 @@ pub enum Event {
 #[derive(Debug, Clone, Default)]
 pub struct VertexState {
     /// Digest of the vertex.
-    pub digest: String,
+    pub digest: Arc<str>,
     /// Digests of its inputs.
-    pub inputs: Vec<String>,
+    pub inputs: Arc<[Arc<str>]>,
     /// Display name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Started and not completed means running.
     pub started: Option<SystemTime>,
     /// When it ended.
@@ -36,7 +36,7 @@ pub struct VertexState {
     /// Why it failed; empty if it did not.
     pub error: String,
     /// Group in which clients collapse it.
-    pub group: Option<pb::ProgressGroup>,
+    pub group: Option<Arc<pb::ProgressGroup>>,
 }
 
 /// A transfer or sub-step.
@@ -107,8 +107,8 @@ pub struct VertexProgress {
 
 impl VertexProgress {
     /// Reports on the vertex with this digest.
-    pub fn new(vertex: &str, sink: Arc<dyn ProgressSink>) -> Self {
-        Self { vertex: vertex.into(), sink }
+    pub fn new(vertex: Arc<str>, sink: Arc<dyn ProgressSink>) -> Self {
+        Self { vertex, sink }
     }
 
     /// Digest of the vertex.

@@ -2,19 +2,16 @@
 //! steps and the background tasks; knows no build's graph.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use kiln_cache::KeyStorage;
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::build::{Build, BuildOptions};
 use crate::limit::Limiter;
 use crate::op::ResultStore;
-use crate::work::InFlight;
-
-/// How many output digests that nobody waits for are computed at once.
-const BACKGROUND_DIGESTS: usize = 2;
+use crate::record::{Entry, Recorder};
+use crate::work::{After, InFlight};
 
 /// Settings of a [`Solver`].
 #[derive(Debug, Clone, Default)]
@@ -39,13 +36,15 @@ impl<R: Clone + Send + Sync + 'static> Solver<R> {
     /// A solver that remembers keys in `keys` and results in `results`.
     pub fn new(keys: Arc<dyn KeyStorage>, results: Arc<dyn ResultStore<R>>, options: SolverOptions) -> Self {
         let shared = Shared {
+            recorder: Recorder::new(keys.clone()),
             keys,
             results,
             in_flight: InFlight::default(),
             limiter: Limiter::new(options.max_parallelism),
-            background: Semaphore::new(BACKGROUND_DIGESTS),
+            after: After::default(),
             tasks: TaskTracker::new(),
             next_build: AtomicU64::new(1),
+            builds: AtomicUsize::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -70,13 +69,31 @@ pub(crate) struct Shared<R> {
     pub(crate) results: Arc<dyn ResultStore<R>>,
     pub(crate) in_flight: InFlight<R>,
     pub(crate) limiter: Limiter,
-    pub(crate) background: Semaphore,
+    pub(crate) recorder: Recorder,
+    pub(crate) after: After<R>,
     pub(crate) tasks: TaskTracker,
     next_build: AtomicU64,
+    builds: AtomicUsize,
 }
 
-impl<R> Shared<R> {
+impl<R: Clone + Send + Sync + 'static> Shared<R> {
+    /// A number for a build that begins; [`Self::build_ended`] is to be called for it.
     pub(crate) fn next_build(&self) -> u64 {
+        self.builds.fetch_add(1, Ordering::Relaxed);
         self.next_build.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Has an entry written; [`Solver::idle`] waits for that.
+    pub(crate) fn record(self: &Arc<Self>, entry: Entry) {
+        if self.recorder.push(entry) {
+            let shared = self.clone();
+            self.tasks.spawn_blocking(move || shared.recorder.write_out());
+        }
+    }
+
+    pub(crate) fn build_ended(&self) {
+        if self.builds.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.recorder.forget_recent();
+        }
     }
 }

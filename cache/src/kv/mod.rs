@@ -124,6 +124,11 @@ pub trait Kv: Send + Sync + 'static {
     /// Applies a batch and waits until it, and all before it, is on the disk.
     fn write_durable(&self, batch: Batch) -> Result<()>;
 
+    /// Called now and then: gives back memory that many writes took.
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Calls `visit` with each entry whose key starts with `prefix`, in byte order, as of the
     /// moment of the call, until it answers `false` or fails.
     fn scan(&self, cf: Cf, prefix: &[u8], visit: &mut Visit<'_>) -> Result<()>;

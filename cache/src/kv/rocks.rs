@@ -15,13 +15,16 @@ use crate::error::{Result, StoreError};
 use crate::fsx;
 
 const BLOCK_CACHE: usize = 2 << 20;
-const MEMTABLE: usize = 1 << 20;
-const MEMTABLES_TOTAL: usize = 4 << 20;
-const WAL_TOTAL: u64 = 4 << 20;
+/// Memory is taken as records come, and given back by [`Kv::settle`]: these are for bursts.
+const MEMTABLE: usize = 16 << 20;
+const MEMTABLES_TOTAL: usize = 32 << 20;
+const WAL_TOTAL: u64 = 64 << 20;
+/// From this many bytes in memory on they are written to tables when there is nothing else to do.
+const SETTLE: u64 = 1 << 20;
 /// Each open begins a new log, and short ones may wait long to be written to tables: from this many on they are.
 const LOGS: usize = 24;
 /// Bytes that must be free on the disk for tables to be written: with less, a write that has to wait for them fails.
-const TABLE_ROOM: u64 = 4 * MEMTABLES_TOTAL as u64;
+const TABLE_ROOM: u64 = 16 << 20;
 /// How long a write waits for tables to be written while there is room.
 const STALL: Duration = Duration::from_secs(30);
 
@@ -35,15 +38,24 @@ impl RocksKv {
     /// Opens or creates the database in `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
         let cache = Cache::new_lru_cache(BLOCK_CACHE);
-        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(&cache)));
+        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(cf, &cache)));
         let db = DB::open_cf_descriptors(&database_options()?, dir, families)?;
         let kv = Self { db, dir: dir.to_owned() };
-        if logs(dir)? > LOGS && kv.has_room()? {
-            for cf in Cf::ALL {
-                kv.db.flush_cf(kv.family(cf)?)?;
-            }
+        if logs(dir)? > LOGS {
+            kv.flush()?;
         }
         Ok(kv)
+    }
+
+    /// Writes tables of what is in memory, if there is room for them.
+    fn flush(&self) -> Result<()> {
+        if !self.has_room()? {
+            return Ok(());
+        }
+        for cf in Cf::ALL {
+            self.db.flush_cf(self.family(cf)?)?;
+        }
+        Ok(())
     }
 
     fn family(&self, cf: Cf) -> Result<&ColumnFamily> {
@@ -111,7 +123,7 @@ fn database_options() -> Result<Options> {
     Ok(options.get_options_from_string("avoid_flush_during_recovery=true")?)
 }
 
-fn family_options(cache: &Cache) -> Options {
+fn family_options(cf: Cf, cache: &Cache) -> Options {
     let mut table = BlockBasedOptions::default();
     table.set_block_cache(cache);
     table.set_bloom_filter(10.0, false);
@@ -120,7 +132,12 @@ fn family_options(cache: &Cache) -> Options {
     options.set_block_based_table_factory(&table);
     options.set_write_buffer_size(MEMTABLE);
     options.set_arena_block_size(64 << 10);
-    options.set_max_write_buffer_number(2);
+    options.set_max_write_buffer_number(4);
+    if matches!(cf, Cf::Keys | Cf::Ops) {
+        // Most look-ups are for what is not there.
+        options.set_memtable_whole_key_filtering(true);
+        options.set_memtable_prefix_bloom_ratio(0.02);
+    }
     options.set_target_file_size_base(8 << 20);
     options.set_compression_type(DBCompressionType::None);
     options
@@ -143,6 +160,17 @@ impl Kv for RocksKv {
 
     fn write_durable(&self, batch: Batch) -> Result<()> {
         self.write_with(batch, true)
+    }
+
+    fn settle(&self) -> Result<()> {
+        let mut held = 0;
+        for cf in Cf::ALL {
+            let size = self
+                .db
+                .property_int_value_cf(self.family(cf)?, rocksdb::properties::CUR_SIZE_ALL_MEM_TABLES)?;
+            held += size.unwrap_or(0);
+        }
+        if held > SETTLE { self.flush() } else { Ok(()) }
     }
 
     fn scan(&self, cf: Cf, prefix: &[u8], visit: &mut Visit<'_>) -> Result<()> {

@@ -41,7 +41,7 @@ pub(crate) struct ProgressLog {
 #[derive(Default)]
 struct State {
     events: Vec<Arc<Event>>,
-    vertices: HashMap<String, VertexState>,
+    vertices: HashMap<Arc<str>, VertexState>,
     statuses: HashMap<(String, String), SystemTime>,
     limits: LogLimits,
     warnings: usize,
@@ -151,7 +151,7 @@ impl State {
         let starts = vertex.started.is_some() && vertex.completed.is_none();
         if starts {
             // Inputs that nobody had to look at were answered by a hit further down.
-            for input in &vertex.inputs {
+            for input in vertex.inputs.iter() {
                 let skipped = self
                     .vertices
                     .get(input)
@@ -242,7 +242,7 @@ impl Step {
         sink.event(Event::Vertex(vertex.clone()));
         vertex.started = Some(SystemTime::now());
         sink.event(Event::Vertex(vertex.clone()));
-        let progress = kiln_solver::progress::VertexProgress::new(digest, sink.clone());
+        let progress = kiln_solver::progress::VertexProgress::new(digest.into(), sink.clone());
         Self { sink, vertex: Some(vertex), progress }
     }
 

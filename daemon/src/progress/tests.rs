@@ -5,7 +5,7 @@ fn vertex(digest: &str, inputs: &[&str]) -> VertexState {
     VertexState {
         digest: digest.into(),
         name: digest.into(),
-        inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
+        inputs: inputs.iter().map(|input| Arc::from(*input)).collect(),
         ..VertexState::default()
     }
 }
@@ -82,7 +82,7 @@ fn output_is_split_over_messages() {
 #[test]
 fn running_statuses_are_thinned_out() {
     let log = ProgressLog::new();
-    let progress = kiln_solver::progress::VertexProgress::new("a", log.clone());
+    let progress = kiln_solver::progress::VertexProgress::new("a".into(), log.clone());
     let mut status = progress.status("sha256:00", "downloading", 1000);
     for current in 0..1000 {
         status.update(current);

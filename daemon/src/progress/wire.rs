@@ -61,14 +61,14 @@ fn sorted(mut message: control::StatusResponse) -> control::StatusResponse {
 
 fn vertex(state: &VertexState) -> control::Vertex {
     control::Vertex {
-        digest: state.digest.clone(),
-        inputs: state.inputs.clone(),
-        name: state.name.clone(),
+        digest: state.digest.to_string(),
+        inputs: state.inputs.iter().map(|input| input.to_string()).collect(),
+        name: state.name.to_string(),
         cached: state.cached,
         started: state.started.map(timestamp),
         completed: state.completed.map(timestamp),
         error: state.error.clone(),
-        progress_group: state.group.clone(),
+        progress_group: state.group.as_deref().cloned(),
     }
 }
 

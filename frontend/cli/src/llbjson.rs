@@ -12,8 +12,8 @@ pub(crate) fn vertex<'a>(vertex: &LoadedVertex, digest_of: impl Fn(usize) -> &'a
         .map(|(input, output)| json!({"digest": digest_of(*input), "index": output}))
         .collect();
     let mut out = Map::new();
-    out.insert("digest".into(), vertex.digest.as_str().into());
-    out.insert("name".into(), vertex.name.as_str().into());
+    out.insert("digest".into(), (*vertex.digest).into());
+    out.insert("name".into(), (*vertex.name).into());
     out.insert("inputs".into(), inputs.into());
     out.insert("op".into(), op(&vertex.op));
     if let Some(platform) = &vertex.op.platform {
@@ -220,12 +220,12 @@ mod tests {
         let base = builder.add(&source, Default::default());
         let exec = pb::Op {
             inputs: vec![pb::Input { digest: base.clone(), index: 0 }],
-            op: Some(pb::op::Op::Exec(pb::ExecOp {
+            op: Some(pb::op::Op::Exec(Box::new(pb::ExecOp {
                 meta: Some(pb::Meta { args: vec!["true".into()], cwd: "/".into(), ..Default::default() }),
                 mounts: vec![pb::Mount { dest: "/".into(), ..Default::default() }],
                 network: pb::NetMode::Host.into(),
                 ..Default::default()
-            })),
+            }))),
             ..Default::default()
         };
         let run = builder.add(&exec, Default::default());

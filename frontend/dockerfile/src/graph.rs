@@ -148,8 +148,8 @@ impl Graph {
         for vertex in loaded.vertices {
             let inputs =
                 vertex.inputs.iter().map(|&(v, o)| Out { node: outs[v].node, index: i64::from(o) }).collect();
-            let op = pb::Op { inputs: Vec::new(), ..vertex.op };
-            outs.push(self.intern(op, inputs, vertex.metadata, None, false));
+            let op = pb::Op { inputs: Vec::new(), ..*vertex.op };
+            outs.push(self.intern(op, inputs, vertex.metadata.as_ref().clone(), None, false));
         }
         Ok(loaded.root.map(|(v, o)| Out { node: outs[v].node, index: i64::from(o) }))
     }

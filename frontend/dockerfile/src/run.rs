@@ -53,7 +53,7 @@ impl Compiler<'_> {
             resources: self.input.options.resources.clone(),
             ..Meta::named(name, &caps)
         };
-        stage.fs.output = Some(self.graph.add(pb::op::Op::Exec(op), Some(&on), inputs, meta));
+        stage.fs.output = Some(self.graph.add(pb::op::Op::Exec(Box::new(op)), Some(&on), inputs, meta));
         self.record(stage, format!("{created_by} # buildkit"), true);
         Ok(())
     }

@@ -178,7 +178,7 @@ fn arguments() {
     let meta = exec.meta.clone().expect("meta");
     assert_eq!(meta.env, ["PATH=/usr/bin:/bin", "V=alpine-x", "D=d alpine-x", "HTTP_PROXY=p"]);
     // What is not declared in the stage is not seen, and stays as it is written.
-    assert_eq!(run.name, "[2/2] RUN echo d alpine-x $IMG");
+    assert_eq!(&*run.name, "[2/2] RUN echo d alpine-x $IMG");
     assert_eq!(
         history(&c)[1..],
         [
@@ -276,7 +276,7 @@ fn no_cache_and_resolve_mode() {
             .vertices
             .into_iter()
             .filter(|v| v.metadata.ignore_cache)
-            .map(|v| v.name)
+            .map(|v| v.name.to_string())
             .collect::<Vec<_>>()
     };
     assert_eq!(ignoring(&[("no-cache", "a")]), ["[a 2/2] RUN x"]);

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
 
 use prost::Message;
 
@@ -24,15 +25,15 @@ pub struct Loaded {
 #[derive(Debug, Clone)]
 pub struct LoadedVertex {
     /// `sha256:…` of the bytes as received.
-    pub digest: String,
+    pub digest: Arc<str>,
     /// The decoded operation.
-    pub op: pb::Op,
+    pub op: Box<pb::Op>,
     /// Its metadata; empty if none was sent.
-    pub metadata: pb::OpMetadata,
+    pub metadata: Arc<pb::OpMetadata>,
     /// For each input: its index in [`Loaded::vertices`] and its output number.
     pub inputs: Vec<(usize, u32)>,
     /// Display name: the sender's, or the operation's default.
-    pub name: String,
+    pub name: Arc<str>,
 }
 
 /// Why a definition was refused. The texts are those that clients of LLB know.
@@ -77,8 +78,9 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     if def.def.is_empty() {
         return Ok(Loaded { source, ..Default::default() });
     }
-    let mut all: Vec<(String, pb::Op)> = Vec::with_capacity(def.def.len());
-    let mut by_digest: HashMap<String, usize> = HashMap::with_capacity(def.def.len());
+    let mut all: Vec<Option<Parsed>> = Vec::with_capacity(def.def.len());
+    let mut inputs: Vec<Vec<(usize, u32)>> = Vec::with_capacity(def.def.len());
+    let mut by_digest: HashMap<Arc<str>, usize> = HashMap::with_capacity(def.def.len());
     let mut last = 0;
     for bytes in &def.def {
         let op = pb::Op::decode(&bytes[..]).map_err(|e| LoadError::Decode(e.to_string()))?;
@@ -87,12 +89,12 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
                 return Err(LoadError::OutputIndex { input: i, index: input.index });
             }
         }
-        let dgst = digest(bytes);
-        last = match by_digest.entry(dgst.clone()) {
+        let digest: Arc<str> = digest(bytes).into();
+        last = match by_digest.entry(digest.clone()) {
             Entry::Occupied(at) => *at.get(),
             Entry::Vacant(slot) => {
                 slot.insert(all.len());
-                all.push((dgst, op));
+                all.push(Some(Parsed { digest, op: Box::new(op), metadata: None }));
                 all.len() - 1
             }
         };
@@ -100,55 +102,66 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     if all.len() < 2 {
         return Err(LoadError::TooSmall(all.len()));
     }
-    let resolved = resolve_inputs(&all, &by_digest)?;
-    let &(root, root_output) = resolved[last].first().ok_or(LoadError::NoResult)?;
-    let order = topological(&resolved, root).map_err(|at| LoadError::Cycle(all[at].0.clone()))?;
+    for parsed in all.iter().flatten() {
+        inputs.push(resolve_inputs(&parsed.op, &by_digest)?);
+    }
+    let &(root, root_output) = inputs[last].first().ok_or(LoadError::NoResult)?;
+    let digest_at = |at: usize| all[at].as_ref().map_or_else(String::new, |parsed| parsed.digest.to_string());
+    let order = topological(&inputs, root).map_err(|at| LoadError::Cycle(digest_at(at)))?;
+    for (digest, metadata) in &def.metadata {
+        if let Some(&at) = by_digest.get(digest.as_str())
+            && let Some(parsed) = &mut all[at]
+        {
+            parsed.metadata = Some(Arc::new(metadata.clone()));
+        }
+    }
+    drop(by_digest);
 
     let mut place = vec![usize::MAX; all.len()];
     for (new, &old) in order.iter().enumerate() {
         place[old] = new;
     }
-    let mut slots: Vec<Option<(String, pb::Op)>> = all.into_iter().map(Some).collect();
+    let no_metadata = Arc::new(pb::OpMetadata::default());
     let mut vertices: Vec<LoadedVertex> = Vec::with_capacity(order.len());
     for &old in &order {
-        let Some((dgst, op)) = slots[old].take() else {
+        let Some(Parsed { digest, op, metadata }) = all[old].take() else {
             continue;
         };
-        validate(&op).map_err(|reason| LoadError::Invalid { digest: dgst.clone(), reason })?;
-        let inputs: Vec<(usize, u32)> = resolved[old].iter().map(|&(v, o)| (place[v], o)).collect();
-        let metadata = def.metadata.get(&dgst).cloned().unwrap_or_default();
+        validate(&op).map_err(|reason| LoadError::Invalid { digest: digest.to_string(), reason })?;
+        let mut inputs = std::mem::take(&mut inputs[old]);
+        for (vertex, _) in &mut inputs {
+            *vertex = place[*vertex];
+        }
+        let metadata = metadata.unwrap_or_else(|| no_metadata.clone());
         let name = match metadata.description.get(CUSTOM_NAME) {
-            Some(name) => name.clone(),
+            Some(name) => name.as_str().into(),
             None => {
-                let names: Vec<&str> = inputs.iter().map(|&(v, _)| vertices[v].name.as_str()).collect();
-                default_name(&op, &names)
+                let names: Vec<&str> = inputs.iter().map(|&(v, _)| &*vertices[v].name).collect();
+                default_name(&op, &names).into()
             }
         };
-        vertices.push(LoadedVertex { digest: dgst, op, metadata, inputs, name });
+        vertices.push(LoadedVertex { digest, op, metadata, inputs, name });
     }
     Ok(Loaded { vertices, root: Some((place[root], root_output)), source })
 }
 
-fn resolve_inputs(
-    all: &[(String, pb::Op)],
-    by_digest: &HashMap<String, usize>,
-) -> Result<Vec<Vec<(usize, u32)>>, LoadError> {
-    all.iter()
-        .map(|(_, op)| {
-            op.inputs
-                .iter()
-                .enumerate()
-                .map(|(i, input)| {
-                    let vertex = by_digest
-                        .get(&input.digest)
-                        .ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
-                    let output = u32::try_from(input.index)
-                        .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
-                    Ok((*vertex, output))
-                })
-                .collect()
-        })
-        .collect()
+/// An element of a definition that has no place in the order yet. An operation is large: it is not moved about.
+struct Parsed {
+    digest: Arc<str>,
+    op: Box<pb::Op>,
+    metadata: Option<Arc<pb::OpMetadata>>,
+}
+
+fn resolve_inputs(op: &pb::Op, by_digest: &HashMap<Arc<str>, usize>) -> Result<Vec<(usize, u32)>, LoadError> {
+    let resolve = |(i, input): (usize, &pb::Input)| {
+        let vertex = by_digest
+            .get(input.digest.as_str())
+            .ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
+        let output = u32::try_from(input.index)
+            .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
+        Ok((*vertex, output))
+    };
+    op.inputs.iter().enumerate().map(resolve).collect()
 }
 
 /// What `root` needs, inputs first; `Err` names a vertex of a cycle.
@@ -325,11 +338,11 @@ mod tests {
         assert_eq!(b.add(&source("local://a"), Default::default()), a);
         let m = b.add(&merge(&[&a, &c, &a]), Default::default());
         let loaded = load(&b.finish(&edge(&m))).expect("loads");
-        let names: Vec<&str> = loaded.vertices.iter().map(|v| v.name.as_str()).collect();
+        let names: Vec<&str> = loaded.vertices.iter().map(|v| &*v.name).collect();
         assert_eq!(names, ["local://a", "local://c", "merge (local://a, local://c, local://a)"]);
         assert_eq!(loaded.root, Some((2, 0)));
         assert_eq!(loaded.vertices[2].inputs, [(0, 0), (1, 0), (0, 0)]);
-        assert_eq!(loaded.vertices[2].digest, m);
+        assert_eq!(*loaded.vertices[2].digest, *m);
     }
 
     #[test]
@@ -340,7 +353,7 @@ mod tests {
         let mut def = b.finish(&edge(&m));
         def.def = vec![def.def[1].clone(), def.def[0].clone(), def.def[0].clone(), def.def[2].clone()];
         let loaded = load(&def).expect("loads");
-        assert_eq!(loaded.vertices.iter().map(|v| &v.digest).collect::<Vec<_>>(), [&a, &m]);
+        assert_eq!(loaded.vertices.iter().map(|v| &*v.digest).collect::<Vec<_>>(), [&a, &m]);
     }
 
     #[test]
@@ -368,7 +381,7 @@ mod tests {
         assert_eq!(text(vec![good.def[0].clone(), negative]), fail("invalid input 0 output index -1"));
 
         let mut b = Builder::new();
-        let exec = pb::Op { op: Some(op::Op::Exec(pb::ExecOp::default())), ..Default::default() };
+        let exec = pb::Op { op: Some(op::Op::Exec(Box::default())), ..Default::default() };
         let e = b.add(&exec, Default::default());
         assert_eq!(
             load(&b.finish(&edge(&e))).map(|_| ()).map_err(|e| e.to_string()),

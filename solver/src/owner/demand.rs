@@ -15,6 +15,7 @@ use crate::keys::Part;
 use crate::op::{OpClass, OpContext, OpError};
 use crate::produced::{Produced, no_such_output};
 use crate::progress::VertexProgress;
+use crate::record::Entry;
 use crate::work::guarded;
 
 /// How long an operation that never ran is taken to last.
@@ -24,7 +25,7 @@ const UNKNOWN_IO: Duration = Duration::from_millis(100);
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn request(&mut self, id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>>) {
         self.requests.insert(id, Request { edge, reply });
-        self.graph[edge.vertex].requests.push(id);
+        self.requested.entry(edge.vertex).or_default().push(id);
         self.ask_maps(edge.vertex);
         self.want(edge.vertex);
         if self.graph[edge.vertex].is_settled() {
@@ -34,19 +35,21 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     pub(super) fn withdraw(&mut self, id: u64) {
         let Some(request) = self.requests.remove(&id) else { return };
-        self.graph[request.edge.vertex].requests.retain(|other| *other != id);
+        if let Some(ids) = self.requested.get_mut(&request.edge.vertex) {
+            ids.retain(|other| *other != id);
+        }
         self.release(request.edge.vertex);
     }
 
     /// Answers the requests for a vertex that is done or has failed.
     fn answer_requests(&mut self, place: NodeIndex) {
-        for id in std::mem::take(&mut self.graph[place].requests) {
+        for id in self.requested.remove(&place).unwrap_or_default() {
             let Some(Request { edge, reply }) = self.requests.remove(&id) else { continue };
             let vertex = &self.graph[place];
             let output = edge.output as usize;
             let answer = match &vertex.step {
                 Step::Done(produced) => produced.outputs.get(output).cloned().ok_or_else(|| {
-                    vertex.error(no_such_output(output, produced.outputs.len(), &vertex.name))
+                    vertex.error(no_such_output(output, produced.outputs.len(), &vertex.state.name))
                 }),
                 Step::Failed(error) => Err(SolveError::clone(error)),
                 Step::Waiting | Step::Opening | Step::Working(..) => Err(SolveError::canceled()),
@@ -71,7 +74,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             worklist.extend(vertex.inputs.iter().map(|edge| edge.vertex));
             self.unranked.push(place);
             let context = OpContext {
-                progress: VertexProgress::new(&vertex.digest, progress),
+                progress: VertexProgress::new(vertex.state.digest.clone(), progress),
                 ignore_cache: vertex.ignore_cache,
             };
             let op = vertex.op.clone();
@@ -154,7 +157,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let below = &self.graph[edge.vertex];
         let (Some(produced), Some(map)) = (below.produced(), vertex.map()) else { return };
         let Some(result) = produced.outputs.get(edge.output as usize) else {
-            let error = no_such_output(edge.output as usize, produced.outputs.len(), &below.name);
+            let error = no_such_output(edge.output as usize, produced.outputs.len(), &below.state.name);
             return self.fail_op(place, error);
         };
         if vertex.parts[input] != InputPart::Unknown {
@@ -168,23 +171,20 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 Event::ContentDigest { vertex: place, input, digest }
             });
         } else if below.content.is_none() && map.persistent {
-            match below.output_digests[edge.output as usize] {
-                OutputDigest::Known(digest) => self.know_part(place, input, Part::Output(digest)),
+            match self.output_digests.get(&edge) {
+                Some(&OutputDigest::Known(digest)) => self.know_part(place, input, Part::Output(digest)),
                 _ => self.ask_output_digest(edge),
             }
         }
     }
 
     pub(super) fn ask_output_digest(&mut self, edge: Edge) {
-        let vertex = &mut self.graph[edge.vertex];
-        let Step::Done(produced) = &vertex.step else { return };
-        let Some(state @ (OutputDigest::Unasked | OutputDigest::Failed)) =
-            vertex.output_digests.get_mut(edge.output as usize)
-        else {
+        let Some(produced) = self.graph[edge.vertex].produced() else { return };
+        if matches!(self.output_digests.get(&edge), Some(OutputDigest::Asked | OutputDigest::Known(_))) {
             return;
-        };
-        *state = OutputDigest::Asked;
+        }
         let (shared, produced) = (self.shared.clone(), produced.clone());
+        self.output_digests.insert(edge, OutputDigest::Asked);
         self.spawn(async move {
             let digest = guarded(produced.output_digest(&shared, edge.output as usize)).await;
             Event::OutputDigest { edge, digest }
@@ -195,9 +195,6 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn finish(&mut self, place: NodeIndex, produced: Arc<Produced<R>>) {
         let vertex = &mut self.graph[place];
         vertex.epoch += 1;
-        vertex.output_digests = (0..produced.outputs.len())
-            .map(|output| produced.digest(output).map_or(OutputDigest::Unasked, OutputDigest::Known))
-            .collect();
         let persistent = vertex.map().is_some_and(|map| map.persistent);
         let learned = match (vertex.content, produced.content_key()) {
             (None, Some(key)) if persistent => Some(Content { key, distinct: true, fresh: false }),
@@ -211,11 +208,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
 
         let keys = self.recorded_under(place);
-        if !produced.has_keys(&keys) {
-            let content =
-                self.graph[place].content.filter(|content| content.distinct).map(|content| content.key);
-            let shared = self.shared.clone();
-            self.shared.tasks.spawn(async move { produced.add_keys(&*shared.keys, &keys, content) });
+        let content = self.graph[place].content.filter(|content| content.distinct).map(|content| content.key);
+        if let Some(change) = produced.add_keys(&keys, content) {
+            self.shared.record(Entry { changes: vec![change], then: None });
         }
         for (above, input) in self.consumers(place) {
             let vertex = &mut self.graph[above];
@@ -270,11 +265,14 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         for place in unranked {
             let vertex = &self.graph[place];
             let known =
-                vertex.map().and_then(|map| self.shared.keys.duration(map.digest.as_bytes()).ok().flatten());
-            let own = known.unwrap_or(match vertex.op.class() {
-                OpClass::Run => UNKNOWN_RUN,
-                OpClass::Io => UNKNOWN_IO,
-            });
+                vertex.map().and_then(|map| self.shared.keys.op(map.digest.as_bytes()).ok().flatten());
+            let own = known.map_or_else(
+                || match vertex.op.class() {
+                    OpClass::Run => UNKNOWN_RUN,
+                    OpClass::Io => UNKNOWN_IO,
+                },
+                |known| known.duration,
+            );
             let remaining = vertex.remaining.saturating_add(own);
             self.graph[place].remaining = remaining;
             for edge in self.graph[place].inputs.clone() {

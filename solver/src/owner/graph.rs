@@ -19,15 +19,15 @@ use crate::progress::{Event as ProgressEvent, VertexState};
 
 /// A vertex of a build. What is known of it only grows; [`Step`] is where it stands while wanted.
 pub(super) struct Vertex<R> {
-    pub(super) digest: Arc<str>,
-    pub(super) name: Arc<str>,
     pub(super) op: Arc<dyn Op<R>>,
     pub(super) inputs: Vec<Edge>,
     pub(super) ignore_cache: bool,
     /// It or something below it must run anew: its definition key says nothing about its result.
     pub(super) fresh: bool,
-    /// What the progress stream says of it.
+    /// Who it is, and what the progress stream says of it.
     pub(super) state: VertexState,
+    /// Another vertex with the same digest.
+    namesake: Option<NodeIndex>,
     pub(super) announced: bool,
     /// Everything below was reported as done.
     pub(super) reported_below: bool,
@@ -45,14 +45,13 @@ pub(super) struct Vertex<R> {
     /// Counts steps taken back, to tell answers that are no longer waited for.
     pub(super) epoch: u64,
     pub(super) tried: Tried,
+    /// The recorder's moment before the first look-up of this attempt.
+    pub(super) looked_up: u64,
     /// How many consumers and requests want the result.
     pub(super) wanted: usize,
-    pub(super) requests: Vec<u64>,
     pub(super) inputs_wanted: bool,
     pub(super) inputs_missing: usize,
     pub(super) outputs_missing: usize,
-    /// For each output, once the vertex is done.
-    pub(super) output_digests: Vec<OutputDigest>,
     /// Longest path from its start to the end of the build, once ranked; until then, the
     /// longest below its consumers.
     pub(super) remaining: Duration,
@@ -90,8 +89,9 @@ pub(super) enum InputPart {
     Known(Part),
 }
 
+/// The digest of a done vertex's output, once it was asked for.
+#[derive(Debug, Clone, Copy)]
 pub(super) enum OutputDigest {
-    Unasked,
     Asked,
     Known(Key),
     Failed,
@@ -151,7 +151,7 @@ impl<R> Vertex<R> {
     }
 
     pub(super) fn error(&self, error: OpError) -> SolveError {
-        SolveError { vertex: Some(self.digest.clone()), name: self.name.clone(), error }
+        SolveError { vertex: Some(self.state.digest.clone()), name: self.state.name.clone(), error }
     }
 }
 
@@ -183,24 +183,27 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     /// The same operation on the same inputs with the same options.
     fn find(&self, vertex: &llb::LoadedVertex, inputs: &[Edge]) -> Option<NodeIndex> {
-        let same = |place: &&NodeIndex| {
-            let known = &self.graph[**place];
-            known.ignore_cache == vertex.metadata.ignore_cache && known.inputs == inputs
-        };
-        self.by_digest.get(vertex.digest.as_str())?.iter().find(same).copied()
+        let mut next = self.by_digest.get(&vertex.digest).copied();
+        while let Some(place) = next {
+            let known = &self.graph[place];
+            if known.ignore_cache == vertex.metadata.ignore_cache && known.inputs == inputs {
+                break;
+            }
+            next = known.namesake;
+        }
+        next
     }
 
     fn add(&mut self, vertex: llb::LoadedVertex, inputs: Vec<Edge>) -> Result<NodeIndex, SolveError> {
         let ignore_cache = vertex.metadata.ignore_cache;
+        let (digest, name) = (vertex.digest.clone(), vertex.name.clone());
         let state = VertexState {
-            digest: vertex.digest.clone(),
-            inputs: inputs.iter().map(|edge| self.graph[edge.vertex].digest.to_string()).collect(),
-            name: vertex.name.clone(),
-            group: vertex.metadata.progress_group.clone(),
+            digest: digest.clone(),
+            inputs: inputs.iter().map(|edge| self.graph[edge.vertex].state.digest.clone()).collect(),
+            name: name.clone(),
+            group: vertex.metadata.progress_group.clone().map(Arc::new),
             ..VertexState::default()
         };
-        let (digest, name): (Arc<str>, Arc<str>) =
-            (vertex.digest.as_str().into(), vertex.name.as_str().into());
         let vertex =
             OpVertex { digest: vertex.digest, op: vertex.op, metadata: vertex.metadata, name: vertex.name };
         let op = self
@@ -219,12 +222,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let absent = inputs.iter().any(|edge| below(edge).definition == Definition::Absent);
         let missing = inputs.iter().filter(|edge| below(edge).definition == Definition::Unknown).count();
         let node = Vertex {
-            digest: digest.clone(),
-            name,
             op,
             ignore_cache,
             fresh,
             state,
+            namesake: None,
             announced: false,
             reported_below: false,
             map: Map::Unasked,
@@ -237,12 +239,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             step: hopeless.map_or(Step::Waiting, Step::Failed),
             epoch: 0,
             tried: Tried::default(),
+            looked_up: 0,
             wanted: 0,
-            requests: Vec::new(),
             inputs_wanted: false,
             inputs_missing: 0,
             outputs_missing: 0,
-            output_digests: Vec::new(),
             remaining: Duration::ZERO,
             lookups: Vec::new(),
             inputs,
@@ -252,7 +253,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         for (position, input) in (0..).zip(inputs) {
             self.graph.add_edge(place, input.vertex, position);
         }
-        self.by_digest.entry(digest).or_default().push(place);
+        self.graph[place].namesake = self.by_digest.insert(digest, place);
         Ok(place)
     }
 

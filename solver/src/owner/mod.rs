@@ -32,10 +32,13 @@ use crate::op::{CacheMap, Key, OpError};
 use crate::produced::Produced;
 use crate::solver::Shared;
 use crate::work::Outcome;
-use graph::Vertex;
+use graph::{OutputDigest, Vertex};
 
 /// After this many events in a row the loop lets other tasks run.
 const EVENTS_PER_TURN: usize = 128;
+
+/// After this many vertices in a row the loop takes in what came of it.
+const VERTICES_PER_EVENT: usize = 64;
 
 /// One output of one vertex of a build's graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -90,8 +93,10 @@ struct Owner<R> {
     /// An edge of the graph leads from a vertex to one of its inputs and weighs its position.
     /// Inputs are always added first, so the order of indices is topological.
     graph: DiGraph<Vertex<R>, u32>,
-    by_digest: HashMap<Arc<str>, Vec<NodeIndex>>,
+    by_digest: HashMap<Arc<str>, NodeIndex>,
     requests: HashMap<u64, Request<R>>,
+    requested: HashMap<NodeIndex, Vec<u64>>,
+    output_digests: HashMap<Edge, OutputDigest>,
     /// Vertices that may be able to go on. Consumers go first: what they find, their inputs need
     /// not look for.
     ready: BTreeSet<NodeIndex>,
@@ -116,6 +121,8 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         graph: DiGraph::new(),
         by_digest: HashMap::new(),
         requests: HashMap::new(),
+        requested: HashMap::new(),
+        output_digests: HashMap::new(),
         ready: BTreeSet::new(),
         unranked: Vec::new(),
         local: VecDeque::new(),
@@ -128,20 +135,30 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Event<R>>) {
+        let shared = self.shared.clone();
         let mut turn = 0;
         loop {
+            let full = !self.ready.is_empty() && shared.recorder.is_full();
             let event = match self.local.pop_front() {
-                Some(event) => event,
-                None => match inbox.recv().await {
-                    Some(event) => event,
-                    None => break,
+                Some(event) => Some(event),
+                None if full => tokio::select! {
+                    biased;
+                    event = inbox.recv() => event,
+                    () = shared.recorder.room() => None,
                 },
+                None if self.ready.is_empty() => inbox.recv().await,
+                None => inbox.try_recv().ok(),
             };
-            if matches!(event, Event::Shutdown) {
-                break;
+            match event {
+                Some(Event::Shutdown) => break,
+                Some(event) => self.handle(event),
+                None => {}
             }
-            self.handle(event);
-            while let Some(vertex) = self.ready.pop_last() {
+            for _ in 0..VERTICES_PER_EVENT {
+                if shared.recorder.is_full() {
+                    break;
+                }
+                let Some(vertex) = self.ready.pop_last() else { break };
                 self.advance(vertex);
             }
             while self.tasks.try_join_next().is_some() {}
@@ -154,6 +171,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // taken down before the build counts as gone.
         self.tasks.shutdown().await;
         self.report_end();
+        shared.build_ended();
     }
 
     fn handle(&mut self, event: Event<R>) {
@@ -195,8 +213,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     fn explain(&self) -> Vec<VertexExplanation> {
         let explain = |vertex: &Vertex<R>| VertexExplanation {
-            vertex: vertex.digest.to_string(),
-            name: vertex.name.to_string(),
+            vertex: vertex.state.digest.to_string(),
+            name: vertex.state.name.to_string(),
             parts: vertex.map().map(|map| map.parts.clone()).unwrap_or_default(),
             lookups: vertex.lookups.clone(),
         };

@@ -38,9 +38,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             return;
         }
         if !vertex.tried.definition {
-            match vertex.definition {
+            let definition = vertex.definition;
+            self.graph[place].looked_up = self.shared.recorder.moment();
+            match definition {
                 Definition::Unknown => return,
-                Definition::Known(key) if !vertex.fresh => {
+                Definition::Known(key) if !self.graph[place].fresh => {
                     if self.look_up(place, KeyKind::Definition, key) {
                         return;
                     }
@@ -91,13 +93,16 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let mut missing = Vec::new();
         let mut failed = false;
         for edge in whole {
-            match self.graph[edge.vertex].output_digests.get(edge.output as usize) {
+            match self.output_digests.get(&edge) {
                 Some(OutputDigest::Known(_)) => {}
-                Some(OutputDigest::Unasked | OutputDigest::Asked) => missing.push(edge),
-                Some(OutputDigest::Failed) | None => failed = true,
+                Some(OutputDigest::Asked) | None => missing.push(edge),
+                Some(OutputDigest::Failed) => failed = true,
             }
         }
-        let expected = || self.shared.keys.followers(map.digest.as_bytes()).unwrap_or(false);
+        let expected = || {
+            let known = self.shared.keys.op(map.digest.as_bytes());
+            known.is_ok_and(|known| known.is_some_and(|known| known.follows_outputs))
+        };
         if failed || (!missing.is_empty() && !expected()) {
             self.graph[place].tried.set(KeyKind::Output);
             return true;
@@ -119,7 +124,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let parts = vertex.inputs.iter().enumerate().filter_map(|(input, edge)| {
             let part = match vertex.parts[input] {
                 InputPart::Known(part @ Part::Query(_)) => part,
-                _ => match self.graph[edge.vertex].output_digests.get(edge.output as usize) {
+                _ => match self.output_digests.get(edge) {
                     Some(OutputDigest::Known(digest)) => Part::Output(*digest),
                     _ => return None,
                 },
@@ -141,7 +146,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
         match self.shared.keys.get(key.as_bytes()) {
             Ok(Some(record)) => {
-                self.note(place, kind, &key, Found::Record(record.name.clone()));
+                self.note(place, kind, &key, Found::Record(record.name.to_string()));
                 let vertex = &mut self.graph[place];
                 vertex.step = Step::Opening;
                 let epoch = vertex.epoch;
@@ -158,7 +163,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 false
             }
             Err(error) => {
-                tracing::warn!(vertex = &*self.graph[place].digest, %error, "a key could not be looked up");
+                tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a key could not be looked up");
                 self.note(place, kind, &key, Found::Unreadable(error.to_string()));
                 false
             }
@@ -186,7 +191,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             Ok(None) => {
                 if let Err(error) = self.shared.keys.remove(found.key.as_bytes()) {
-                    tracing::warn!(vertex = &*self.graph[place].digest, %error, "a stale record was not removed");
+                    tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a stale record was not removed");
                 }
                 self.note(place, found.kind, &found.key, Found::Gone);
             }
@@ -211,11 +216,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     pub(super) fn output_digest(&mut self, edge: super::Edge, digest: Result<Key, OpError>) {
-        let below = &mut self.graph[edge.vertex];
-        if let Some(state) = below.output_digests.get_mut(edge.output as usize) {
-            *state = digest.as_ref().map_or(OutputDigest::Failed, |digest| OutputDigest::Known(*digest));
-        }
-        let counts_by_output = below.content.is_none();
+        let known = digest.as_ref().map_or(OutputDigest::Failed, |digest| OutputDigest::Known(*digest));
+        self.output_digests.insert(edge, known);
+        let counts_by_output = self.graph[edge.vertex].content.is_none();
         for (above, input) in self.consumers(edge.vertex) {
             let vertex = &self.graph[above];
             if vertex.inputs[input] != edge || vertex.reads_part(input) || vertex.map().is_none() {
@@ -280,8 +283,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             .copied()
             .collect();
         let job = Job {
-            vertex: vertex.digest.clone(),
-            name: vertex.name.clone(),
+            vertex: vertex.state.digest.clone(),
+            name: vertex.state.name.clone(),
             op: vertex.op.clone(),
             op_digest: map.digest,
             ignore_cache: vertex.ignore_cache,
@@ -292,6 +295,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             keys,
             build: self.id,
             priority,
+            looked_up: vertex.looked_up,
         };
         let (work, starter) = work::start(&self.shared, job);
         self.work_on(place, work, starter);

@@ -33,7 +33,7 @@ pub(super) struct BuildWatcher<R> {
 }
 
 impl<R: Send + Sync> Watcher<R> for BuildWatcher<R> {
-    fn vertex(&self) -> &str {
+    fn vertex(&self) -> &Arc<str> {
         &self.state.digest
     }
 

@@ -31,7 +31,7 @@ impl<R> Clone for Outcome<R> {
 /// One who waits for work. Called with a lock held: must not block or call back.
 pub(crate) trait Watcher<R>: Send + Sync {
     /// Digest under which it wants to see the work's events.
-    fn vertex(&self) -> &str;
+    fn vertex(&self) -> &Arc<str>;
     fn started(&self, at: SystemTime);
     fn progress(&self, event: Event);
     fn done(&self, outcome: Outcome<R>);
@@ -99,8 +99,12 @@ impl<R> Board<R> {
         }
     }
 
+    /// Tells all; the first outcome counts.
     pub(super) fn finish(&self, mut outcome: Outcome<R>) {
         let mut state = self.lock();
+        if state.outcome.is_some() {
+            return;
+        }
         outcome.orphaned |= state.starter_left;
         for (_, watcher) in std::mem::take(&mut state.watchers) {
             watcher.done(outcome.clone());
@@ -112,13 +116,17 @@ impl<R> Board<R> {
     /// different operations share the work.
     fn seen_by(&self, watcher: &dyn Watcher<R>, mut event: Event) -> Event {
         let digest = match &mut event {
-            Event::Vertex(e) => &mut e.digest,
+            Event::Vertex(e) if *e.digest == *self.vertex => {
+                e.digest = watcher.vertex().clone();
+                return event;
+            }
+            Event::Vertex(_) => return event,
             Event::Status(e) => &mut e.vertex,
             Event::Log(e) => &mut e.vertex,
             Event::Warning(e) => &mut e.vertex,
         };
-        if **digest == *self.vertex && watcher.vertex() != digest {
-            *digest = watcher.vertex().to_owned();
+        if **digest == *self.vertex && **watcher.vertex() != **digest {
+            *digest = watcher.vertex().to_string();
         }
         event
     }

@@ -1,6 +1,7 @@
 //! One execution for one key, whoever asks. The table holds work weakly; each asker holds it
 //! strongly; when the last asker leaves, the work is cancelled. Failure and progress reach all.
 
+mod after;
 mod board;
 mod run;
 
@@ -8,17 +9,21 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
+use dashmap::mapref::entry::Entry as Slot;
+use futures::FutureExt;
 use tokio::task::AbortHandle;
 
+pub(crate) use after::After;
 pub(crate) use board::{Outcome, Watcher};
 pub(crate) use run::guarded;
 
 use crate::keys::Part;
-use crate::op::{Key, Op};
+use crate::op::{Key, Op, OpClass};
 use crate::produced::Produced;
+use crate::record::Entry;
 use crate::solver::Shared;
 use board::Board;
+use run::End;
 
 /// An operation that is ready to run, and how to remember what it makes.
 pub(crate) struct Job<R> {
@@ -38,6 +43,8 @@ pub(crate) struct Job<R> {
     pub(crate) output_key_pending: bool,
     pub(crate) build: u64,
     pub(crate) priority: Duration,
+    /// The recorder's moment before the first of the keys was looked up.
+    pub(crate) looked_up: u64,
 }
 
 pub(crate) struct JobInput<R> {
@@ -124,14 +131,14 @@ impl<R> InFlight<R> {
     /// Claims `key` for `work`, or answers who has it.
     fn claim(&self, key: [u8; 32], work: &Arc<Work<R>>) -> Option<Arc<Work<R>>> {
         match self.map.entry(key) {
-            Entry::Occupied(mut entry) => match entry.get().upgrade() {
+            Slot::Occupied(mut entry) => match entry.get().upgrade() {
                 Some(other) => Some(other),
                 None => {
                     entry.insert(Arc::downgrade(work));
                     None
                 }
             },
-            Entry::Vacant(entry) => {
+            Slot::Vacant(entry) => {
                 entry.insert(Arc::downgrade(work));
                 None
             }
@@ -176,17 +183,63 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
     }
     *work.claims.lock().unwrap_or_else(PoisonError::into_inner) = claims.clone();
 
-    let (shared_by_task, board, weak) = (shared.clone(), work.board.clone(), Arc::downgrade(&work));
+    let done =
+        Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work), claims };
+    let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
+    let (of_task, board) = (shared.clone(), work.board.clone());
+    let mut running = Box::pin(async move {
+        match leader {
+            Some(leader) => End::passed_on(run::follow(leader, &board).await),
+            None => run::run(&of_task, &board, job).await,
+        }
+    });
+    // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record.
+    if at_once && let Some(end) = (&mut running).now_or_never() {
+        done.board.finish(end.outcome.clone());
+        if let Some(entry) = done.entry(end) {
+            shared.record(entry);
+        }
+        return (work, true);
+    }
+    let of_task = shared.clone();
     let task = shared.tasks.spawn(async move {
-        let outcome = match leader {
-            Some(leader) => run::follow(leader, &board).await,
-            None => run::run(&shared_by_task, &board, job).await,
-        };
-        // What can be found in the store is there by now, so no key is unclaimed and unknown.
-        shared_by_task.in_flight.release(&claims, &weak);
-        board.finish(outcome);
+        if let Some(entry) = done.entry(running.await)
+            && of_task.recorder.push(entry)
+        {
+            of_task.recorder.write_out();
+        }
     });
     // The task can't be cancelled before this: `work` is still held here.
     let _ = work.task.set(task.abort_handle());
     (work, true)
+}
+
+/// What remains to be done when work has ended.
+struct Done<R> {
+    shared: Arc<Shared<R>>,
+    board: Arc<Board<R>>,
+    work: Weak<Work<R>>,
+    claims: Vec<[u8; 32]>,
+}
+
+impl<R: Clone + Send + Sync + 'static> Done<R> {
+    /// Askers hear of it when it is recorded, or at once where there is nothing to record.
+    fn entry(self, end: End<R>) -> Option<Entry> {
+        let Self { shared, board, work, claims } = self;
+        let End { outcome, changes, unkeyed } = end;
+        let then = move || {
+            // What can be found in the store is there by now, so no key is unclaimed and unknown.
+            shared.in_flight.release(&claims, &work);
+            board.finish(outcome);
+            if let Some(unkeyed) = unkeyed {
+                // Not part of the work: it goes on when all askers have their answer and left.
+                after::key_later(&shared, unkeyed);
+            }
+        };
+        if changes.is_empty() {
+            then();
+            return None;
+        }
+        Some(Entry { changes, then: Some(Box::new(then)) })
+    }
 }

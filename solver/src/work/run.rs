@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use futures::FutureExt;
-use kiln_cache::KeyRecord;
+use kiln_cache::{KeyChange, KeyRecord, OpRecord};
 use tokio::sync::oneshot;
 
+use super::after::Unkeyed;
 use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
-use crate::keys::{OUTPUT_KEY, Part, vertex_key};
-use crate::op::{Key, OpClass, OpContext, OpError};
+use crate::keys::Part;
+use crate::op::{OpClass, OpContext, OpError};
 use crate::produced::{Produced, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
 use crate::solver::Shared;
@@ -37,28 +38,49 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
     }
 }
 
+/// How work ended, and what is to be remembered of it before anyone hears of that.
+pub(super) struct End<R> {
+    pub(super) outcome: Outcome<R>,
+    pub(super) changes: Vec<KeyChange>,
+    pub(super) unkeyed: Option<Unkeyed<R>>,
+}
+
+impl<R> End<R> {
+    fn new(result: Result<Arc<Produced<R>>, OpError>, cached: bool) -> Self {
+        Self::passed_on(Outcome { result, cached, orphaned: false })
+    }
+
+    /// What somebody else has seen to.
+    pub(super) fn passed_on(outcome: Outcome<R>) -> Self {
+        Self { outcome, changes: Vec::new(), unkeyed: None }
+    }
+}
+
 pub(super) async fn run<R: Clone + Send + Sync + 'static>(
-    shared: &Arc<Shared<R>>,
+    shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
-) -> Outcome<R> {
+) -> End<R> {
     // Other work may have recorded the result between this build's look-up and its claim.
     for key in &job.shared_by {
-        if let Ok(Some(record)) = shared.keys.get(key.as_bytes())
+        if shared.recorder.may_have_come(key, job.looked_up)
+            && let Ok(Some(record)) = shared.keys.get(key.as_bytes())
             && let Ok(Some(produced)) = guarded(open(shared, key, record)).await
         {
-            return Outcome { result: Ok(Arc::new(produced)), cached: true, orphaned: false };
+            return End::new(Ok(Arc::new(produced)), true);
         }
     }
-    let result = execute(shared, board, job).await;
-    Outcome { result, cached: false, orphaned: false }
+    match execute(shared, board, job).await {
+        Ok(end) => end,
+        Err(error) => End::new(Err(error), false),
+    }
 }
 
 async fn execute<R: Clone + Send + Sync + 'static>(
-    shared: &Arc<Shared<R>>,
+    shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
-) -> Result<Arc<Produced<R>>, OpError> {
+) -> Result<End<R>, OpError> {
     let permit = match job.op.class() {
         OpClass::Run => Some(shared.limiter.acquire(job.build, job.priority).await),
         OpClass::Io => None,
@@ -66,76 +88,38 @@ async fn execute<R: Clone + Send + Sync + 'static>(
     board.start(SystemTime::now());
     let began = Instant::now();
     let sink: Arc<dyn ProgressSink> = board.clone();
-    let context =
-        OpContext { progress: VertexProgress::new(board.vertex(), sink), ignore_cache: job.ignore_cache };
+    let context = OpContext {
+        progress: VertexProgress::new(board.vertex().clone(), sink),
+        ignore_cache: job.ignore_cache,
+    };
     let inputs = job.inputs.iter().map(|input| input.produced.outputs[input.output].clone()).collect();
     let outputs = guarded(job.op.execute(&context, inputs)).await?;
     drop(permit);
-
     let duration = began.elapsed();
     let record = KeyRecord {
         results: outputs.iter().map(|output| shared.results.id(output)).collect(),
-        vertex: job.vertex.to_string(),
-        name: job.name.to_string(),
+        vertex: job.vertex,
+        name: job.name,
         created: SystemTime::now(),
         duration,
-        output_content: vec![None; outputs.len()],
         content_key: job.content_key.map(|key| *key.as_bytes()),
     };
     let produced = Arc::new(Produced::executed(outputs, record));
-    if !job.keys.is_empty() {
-        produced.add_keys(&*shared.keys, &job.keys, None);
-        if let Err(error) = shared.keys.set_duration(job.op_digest.as_bytes(), duration) {
-            tracing::warn!(vertex = &*job.vertex, %error, "a duration was not recorded");
-        }
+    let mut end = End::new(Ok(produced.clone()), false);
+    if let Some(change) = produced.add_keys(&job.keys, None) {
+        let follows_outputs = job.inputs.iter().any(JobInput::counts_by_output);
+        let record = OpRecord { duration, follows_outputs };
+        end.changes = vec![change, KeyChange::Op { digest: *job.op_digest.as_bytes(), record }];
         if job.output_key_pending {
-            // Not part of the work: it goes on when all askers have their answer and left.
-            let recording = record_output_key(shared.clone(), produced.clone(), job.op_digest, job.inputs);
-            shared.tasks.spawn(recording);
-        } else if job.inputs.iter().any(JobInput::counts_by_output) {
-            mark_follower(shared, &job.op_digest);
+            end.unkeyed = Some(Unkeyed { produced, op_digest: job.op_digest, inputs: job.inputs });
         }
     }
-    Ok(produced)
+    Ok(end)
 }
 
 impl<R> JobInput<R> {
     fn counts_by_output(&self) -> bool {
         !matches!(self.part, Some(Part::Query(_)))
-    }
-}
-
-/// Computes what the inputs hold and records the result under that, for builds whose inputs are
-/// made in another way but come out the same.
-async fn record_output_key<R: Clone + Send + Sync + 'static>(
-    shared: Arc<Shared<R>>,
-    produced: Arc<Produced<R>>,
-    op_digest: Key,
-    inputs: Vec<JobInput<R>>,
-) {
-    let Ok(_turn) = shared.background.acquire().await else { return };
-    let mut parts = Vec::with_capacity(inputs.len());
-    for input in &inputs {
-        let part = match input.part {
-            Some(part @ Part::Query(_)) => part,
-            _ => match guarded(input.produced.output_digest(&shared, input.output)).await {
-                Ok(digest) => Part::Output(digest),
-                Err(error) => {
-                    tracing::warn!(vertex = produced.name(), %error, "an output digest could not be computed");
-                    return;
-                }
-            },
-        };
-        parts.push((part, input.selector.as_deref()));
-    }
-    let key = vertex_key(OUTPUT_KEY, &op_digest, parts.into_iter());
-    produced.add_keys(&*shared.keys, &[key], None);
-    mark_follower(&shared, &op_digest);
-}
-
-fn mark_follower<R>(shared: &Shared<R>, op_digest: &Key) {
-    if let Err(error) = shared.keys.mark_follower(op_digest.as_bytes()) {
-        tracing::warn!(%error, "a follower was not recorded");
     }
 }
 
@@ -160,7 +144,7 @@ struct Follower<R> {
 }
 
 impl<R: Send + Sync> Watcher<R> for Follower<R> {
-    fn vertex(&self) -> &str {
+    fn vertex(&self) -> &Arc<str> {
         self.board.vertex()
     }
 

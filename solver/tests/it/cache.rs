@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use kiln_cache::kv::MemKv;
-use kiln_cache::{KeyRecord, KeyStorage, KeyStore, StoreError};
+use kiln_cache::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord, StoreError};
 use kiln_solver::explain::{Found, KeyKind};
 
 use crate::world::{Files, Graph, World, chain, recipe};
@@ -262,29 +261,17 @@ impl KeyStorage for Faulty {
         self.check(&self.reads)?;
         self.inner.get(key)
     }
-    fn put(&self, keys: &[[u8; 32]], record: &KeyRecord) -> kiln_cache::Result<()> {
+    fn op(&self, digest: &[u8; 32]) -> kiln_cache::Result<Option<OpRecord>> {
+        self.check(&self.reads)?;
+        self.inner.op(digest)
+    }
+    fn write(&self, changes: &[KeyChange]) -> kiln_cache::Result<()> {
         self.check(&self.writes)?;
-        self.inner.put(keys, record)
+        self.inner.write(changes)
     }
     fn remove(&self, key: &[u8; 32]) -> kiln_cache::Result<()> {
         self.check(&self.writes)?;
         self.inner.remove(key)
-    }
-    fn followers(&self, op_digest: &[u8; 32]) -> kiln_cache::Result<bool> {
-        self.check(&self.reads)?;
-        self.inner.followers(op_digest)
-    }
-    fn mark_follower(&self, op_digest: &[u8; 32]) -> kiln_cache::Result<()> {
-        self.check(&self.writes)?;
-        self.inner.mark_follower(op_digest)
-    }
-    fn duration(&self, op_digest: &[u8; 32]) -> kiln_cache::Result<Option<Duration>> {
-        self.check(&self.reads)?;
-        self.inner.duration(op_digest)
-    }
-    fn set_duration(&self, op_digest: &[u8; 32], duration: Duration) -> kiln_cache::Result<()> {
-        self.check(&self.writes)?;
-        self.inner.set_duration(op_digest, duration)
     }
 }
 

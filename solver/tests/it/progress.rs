@@ -17,7 +17,7 @@ async fn each_vertex_is_announced_once_before_anything_starts() {
         assert_eq!(record.words(name), ["announced", "started", "completed"]);
     }
     let b = &record.states("b")[0];
-    assert_eq!(b.inputs, [record.states("a")[0].digest.clone()]);
+    assert_eq!(*b.inputs, [record.states("a")[0].digest.clone()]);
 }
 
 #[tokio::test]
@@ -57,7 +57,7 @@ async fn output_comes_after_the_start() {
     assert_eq!(record.log("a"), "hello world");
     let events = record.0.lock().unwrap();
     let started = events.iter().position(
-        |e| matches!(e, kiln_solver::progress::Event::Vertex(s) if s.name == "a" && s.started.is_some()),
+        |e| matches!(e, kiln_solver::progress::Event::Vertex(s) if &*s.name == "a" && s.started.is_some()),
     );
     let logged = events.iter().position(|e| matches!(e, kiln_solver::progress::Event::Log(_)));
     assert!(started < logged, "{started:?} {logged:?}");

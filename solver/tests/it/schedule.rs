@@ -1,7 +1,9 @@
 //! What runs at the same time, and in which order.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use kiln_cache::{KeyChange, OpRecord};
 use kiln_proto::pb;
 
 use crate::world::{Graph, World, gate, recipe};
@@ -97,11 +99,10 @@ async fn the_start_of_the_longest_path_runs_first() {
 async fn remembered_durations_decide_what_is_long() {
     let world = World::new();
     let solver = world.limited_solver(1);
-    for (name, seconds) in [("slow", 100), ("quick", 1), ("fast", 1), ("all", 1)] {
-        world
-            .keys
-            .set_duration(blake3::hash(name.as_bytes()).as_bytes(), std::time::Duration::from_secs(seconds))
-            .unwrap();
+    for (name, seconds) in [("first", 1000), ("slow", 100), ("quick", 1), ("fast", 1), ("all", 1)] {
+        let record = OpRecord { duration: Duration::from_secs(seconds), follows_outputs: false };
+        let digest = *blake3::hash(name.as_bytes()).as_bytes();
+        world.keys.write(&[KeyChange::Op { digest, record }]).unwrap();
     }
     // Held until all others wait, so that the order is the queue's.
     let gate = gate();
@@ -112,7 +113,6 @@ async fn remembered_durations_decide_what_is_long() {
     let steps: Vec<pb::Input> =
         ["first", "quick", "fast", "slow"].map(|name| graph.step(name, &[&image])).into();
     let all = graph.step("all", &steps.iter().collect::<Vec<_>>());
-    world.keys.set_duration(blake3::hash(b"first").as_bytes(), std::time::Duration::from_secs(1000)).unwrap();
     let definition = graph.finish(&all);
     let (build, _) = world.build(&solver);
     let solving = tokio::spawn(async move { build.solve(&definition).await });

@@ -496,7 +496,7 @@ impl Record {
     /// The states that a vertex went through.
     pub(crate) fn states(&self, name: &str) -> Vec<VertexState> {
         let state = |event: &Event| match event {
-            Event::Vertex(state) if state.name == name => Some(state.clone()),
+            Event::Vertex(state) if *state.name == *name => Some(state.clone()),
             _ => None,
         };
         self.0.lock().unwrap().iter().filter_map(state).collect()
@@ -519,7 +519,9 @@ impl Record {
     pub(crate) fn log(&self, name: &str) -> String {
         let digest = self.states(name).first().map(|state| state.digest.clone()).unwrap_or_default();
         let text = |event: &Event| match event {
-            Event::Log(log) if log.vertex == digest => Some(String::from_utf8_lossy(&log.data).into_owned()),
+            Event::Log(log) if *log.vertex == *digest => {
+                Some(String::from_utf8_lossy(&log.data).into_owned())
+            }
             _ => None,
         };
         self.0.lock().unwrap().iter().filter_map(text).collect()

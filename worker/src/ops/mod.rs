@@ -66,9 +66,9 @@ impl OpFactory<Ref> for Factory {
         use pb::op::Op as Wire;
         let (worker, context) = (self.worker.clone(), &self.context);
         let inputs = vertex.op.inputs.len();
-        let name = vertex.name.as_str();
+        let name = &*vertex.name;
         match vertex.op.op.as_ref() {
-            Some(Wire::Exec(op)) => Ok(Arc::new(exec::ExecOp::new(worker, context, vertex, op.clone())?)),
+            Some(Wire::Exec(op)) => Ok(Arc::new(exec::ExecOp::new(worker, context, vertex, (**op).clone())?)),
             Some(Wire::File(op)) => {
                 Ok(Arc::new(file::FileOp::new(worker, context, op.clone(), inputs, name)?))
             }

@@ -91,7 +91,7 @@ impl ProgressSink for Ran {
             && !vertex.cached
             && vertex.error.is_empty()
         {
-            self.0.lock().unwrap().push(vertex.name);
+            self.0.lock().unwrap().push(vertex.name.to_string());
         }
     }
 }

@@ -66,7 +66,10 @@ impl World {
     }
 
     pub(crate) fn op_context(&self) -> OpContext {
-        OpContext { progress: VertexProgress::new("sha256:test", self.logs.clone()), ignore_cache: false }
+        OpContext {
+            progress: VertexProgress::new("sha256:test".into(), self.logs.clone()),
+            ignore_cache: false,
+        }
     }
 
     /// Runs one operation on its inputs.
@@ -136,7 +139,7 @@ impl World {
 pub(crate) fn vertex(op: pb::op::Op, inputs: usize) -> OpVertex {
     let input = |index: usize| pb::Input { digest: format!("sha256:{index}"), index: 0 };
     let op = pb::Op { inputs: (0..inputs).map(input).collect(), op: Some(op), ..Default::default() };
-    OpVertex { digest: "sha256:test".into(), op, metadata: pb::OpMetadata::default(), name: "test".into() }
+    OpVertex { digest: "sha256:test".into(), op: op.into(), metadata: Arc::default(), name: "test".into() }
 }
 
 pub(crate) fn file(actions: Vec<pb::FileAction>) -> pb::op::Op {
@@ -189,7 +192,7 @@ pub(crate) fn sh(text: &str) -> pb::ExecOp {
 }
 
 pub(crate) fn exec(op: pb::ExecOp) -> pb::op::Op {
-    pb::op::Op::Exec(op)
+    pb::op::Op::Exec(Box::new(op))
 }
 
 pub(crate) fn top(result: &Ref) -> SnapshotRef {

@@ -137,7 +137,7 @@ pub(crate) fn history(compiled: &Compiled) -> Vec<String> {
 
 /// Names of the vertices of the first target, inputs first.
 pub(crate) fn names(compiled: &Compiled) -> Vec<String> {
-    loaded(&compiled.targets[0]).vertices.into_iter().map(|v| v.name).collect()
+    loaded(&compiled.targets[0]).vertices.into_iter().map(|v| v.name.to_string()).collect()
 }
 
 pub(crate) fn loaded(target: &CompiledTarget) -> llb::Loaded {
@@ -156,7 +156,7 @@ pub(crate) fn render(target: &CompiledTarget) -> Value {
         .map(|(n, v)| {
             let mut out = json!({
                 "#": n,
-                "name": v.name,
+                "name": *v.name,
                 "inputs": v.inputs.iter().map(|(at, output)| format!("{at}:{output}")).collect::<Vec<_>>(),
                 "op": op(&v.op),
             });
@@ -166,7 +166,7 @@ pub(crate) fn render(target: &CompiledTarget) -> Value {
             if v.metadata.ignore_cache {
                 out["ignore_cache"] = json!(true);
             }
-            if let Some(lines) = loaded.source.locations.get(&v.digest) {
+            if let Some(lines) = loaded.source.locations.get(&*v.digest) {
                 let lines = lines.locations.iter().flat_map(|l| &l.ranges).filter_map(|r| r.start.as_ref());
                 out["lines"] = json!(lines.map(|p| p.line).collect::<Vec<_>>());
             }
