@@ -1,7 +1,7 @@
 //! Which keys are known and what was found under them. The solver asks; it decides what a key
 //! means. Records may name results that are gone by now: whoever loads a result finds out.
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime};
 
 use crate::codec;
@@ -48,13 +48,15 @@ pub trait KeyStorage: Send + Sync + 'static {
 
 /// Keys kept in a [`Kv`].
 pub struct KeyStore {
-    kv: Arc<dyn Kv>,
+    pub(crate) kv: Arc<dyn Kv>,
+    /// Held shared while something is recorded, exclusively while records of lost results are removed.
+    pub(crate) recording: RwLock<()>,
 }
 
 impl KeyStore {
     /// A key store in `kv`; with a [`crate::kv::MemKv`] it lasts as long as the value.
     pub fn new(kv: Arc<dyn Kv>) -> Self {
-        Self { kv }
+        Self { kv, recording: RwLock::default() }
     }
 }
 
@@ -66,6 +68,7 @@ impl KeyStorage for KeyStore {
 
     fn put(&self, keys: &[[u8; 32]], record: &KeyRecord) -> Result<()> {
         let value = codec::encode(&Encoded::from(record));
+        let _recording = self.recording.read();
         let mut batch = Batch::new();
         for key in keys {
             batch.put(Cf::Keys, *key, value.clone());
@@ -85,31 +88,45 @@ impl KeyStorage for KeyStore {
 
     fn mark_follower(&self, op_digest: &[u8; 32]) -> Result<()> {
         let key = op_key(b'f', op_digest);
-        if self.kv.get(Cf::Ops, &key)?.is_some() {
+        let mark = stamped(&[1]);
+        let _recording = self.recording.read();
+        if self.kv.get(Cf::Ops, &key)?.as_ref() == Some(&mark) {
             return Ok(());
         }
         let mut batch = Batch::new();
-        batch.put(Cf::Ops, key, [1]);
+        batch.put(Cf::Ops, key, mark);
         self.kv.write(batch)
     }
 
     fn duration(&self, op_digest: &[u8; 32]) -> Result<Option<Duration>> {
         let key = op_key(b'd', op_digest);
         let Some(bytes) = self.kv.get(Cf::Ops, &key)? else { return Ok(None) };
-        let bytes: [u8; 8] = bytes.try_into().map_err(|_| StoreError::Corrupt {
+        let nanos = bytes.first_chunk().ok_or_else(|| StoreError::Corrupt {
             what: "duration",
             key: hex::encode(op_digest),
-            reason: "not 8 bytes".to_owned(),
+            reason: "less than 8 bytes".to_owned(),
         })?;
-        Ok(Some(Duration::from_nanos(u64::from_le_bytes(bytes))))
+        Ok(Some(Duration::from_nanos(u64::from_le_bytes(*nanos))))
     }
 
     fn set_duration(&self, op_digest: &[u8; 32], duration: Duration) -> Result<()> {
         let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let _recording = self.recording.read();
         let mut batch = Batch::new();
-        batch.put(Cf::Ops, op_key(b'd', op_digest), nanos.to_le_bytes());
+        batch.put(Cf::Ops, op_key(b'd', op_digest), stamped(&nanos.to_le_bytes()));
         self.kv.write(batch)
     }
+}
+
+/// What is known of an operation ends in the day on which it was written.
+fn stamped(value: &[u8]) -> Vec<u8> {
+    [value, &today().to_le_bytes()].concat()
+}
+
+/// Days since 1970.
+pub(crate) fn today() -> u32 {
+    let days = codec::nanos(SystemTime::now()) / (24 * 3600 * 1_000_000_000);
+    u32::try_from(days).unwrap_or(u32::MAX)
 }
 
 fn op_key(kind: u8, digest: &[u8; 32]) -> Vec<u8> {
@@ -120,9 +137,9 @@ fn op_key(kind: u8, digest: &[u8; 32]) -> Vec<u8> {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Encoded {
+pub(crate) struct Encoded {
     #[prost(string, repeated, tag = "1")]
-    results: Vec<String>,
+    pub(crate) results: Vec<String>,
     #[prost(string, tag = "2")]
     vertex: String,
     #[prost(string, tag = "3")]

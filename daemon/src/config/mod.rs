@@ -137,11 +137,12 @@ pub enum NetworkMode {
 /// Garbage collection of the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GcConfig {
-    /// Runs by itself after builds.
+    /// Runs by itself, after the start and after builds.
     pub enabled: bool,
     /// Rules, applied in order; the default list if empty.
     pub policies: Vec<GcPolicy>,
-    /// Keep at least this much, for the default list.
+    /// Keep at least this much, for the default list. Of the three, those that are not set are no limit, unless
+    /// none is: then the disk's size gives them.
     pub reserved: Option<DiskSpace>,
     /// Never use more, for the default list.
     pub max_used: Option<DiskSpace>,

@@ -81,7 +81,7 @@ impl Engine {
         };
         let options = SolverOptions { max_parallelism: limit };
         let solver = Solver::new(store.keys(), worker.results(), options);
-        let collector = Collector::new(&store, &config.gc);
+        let collector = Collector::new(&store, worker.worker(), &config.gc);
         Ok(Arc::new(Self { store, solver, worker, sessions, collector }))
     }
 
