@@ -32,7 +32,8 @@ pub struct Config {
     pub debug: bool,
     /// Mirrors, plain HTTP, certificates and the like of registries.
     pub registries: RegistryConfig,
-    /// How many sandboxed processes may run at once over all builds; 0 is one for each CPU.
+    /// How many sandboxed processes may run at once over all builds; 0 is four for each CPU, and
+    /// at least 16.
     pub max_parallelism: usize,
     /// Network of steps that ask for the default one.
     pub network: NetworkMode,

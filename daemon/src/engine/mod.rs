@@ -76,7 +76,8 @@ impl Engine {
         let sessions = SessionManager::new();
         let worker = WorkerHandle::open(config, &store, &sessions).await?;
         let limit = match config.max_parallelism {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            // Many steps wait for the network most of the time.
+            0 => std::thread::available_parallelism().map_or(16, |cpus| (4 * cpus.get()).max(16)),
             limit => limit,
         };
         let options = SolverOptions { max_parallelism: limit };
