@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::forwards::{self, Agents};
 use super::mounts::{self, Prepared};
-use super::{Step, cache_mounts, identity, network_files, output, stubs};
+use super::{Emptied, Step, cache_mounts, identity, network_files, output, stubs};
 use crate::ops::run_dir::StepDir;
 use crate::ops::users::ProcessUser;
 use crate::sandbox::spec::{self, Bind, NetworkMode, Resources, SecurityMode, SpecParams, Ulimit};
