@@ -11,7 +11,7 @@ use crate::fsx;
 use crate::kv::Batch;
 use crate::snapshots::record::{self, Record};
 use crate::store::{Shared, Store};
-use crate::usage::{Part, Place, UsageRecord};
+use crate::usage::{Entry, Part, Place, UsageRecord};
 use crate::{RecordType, blobs, gone, mutable, values};
 
 /// What to remove (wire: `PruneRequest`, `GCPolicy`). Without limits everything that matches goes;
@@ -75,19 +75,36 @@ impl PruneOptions {
 impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
-        self.shared().prune(options, removed)
+        let shared = self.shared();
+        shared.prune(options, &shared.ledger()?, removed).map(|_| ())
     }
 
     /// Applies policies in order; `removed` is called with each record that went.
     pub fn collect_garbage(&self, policies: &[GcPolicy], removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
-        policies.iter().try_for_each(|policy| self.shared().prune(policy, removed))
+        if policies.is_empty() {
+            return Ok(());
+        }
+        let shared = self.shared();
+        let mut entries = shared.ledger()?;
+        for policy in policies {
+            if shared.prune(policy, &entries, removed)? {
+                entries = shared.ledger()?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl Shared {
-    fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
+    /// Removes of `entries`, the whole ledger, what `options` say; true if that was anything.
+    fn prune(
+        &self,
+        options: &PruneOptions,
+        entries: &[Entry],
+        removed: &mut dyn FnMut(UsageRecord),
+    ) -> Result<bool> {
         let filter = Filter::parse(&options.filters)?;
-        let entries = self.ledger()?;
+        let mut any = false;
         let mut total: u64 = entries.iter().map(|entry| entry.record.size).sum();
         let keep = match options.has_limits() {
             // What was removed a moment ago may not be free yet. Should it become free between the two
@@ -128,6 +145,7 @@ impl Shared {
             if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place)? {
                 continue;
             }
+            any = true;
             let mut size = entry.own;
             for (part, bytes) in &entry.parts {
                 if let Some(left) = holders.get_mut(part) {
@@ -145,7 +163,7 @@ impl Shared {
             }
             removed(UsageRecord { in_use: false, size, ..entry.record.clone() });
         }
-        Ok(())
+        Ok(any)
     }
 
     /// Removes one record unless it is in use; says whether it did.

@@ -8,19 +8,20 @@ use std::time::Duration;
 use kiln_integration::{Context, Kiln, Moments, Registry, tools, wait_until};
 
 const KILLS: usize = 50;
-const STEPS: usize = 60;
-/// Chains that are built at the same time.
+const STEPS: usize = 50;
+/// Chains that are built at the same time; one that got through is followed by a new one.
 const BUILDS: usize = 3;
 
-/// A chain of steps with a name of its own; each execution leaves a mark in a cache mount that outlives the build.
-fn chain(name: &str) -> String {
+/// A chain of steps of its own; each execution leaves a mark in a cache mount that outlives the build.
+fn chain(number: usize) -> Context {
     let mut dockerfile = "FROM busybox\n".to_owned();
     for step in 0..STEPS {
+        let name = format!("{number}.{step}");
         dockerfile += &format!(
-            "RUN --mount=type=cache,id=marks,target=/marks sleep 0.02; head -c 20000 /dev/zero > /{name}{step}; mktemp /marks/{name}{step}.XXXXXX\n"
+            "RUN --mount=type=cache,id=marks,target=/marks sleep 0.02; head -c 20000 /dev/zero > /{name}; mktemp /marks/{name}.XXXXXX\n"
         );
     }
-    dockerfile
+    Context::new(&dockerfile)
 }
 
 /// The RUN steps that plain progress shows, by name: whether they came to their end, and whether by running.
@@ -59,16 +60,17 @@ fn names(dir: &Path) -> BTreeSet<String> {
 fn fifty_kills_lose_no_finished_step_and_leave_nothing_behind() {
     let registry = Registry::with_busybox();
     let mut kiln = Kiln::new(&registry);
-    let contexts: Vec<Context> =
-        ["a", "b", "c"][..BUILDS].iter().map(|name| Context::new(&chain(name))).collect();
+    let mut chains: Vec<Context> = (0..BUILDS).map(chain).collect();
+    let mut building: Vec<usize> = (0..BUILDS).collect();
     let mut moments = Moments::new(42);
     let mut finished = BTreeSet::new();
     for round in 0..KILLS {
         kiln.start();
-        let clients: Vec<_> = contexts
+        let clients: Vec<_> = building
             .iter()
-            .map(|context| {
-                kiln.command(&["build", "--progress", "plain", context.path().to_str().expect("UTF-8")])
+            .map(|&number| {
+                let path = chains[number].path().to_str().expect("UTF-8");
+                kiln.command(&["build", "--progress", "plain", path])
                     .stdout(Stdio::null())
                     .stderr(Stdio::piped())
                     .spawn()
@@ -77,12 +79,16 @@ fn fifty_kills_lose_no_finished_step_and_leave_nothing_behind() {
             .collect();
         std::thread::sleep(moments.up_to(Duration::from_millis(400)));
         kiln.kill();
-        for client in clients {
+        for (client, number) in clients.into_iter().zip(&mut building) {
             let output = client.wait_with_output().expect("the client ends when its daemon is gone");
             let seen = Seen::in_progress(&String::from_utf8_lossy(&output.stderr));
             let again: Vec<_> = seen.ran.intersection(&finished).collect();
             assert!(again.is_empty(), "round {round}: finished before and ran again: {again:?}");
             finished.extend(seen.ran);
+            if output.status.success() {
+                *number = chains.len();
+                chains.push(chain(*number));
+            }
         }
         // A client that lost its daemon before it saw anything starts another one.
         for pid in kiln.daemons() {
@@ -96,7 +102,7 @@ fn fifty_kills_lose_no_finished_step_and_leave_nothing_behind() {
     assert!(finished.len() > KILLS, "only {} steps finished: the kills came too soon", finished.len());
 
     kiln.start();
-    for context in &contexts {
+    for context in &chains {
         let seen = Seen::in_progress(&kiln.build(context.path(), &[]).ok().stderr);
         assert_eq!(seen.ran.intersection(&finished).count(), 0, "finished before and ran again");
         assert_eq!(seen.ran.len() + seen.cached.len(), STEPS);
@@ -111,7 +117,7 @@ fn fifty_kills_lose_no_finished_step_and_leave_nothing_behind() {
     let mut found =
         listed.stderr.lines().filter_map(|line| line.split_once(" marks ")?.1.parse::<usize>().ok());
     let marks = found.next().expect("the number of marks");
-    let steps = BUILDS * STEPS;
+    let steps = chains.len() * STEPS;
     assert!((steps..=steps + BUILDS * KILLS).contains(&marks), "{marks} executions of {steps} steps");
 
     everything_is_accounted_for(&kiln);
