@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the base images that demo, test and bench pull, as OCI layouts under ~/.cache/kiln/images:
-# busybox (Debian's static binary) and debian (bookworm's minimal packages, by mmdebstrap).
-# usage: base-images.sh [busybox|debian ...]; prints the directory. Needs root for the owners in the layers.
+# busybox (Debian's static binary), tcc (busybox with a small C compiler, Debian's) and debian (bookworm's minimal
+# packages, by mmdebstrap).
+# usage: base-images.sh [busybox|tcc|debian ...]; prints the directory. Needs root for the owners in the layers.
 set -euo pipefail
 images=${KILN_IMAGES:-${XDG_CACHE_HOME:-$HOME/.cache}/kiln/images}
 mkdir -p "$images"
@@ -20,6 +21,23 @@ layout() { # name tag command: turns $work/rootfs into the layout $images/name
 }
 
 busybox() {
+  busybox_files
+  layout busybox latest sh
+}
+
+tcc() {
+  busybox_files
+  # What the compiler loads, and what it needs for programs that use the C library.
+  { dpkg -L tcc libc6-dev linux-libc-dev | grep -E '/(bin|lib|include)/' | grep -E '(libtcc1|libc_nonshared)\.a$|[^a]$'
+    dpkg -L libc6 | grep '/ld-linux[^/]*$'
+    ldd "$(type -P tcc)" | grep -o '/[^ ]*'; } | grep -v i386 | sort -u |
+    while read -r path; do [ -d "$path" ] || realpath -s --relative-to=/ "$path"; done |
+    tar -C / --dereference -cf - -T - | tar -C "$work/rootfs" -xf -
+  ln -s tcc "$work/rootfs/usr/bin/cc"
+  layout tcc latest sh
+}
+
+busybox_files() {
   local root=$work/rootfs
   mkdir -p "$root"/{bin,etc,proc,root,tmp,usr/bin,var}
   chmod 1777 "$root/tmp"
@@ -30,7 +48,6 @@ busybox() {
   ln -s /bin/env "$root/usr/bin/env"
   printf 'root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/bin/false\napp:x:1000:1000:app:/home/app:/bin/sh\n' > "$root/etc/passwd"
   printf 'root:x:0:\ndaemon:x:1:\napp:x:1000:\nstaff:x:50:app\n' > "$root/etc/group"
-  layout busybox latest sh
 }
 
 debian() {

@@ -1,7 +1,7 @@
 //! File system helpers: trees of foreign origin are walked and removed without recursion, and
 //! never through a symlink.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -165,16 +165,25 @@ fn unlink_or_dir(dir: &OwnedFd, name: &CStr, kind: FileType) -> io::Result<bool>
     }
 }
 
-/// Bytes that a tree occupies on disk; a file with several names in it counts once. Entries that
-/// vanish meanwhile don't count.
-pub(crate) fn disk_usage(path: &Path) -> io::Result<u64> {
+/// What a tree occupies on disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct DiskUsage {
+    /// Bytes of what has no name outside the tree.
+    pub(crate) own: u64,
+    /// Files that have names outside it, too: inode and bytes.
+    pub(crate) linked: Vec<(u64, u64)>,
+}
+
+/// Measures a tree; a file with several names in it counts once. Entries that vanish meanwhile don't count.
+pub(crate) fn disk_usage(path: &Path) -> io::Result<DiskUsage> {
     let root = match open_dir(CWD, path) {
         Ok(root) => root,
-        Err(Errno::NOENT) => return Ok(0),
+        Err(Errno::NOENT) => return Ok(DiskUsage::default()),
         Err(error) => return Err(error.into()),
     };
-    let mut total = allocated(&rustix::fs::fstat(&root)?);
-    let mut linked = HashSet::new();
+    let mut usage = DiskUsage { own: allocated(&rustix::fs::fstat(&root)?), linked: Vec::new() };
+    // Bytes, and how many names were not met yet.
+    let mut several = HashMap::new();
     let mut pending = vec![path.to_path_buf()];
     while let Some(current) = pending.pop() {
         let dir = match open_dir(CWD, &current) {
@@ -185,17 +194,29 @@ pub(crate) fn disk_usage(path: &Path) -> io::Result<u64> {
         for (name, _) in names(&dir)? {
             let Ok(stat) = rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            if !is_dir && stat.st_nlink > 1 && !linked.insert((stat.st_dev, stat.st_ino)) {
+            if !is_dir && stat.st_nlink > 1 {
+                several.entry(stat.st_ino).or_insert((allocated(&stat), stat.st_nlink)).1 -= 1;
                 continue;
             }
-            total += allocated(&stat);
+            usage.own += allocated(&stat);
             if is_dir {
                 use std::os::unix::ffi::OsStrExt;
                 pending.push(current.join(std::ffi::OsStr::from_bytes(name.to_bytes())));
             }
         }
     }
-    Ok(total)
+    for (inode, (bytes, left)) in several {
+        match left {
+            0 => usage.own += bytes,
+            _ => usage.linked.push((inode, bytes)),
+        }
+    }
+    Ok(usage)
+}
+
+/// Bytes that one file or directory occupies, without what is below it; none if it isn't there.
+pub(crate) fn occupied(path: &Path) -> u64 {
+    rustix::fs::lstat(path).map_or(0, |stat| allocated(&stat))
 }
 
 fn allocated(stat: &Stat) -> u64 {

@@ -1,6 +1,6 @@
 //! Removing what is not needed: on request (prune) and by policy. Nothing that is held, and nothing
 //! that something else stands on, is ever removed. Records of keys that point to removed results
-//! are left alone; whoever loads such a result learns that it is gone.
+//! stay for a while (see [`Store::forget_gone`]); whoever loads such a result learns that it is gone.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
@@ -11,8 +11,8 @@ use crate::fsx;
 use crate::kv::Batch;
 use crate::snapshots::record::{self, Record};
 use crate::store::{Shared, Store};
-use crate::usage::{Place, UsageRecord};
-use crate::{blobs, mutable, values};
+use crate::usage::{Entry, Part, Place, UsageRecord};
+use crate::{RecordType, blobs, gone, mutable, values};
 
 /// What to remove (wire: `PruneRequest`, `GCPolicy`). Without limits everything that matches goes;
 /// with limits, the least recently used until they are met.
@@ -36,18 +36,19 @@ pub struct PruneOptions {
 pub type GcPolicy = PruneOptions;
 
 impl PruneOptions {
-    /// BuildKit's default policies for the given limits, in bytes.
+    /// The policies for these limits, in bytes. As BuildKit's, but for the first rule: there it removes cache
+    /// mounts and client's directories that were idle for two days whenever the whole cache has more than
+    /// 512 MB. Here they go first, too, but not before the limits that hold for everything are reached.
     pub fn defaults(reserved_space: u64, max_used_space: u64, min_free_space: u64) -> Vec<GcPolicy> {
         let day = Duration::from_secs(24 * 3600);
         let limits = Self { reserved_space, max_used_space, min_free_space, ..Self::default() };
         vec![
             Self {
-                filters: ["source.local", "exec.cachemount", "source.git.checkout"]
-                    .map(|kind| format!("type=={kind}"))
+                filters: [RecordType::LocalSource, RecordType::CacheMount, RecordType::GitCheckout]
+                    .map(|kind| format!("type=={}", kind.as_str()))
                     .to_vec(),
                 keep_duration: 2 * day,
-                max_used_space: 512 * 1_000_000,
-                ..Self::default()
+                ..limits.clone()
             },
             Self { keep_duration: 60 * day, ..limits.clone() },
             limits.clone(),
@@ -59,15 +60,14 @@ impl PruneOptions {
         self.reserved_space != 0 || self.max_used_space != 0 || self.min_free_space != 0
     }
 
-    /// How many bytes may stay.
+    /// How many bytes may stay. Space that is reserved is a limit by itself if there is no other one.
     fn allowance(&self, total: u64, free: u64) -> u64 {
-        let mut keep = match self.max_used_space {
-            0 => u64::MAX,
-            max => max,
+        let max = (self.max_used_space != 0).then_some(self.max_used_space);
+        let short = match self.min_free_space {
+            0 => None,
+            wanted => Some(total.saturating_sub(wanted.saturating_sub(free))),
         };
-        if self.min_free_space > free {
-            keep = keep.min(total.saturating_sub(self.min_free_space - free));
-        }
+        let keep = [max, short].into_iter().flatten().min().unwrap_or(0);
         keep.max(self.reserved_space)
     }
 }
@@ -75,26 +75,41 @@ impl PruneOptions {
 impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
-        self.shared().prune(options, removed)
+        let shared = self.shared();
+        shared.prune(options, &shared.ledger()?, removed).map(|_| ())
     }
 
-    /// Applies policies in order; gives the number of bytes that were freed.
-    pub fn collect_garbage(&self, policies: &[GcPolicy]) -> Result<u64> {
-        let mut freed = 0;
-        for policy in policies {
-            self.shared().prune(policy, &mut |record| freed += record.size)?;
+    /// Applies policies in order; `removed` is called with each record that went.
+    pub fn collect_garbage(&self, policies: &[GcPolicy], removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
+        if policies.is_empty() {
+            return Ok(());
         }
-        Ok(freed)
+        let shared = self.shared();
+        let mut entries = shared.ledger()?;
+        for policy in policies {
+            if shared.prune(policy, &entries, removed)? {
+                entries = shared.ledger()?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl Shared {
-    fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
+    /// Removes of `entries`, the whole ledger, what `options` say; true if that was anything.
+    fn prune(
+        &self,
+        options: &PruneOptions,
+        entries: &[Entry],
+        removed: &mut dyn FnMut(UsageRecord),
+    ) -> Result<bool> {
         let filter = Filter::parse(&options.filters)?;
-        let entries = self.ledger(true)?;
+        let mut any = false;
         let mut total: u64 = entries.iter().map(|entry| entry.record.size).sum();
         let keep = match options.has_limits() {
-            true => options.allowance(total, fsx::free_space(&self.root)?),
+            // What was removed a moment ago may not be free yet. Should it become free between the two
+            // measurements it counts twice: then too little goes, not too much.
+            true => options.allowance(total, self.discarded()?.saturating_add(fsx::free_space(&self.root)?)),
             false => 0,
         };
         let cut_off = SystemTime::now().checked_sub(options.keep_duration);
@@ -113,6 +128,10 @@ impl Shared {
                 users[i] += 1;
             }
         }
+        let mut holders: HashMap<&Part, usize> = HashMap::new();
+        for (part, _) in entries.iter().flat_map(|entry| &entry.parts) {
+            *holders.entry(part).or_default() += 1;
+        }
         let rank = |i: usize| {
             let record = &entries[i].record;
             (record.last_used.unwrap_or(record.created), record.usage_count, i)
@@ -126,7 +145,15 @@ impl Shared {
             if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place)? {
                 continue;
             }
-            total = total.saturating_sub(entry.record.size);
+            any = true;
+            let mut size = entry.own;
+            for (part, bytes) in &entry.parts {
+                if let Some(left) = holders.get_mut(part) {
+                    *left -= 1;
+                    size += if *left == 0 { *bytes } else { 0 };
+                }
+            }
+            total = total.saturating_sub(size);
             for base in &entry.record.parents {
                 let Some(&base) = index.get(base.as_str()) else { continue };
                 users[base] -= 1;
@@ -134,9 +161,9 @@ impl Shared {
                     queue.insert(rank(base));
                 }
             }
-            removed(UsageRecord { in_use: false, ..entry.record.clone() });
+            removed(UsageRecord { in_use: false, size, ..entry.record.clone() });
         }
-        Ok(())
+        Ok(any)
     }
 
     /// Removes one record unless it is in use; says whether it did.
@@ -161,6 +188,7 @@ impl Shared {
                     }
                 }
                 record.erase(self.kv.as_ref(), &mut batch, id)?;
+                gone::note(&mut batch);
             }
             Place::Blob => {
                 if self.blobs.is_held(id) || self.has_other_user(id, "")? {
@@ -178,6 +206,7 @@ impl Shared {
                 mutable::erase(self.kv.as_ref(), &mut batch, key, id)?;
                 rubbish.push(mutable::dir_path(&self.root, id));
             }
+            Place::Store => return Ok(false),
         }
         self.kv.write(batch)?;
         self.usage.forget(id);

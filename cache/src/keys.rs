@@ -1,7 +1,7 @@
 //! Which keys are known and what was found under them. The solver asks; it decides what a key
 //! means. Records may name results that are gone by now: whoever loads a result finds out.
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime};
 
 use crate::codec;
@@ -68,13 +68,15 @@ pub trait KeyStorage: Send + Sync + 'static {
 
 /// Keys kept in a [`Kv`].
 pub struct KeyStore {
-    kv: Arc<dyn Kv>,
+    pub(crate) kv: Arc<dyn Kv>,
+    /// Held shared while something is recorded, exclusively while records of lost results are removed.
+    pub(crate) recording: RwLock<()>,
 }
 
 impl KeyStore {
     /// A key store in `kv`; with a [`crate::kv::MemKv`] it lasts as long as the value.
     pub fn new(kv: Arc<dyn Kv>) -> Self {
-        Self { kv }
+        Self { kv, recording: RwLock::default() }
     }
 }
 
@@ -94,6 +96,7 @@ impl KeyStorage for KeyStore {
     }
 
     fn write(&self, changes: &[KeyChange]) -> Result<()> {
+        let _recording = self.recording.read();
         let mut batch = Batch::new();
         for change in changes {
             match change {
@@ -107,6 +110,7 @@ impl KeyStorage for KeyStore {
                     let encoded = EncodedOp {
                         duration: nanos(record.duration),
                         follows_outputs: record.follows_outputs,
+                        day: today(),
                     };
                     batch.put(Cf::Ops, *digest, codec::encode(&encoded));
                 }
@@ -126,10 +130,16 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Days since 1970.
+pub(crate) fn today() -> u32 {
+    let days = codec::nanos(SystemTime::now()) / (24 * 3600 * 1_000_000_000);
+    u32::try_from(days).unwrap_or(u32::MAX)
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
-struct Encoded {
+pub(crate) struct Encoded {
     #[prost(string, repeated, tag = "1")]
-    results: Vec<String>,
+    pub(crate) results: Vec<String>,
     /// A digest that is not sha256.
     #[prost(string, tag = "2")]
     vertex: String,
@@ -148,11 +158,14 @@ struct Encoded {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct EncodedOp {
+pub(crate) struct EncodedOp {
     #[prost(uint64, tag = "1")]
     duration: u64,
     #[prost(bool, tag = "2")]
     follows_outputs: bool,
+    /// When it was written, see [`today`].
+    #[prost(uint32, tag = "3")]
+    pub(crate) day: u32,
 }
 
 const SHA256: &str = "sha256:";

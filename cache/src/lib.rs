@@ -13,6 +13,7 @@ mod error;
 mod filter;
 mod fsx;
 mod gc;
+mod gone;
 mod keys;
 mod leases;
 mod maintenance;

@@ -81,6 +81,7 @@ fn snapshots(
         keep.remove(id);
     }
     if !gone.is_empty() {
+        crate::gone::note(batch);
         tracing::info!(count = gone.len(), "dropped snapshots that were not whole");
     }
     Ok(keep)

@@ -1,17 +1,19 @@
-//! The ledger: what takes how much room, who uses it, and when it was last used. Sizes are measured
-//! when they are first asked for, not when something is committed.
+//! The ledger: what takes how much room, who uses it, and when it was last used. Every byte below the root is in
+//! one record and counts once, also where several records hold the same blob or links to the same file. Sizes are
+//! measured when they are first asked for, not when something is committed.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::filter::Filter;
-use crate::fsx;
+use crate::fsx::{self, DiskUsage};
 use crate::kv::{Batch, Cf, Kv};
-use crate::snapshots::LayerBlob;
 use crate::snapshots::record::{self, Record};
+use crate::snapshots::{LayerBlob, RecordType};
 use crate::store::{Shared, Store};
 use crate::{blobs, mutable, values};
 
@@ -24,7 +26,7 @@ pub struct UsageRecord {
     pub mutable: bool,
     /// True while something holds it.
     pub in_use: bool,
-    /// Bytes on disk, of this record alone.
+    /// Bytes on disk, of this record alone. What several hold is in the size of one of them.
     pub size: u64,
     /// What it stands on.
     pub parents: Vec<String>,
@@ -49,11 +51,26 @@ pub(crate) enum Place {
     Blob,
     /// With the key of its record.
     Mutable(Vec<u8>),
+    /// The store's own; never removed.
+    Store,
+}
+
+/// What more than one record may hold; its bytes are free when none does.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Part {
+    /// A file with several names.
+    Inode(u64),
+    /// A blob by digest.
+    Blob(String),
 }
 
 pub(crate) struct Entry {
     pub(crate) record: UsageRecord,
     pub(crate) place: Place,
+    /// Bytes that nothing else holds.
+    pub(crate) own: u64,
+    /// What other records may hold, too, with its bytes.
+    pub(crate) parts: Vec<(Part, u64)>,
 }
 
 /// Uses since the last flush.
@@ -132,7 +149,7 @@ impl Store {
     pub fn usage(&self, filters: &[String], age: Option<Duration>) -> Result<Vec<UsageRecord>> {
         let filter = Filter::parse(filters)?;
         let limit = age.and_then(|age| SystemTime::now().checked_sub(age));
-        let records = self.shared().ledger(true)?.into_iter().map(|entry| entry.record);
+        let records = self.shared().ledger()?.into_iter().map(|entry| entry.record);
         Ok(records
             .filter(|record| filter.matches(record))
             .filter(|record| limit.is_none_or(|limit| record.last_used.unwrap_or(record.created) <= limit))
@@ -141,26 +158,22 @@ impl Store {
 }
 
 impl Shared {
-    /// Every record. Without `measure`, sizes that are not known are 0.
-    pub(crate) fn ledger(&self, measure: bool) -> Result<Vec<Entry>> {
+    /// Every record, each with its size and what it shares.
+    pub(crate) fn ledger(&self) -> Result<Vec<Entry>> {
         let mut out = Vec::new();
-        let mut counted = HashSet::new();
-        let mut snapshots = Vec::new();
         record::each(self.kv.as_ref(), |id, record| {
-            snapshots.push((id.to_owned(), record));
+            out.push((id.to_owned(), record));
             Ok(())
         })?;
-        for (id, record) in snapshots {
-            let size = self.snapshot_size(&id, &record, measure, &mut counted)?;
-            out.push(self.snapshot_entry(id, record, size)?);
-        }
+        let mut out: Vec<Entry> =
+            out.into_iter().map(|(id, record)| self.snapshot_entry(id, record)).collect::<Result<_>>()?;
         let mut dirs = Vec::new();
         mutable::each(self.kv.as_ref(), |key, record| {
             dirs.push((key.to_vec(), record));
             Ok(())
         })?;
         for (key, record) in dirs {
-            out.push(self.mutable_entry(key, record, measure)?);
+            out.push(self.mutable_entry(key, record)?);
         }
         let mut found = Vec::new();
         self.kv.scan(Cf::Blobs, b"", &mut |key, value| {
@@ -168,19 +181,40 @@ impl Shared {
             found.push((String::from_utf8_lossy(key).into_owned(), record));
             Ok(true)
         })?;
-        for (digest, record) in found.into_iter().filter(|(digest, _)| !counted.contains(digest)) {
-            out.push(self.blob_entry(digest, record)?);
+        let with_snapshots: HashSet<Part> =
+            out.iter().flat_map(|entry| &entry.parts).map(|(part, _)| part.clone()).collect();
+        for (digest, record) in found {
+            if !with_snapshots.contains(&Part::Blob(digest.clone())) {
+                out.push(self.blob_entry(digest, record)?);
+            }
+        }
+        out.extend(self.own_entries()?);
+        let mut counted = HashSet::new();
+        for entry in &mut out {
+            let first = entry.parts.iter().filter(|(part, _)| counted.insert(part.clone()));
+            entry.record.size = entry.own + first.map(|(_, bytes)| bytes).sum::<u64>();
         }
         Ok(out)
     }
 
-    fn snapshot_entry(&self, id: String, record: Record, size: u64) -> Result<Entry> {
+    fn snapshot_entry(&self, id: String, record: Record) -> Result<Entry> {
         let used = self.usage.of(self.kv.as_ref(), &id)?;
+        let mut usage = DiskUsage::default();
+        if record.filled {
+            usage = self.size_of(&id, &self.root.join("snapshots").join(&id), true)?;
+        }
+        let mut parts = inodes(&usage);
+        for digest in self.blob_digests(&id)? {
+            if blobs::load(self, &digest)?.is_some() {
+                let bytes = fsx::occupied(&blobs::file_path(&self.root, &digest));
+                parts.push((Part::Blob(digest), bytes));
+            }
+        }
         Ok(Entry {
             record: UsageRecord {
                 mutable: false,
                 in_use: self.snapshots.is_held(&id),
-                size,
+                size: 0,
                 created: codec::time(record.created),
                 last_used: (used.count > 0).then(|| codec::time(used.last)),
                 usage_count: used.count,
@@ -191,20 +225,22 @@ impl Shared {
                 id,
             },
             place: Place::Snapshot,
+            own: usage.own,
+            parts,
         })
     }
 
-    fn mutable_entry(&self, key: Vec<u8>, record: mutable::Record, measure: bool) -> Result<Entry> {
+    fn mutable_entry(&self, key: Vec<u8>, record: mutable::Record) -> Result<Entry> {
         let used = self.usage.of(self.kv.as_ref(), &record.id)?;
         let in_use = self.mutable.is_held(&record.id);
         // While it is held it changes: then the size of this moment is not kept.
         let dir = mutable::dir_path(&self.root, &record.id);
-        let size = self.size_of(&record.id, &dir, measure, !in_use)?;
+        let usage = self.size_of(&record.id, &dir, !in_use)?;
         Ok(Entry {
             record: UsageRecord {
                 mutable: true,
                 in_use,
-                size,
+                size: 0,
                 created: codec::time(record.created),
                 last_used: (used.count > 0).then(|| codec::time(used.last)),
                 usage_count: used.count,
@@ -215,49 +251,80 @@ impl Shared {
                 id: record.id,
             },
             place: Place::Mutable(key),
+            own: usage.own,
+            parts: inodes(&usage),
         })
     }
 
     fn blob_entry(&self, digest: String, record: blobs::Record) -> Result<Entry> {
         let used = self.usage.of(self.kv.as_ref(), &digest)?;
         Ok(Entry {
+            own: fsx::occupied(&blobs::file_path(&self.root, &digest)),
             record: UsageRecord {
                 mutable: false,
                 in_use: self.blobs.is_held(&digest),
-                size: record.size,
+                size: 0,
                 created: codec::time(record.created),
                 last_used: (used.count > 0).then(|| codec::time(used.last)),
                 usage_count: used.count,
                 parents: Vec::new(),
                 description: format!("content {digest}"),
-                record_type: "regular".to_owned(),
+                record_type: RecordType::Regular.as_str().to_owned(),
                 shared: false,
                 id: digest,
             },
             place: Place::Blob,
+            parts: Vec::new(),
         })
     }
 
-    /// A layer's directory and those of its blobs that no other snapshot was charged for.
-    fn snapshot_size(
-        &self,
-        id: &str,
-        record: &Record,
-        measure: bool,
-        counted: &mut HashSet<String>,
-    ) -> Result<u64> {
-        let mut size = 0;
-        if record.filled {
-            size += self.size_of(id, &self.root.join("snapshots").join(id), measure, true)?;
+    /// What is in no other record: the database, the directories that hold the others, and what running
+    /// work has not committed. What lies in the trash is as good as gone and counts nowhere.
+    fn own_entries(&self) -> Result<Vec<Entry>> {
+        let mut database = fsx::occupied(&self.root);
+        for name in fsx::list(&self.root)? {
+            let path = self.root.join(&name);
+            database += match name.as_str() {
+                "staging" | "trash" => continue,
+                "snapshots" | "mutable" => fsx::occupied(&path),
+                "content" => fsx::occupied(&path) + fsx::occupied(&path.join("sha256")),
+                "meta" => self.measure(&path)?.own,
+                _ => fsx::occupied(&path),
+            };
         }
-        for digest in self.blob_digests(id)? {
-            if let Some(blob) = blobs::load(self, &digest)?
-                && counted.insert(digest)
-            {
-                size += blob.size;
-            }
-        }
-        Ok(size)
+        let entry = |id: &str, description: &str, own| Entry {
+            record: UsageRecord {
+                id: id.to_owned(),
+                mutable: false,
+                in_use: true,
+                size: 0,
+                parents: Vec::new(),
+                created: SystemTime::now(),
+                last_used: None,
+                usage_count: 0,
+                description: description.to_owned(),
+                record_type: RecordType::Internal.as_str().to_owned(),
+                shared: false,
+            },
+            place: Place::Store,
+            own,
+            parts: Vec::new(),
+        };
+        let staged = self.measure(&self.staging())?;
+        Ok(vec![
+            entry("database", "keys, records and the history of builds", database),
+            // What is linked there has a name in a record.
+            entry("staging", "work in progress", staged.own),
+        ])
+    }
+
+    /// Bytes in the trash: not yet free, but soon.
+    pub(crate) fn discarded(&self) -> Result<u64> {
+        Ok(self.measure(&self.root.join("trash"))?.own)
+    }
+
+    fn measure(&self, dir: &Path) -> Result<DiskUsage> {
+        fsx::disk_usage(dir).map_err(|e| StoreError::io("measure", dir, e))
     }
 
     /// Digests of all blobs that are forms of a snapshot's layer.
@@ -275,25 +342,43 @@ impl Shared {
         Ok(digests)
     }
 
-    fn size_of(&self, id: &str, dir: &std::path::Path, measure: bool, keep: bool) -> Result<u64> {
+    fn size_of(&self, id: &str, dir: &Path, keep: bool) -> Result<DiskUsage> {
         if let Some(bytes) = self.kv.get(Cf::Values, &size_key(id))?
-            && let Ok(bytes) = bytes.try_into()
+            && let Some(known) = decode_size(&bytes)
         {
-            return Ok(u64::from_le_bytes(bytes));
+            return Ok(known);
         }
-        if !measure {
-            return Ok(0);
-        }
-        let size = fsx::disk_usage(dir).map_err(|e| StoreError::io("measure", dir, e))?;
+        let usage = self.measure(dir)?;
         if keep {
             // The record may be removed at this moment; then its size must not stay behind.
             let _guard = self.dependent()?;
             if dir.exists() {
                 let mut batch = Batch::new();
-                batch.put(Cf::Values, size_key(id), size.to_le_bytes());
+                batch.put(Cf::Values, size_key(id), encode_size(&usage));
                 self.kv.write(batch)?;
             }
         }
-        Ok(size)
+        Ok(usage)
     }
+}
+
+fn inodes(usage: &DiskUsage) -> Vec<(Part, u64)> {
+    usage.linked.iter().map(|&(inode, bytes)| (Part::Inode(inode), bytes)).collect()
+}
+
+/// Its own bytes, then inode and bytes of each linked file.
+fn encode_size(usage: &DiskUsage) -> Vec<u8> {
+    let linked = usage.linked.iter().flat_map(|&(inode, bytes)| [inode, bytes]);
+    std::iter::once(usage.own).chain(linked).flat_map(u64::to_le_bytes).collect()
+}
+
+fn decode_size(bytes: &[u8]) -> Option<DiskUsage> {
+    let (numbers, rest) = bytes.as_chunks::<8>();
+    let mut numbers = numbers.iter().map(|number| u64::from_le_bytes(*number));
+    let own = numbers.next().filter(|_| rest.is_empty())?;
+    let mut linked = Vec::new();
+    while let Some(inode) = numbers.next() {
+        linked.push((inode, numbers.next()?));
+    }
+    Some(DiskUsage { own, linked })
 }

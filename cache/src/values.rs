@@ -38,6 +38,23 @@ impl Values {
         self.shared.kv.write(batch)
     }
 
+    /// Removes those names of a namespace whose value is not to be kept; gives their number.
+    pub fn retain(
+        &self,
+        namespace: &str,
+        keep: &mut dyn FnMut(&str, &[u8]) -> Result<bool>,
+    ) -> Result<usize> {
+        let mut count = 0;
+        for (name, value) in self.list(namespace)? {
+            // One that was set anew meanwhile stays until the next time.
+            if !keep(&name, &value)? && self.get(namespace, &name)?.as_ref() == Some(&value) {
+                self.delete(namespace, &name)?;
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
     /// All names of a namespace with their values, in byte order.
     pub fn list(&self, namespace: &str) -> Result<Vec<(String, Vec<u8>)>> {
         let prefix = key(b'n', namespace, "");

@@ -101,7 +101,7 @@ fn a_layers_blob_goes_with_the_last_snapshot_that_has_it() {
     two.set_blob("gzip", &described).unwrap();
     assert_eq!(one.blob("gzip").unwrap(), Some(described));
     assert_eq!(one.blob("zstd").unwrap(), None);
-    assert_eq!(store.usage(&[], None).unwrap().len(), 2, "the blob counts with its snapshots");
+    assert_eq!(records(&store, &[]).len(), 2, "the blob counts with its snapshots");
     drop(one);
     store.prune(&PruneOptions::default(), &mut |_| {}).unwrap();
     assert!(store.blobs().exists(HI).unwrap());
@@ -146,7 +146,7 @@ fn a_removed_directory_stays_with_those_who_have_it() {
     let path = old.path().to_owned();
     drop(old);
     assert!(!path.exists());
-    let usage = store.usage(&[], None).unwrap();
+    let usage = records(&store, &[]);
     assert_eq!(usage.len(), 1);
     assert!(usage[0].mutable && usage[0].in_use && usage[0].record_type == "exec.cachemount");
 }
@@ -156,7 +156,7 @@ fn the_size_of_a_mutable_directory_follows_its_content() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let open = || store.mutable().open(MutableKind::Local, "key", "d").unwrap();
-    let size = || store.usage(&[], None).unwrap()[0].size;
+    let size = || records(&store, &[])[0].size;
     drop(open());
     let empty = size();
     let held = open();

@@ -151,6 +151,19 @@ impl Kiln {
         self.run(&all)
     }
 
+    /// Adds lines to the daemon's configuration.
+    pub fn configure(&self, lines: &str) {
+        let path = self.directory.path().join("kilnd.toml");
+        let before = fs::read_to_string(&path).expect("read the configuration");
+        fs::write(path, before + lines).expect("write the configuration");
+    }
+
+    /// What `kiln du` lists.
+    pub fn usage(&self) -> Vec<serde_json::Value> {
+        let listed = self.run(&["du", "--format", "json"]).ok();
+        serde_json::from_str(&listed.stdout).expect("a list of records")
+    }
+
     /// Starts the daemon in the foreground of this test and waits until it answers.
     pub fn start(&mut self) -> u32 {
         let log = fs::File::options()

@@ -5,7 +5,6 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -32,13 +31,31 @@ pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace root").to_path_buf()
 }
 
-/// Directory with the base images as OCI layouts, made on first use.
-pub fn images() -> &'static Path {
-    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-    IMAGES.get_or_init(|| {
-        let out = run(Command::new(repository().join("tools/base-images.sh")).arg("busybox"));
-        PathBuf::from(String::from_utf8(out).expect("a path").trim())
-    })
+/// A base image as an OCI layout, made on first use.
+pub fn layout(name: &str) -> PathBuf {
+    let out = run(Command::new(repository().join("tools/base-images.sh")).arg(name));
+    Path::new(String::from_utf8(out).expect("a path").trim()).join(name)
+}
+
+/// Moments and choices that differ but are the same each time: a small linear congruential generator.
+pub struct Moments(u64);
+
+impl Moments {
+    /// A sequence of its own for each seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number less than `below`.
+    pub fn below(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % below
+    }
+
+    /// A time less than `limit`.
+    pub fn up_to(&mut self, limit: Duration) -> Duration {
+        Duration::from_micros(self.below(limit.as_micros() as u64))
+    }
 }
 
 /// Debian's docker-registry on a free port, gone when dropped.
@@ -78,8 +95,13 @@ impl Registry {
 
     /// A registry that holds `library/busybox:latest`.
     pub fn with_busybox() -> Self {
+        Self::with("busybox")
+    }
+
+    /// A registry that holds `library/NAME:latest`, one of the images that `tools/base-images.sh` makes.
+    pub fn with(name: &str) -> Self {
         let registry = Self::start();
-        registry.push_layout(&images().join("busybox"), "latest", "library/busybox:latest");
+        registry.push_layout(&layout(name), "latest", &format!("library/{name}:latest"));
         registry
     }
 

@@ -8,4 +8,4 @@ pub mod tools;
 
 pub use fake_registry::FakeRegistry;
 pub use kiln::{Built, Kiln};
-pub use lab::{Context, Registry, free_port, images, wait_until};
+pub use lab::{Context, Moments, Registry, free_port, layout, wait_until};

@@ -87,3 +87,10 @@ pub fn tar_listing(file: &Path) -> Vec<String> {
 pub fn blob(layout: &Path, digest: &str) -> std::path::PathBuf {
     layout.join("blobs").join(digest.replacen(':', "/", 1))
 }
+
+/// Bytes that a directory occupies, as `du` counts them.
+pub fn disk_usage(dir: &Path) -> i64 {
+    let out = run(Command::new("du").args(["-s", "-B1"]).arg(dir));
+    let text = String::from_utf8_lossy(&out).into_owned();
+    text.split_whitespace().next().and_then(|word| word.parse().ok()).expect("a number from du")
+}

@@ -76,7 +76,11 @@ fn gather(
         overlay_onto(dir, root.as_fd()).map_err(|errno| fail(format!("layer {}: {errno}", layer.id())))?;
     }
     let meta = SnapshotMeta::of_type(RecordType::Internal, format!("flattened layers up to {}", top.id()));
-    snapshots.commit(staged, meta).map_err(|err| fail(err.to_string()))
+    let flat = snapshots.commit(staged, meta).map_err(|err| fail(err.to_string()))?;
+    for layer in below.into_iter().chain(layers) {
+        layer.remeasure().map_err(|err| fail(err.to_string()))?;
+    }
+    Ok(flat)
 }
 
 /// Applies one layer directory to a tree that has no whiteouts. Files are linked, not copied.

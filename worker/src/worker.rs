@@ -105,6 +105,11 @@ impl Worker {
         }))
     }
 
+    /// Forgets what was noted of images that are no longer in the store. Blocking.
+    pub fn forget_gone(&self) -> Result<usize, crate::image::ImageError> {
+        self.images.forget_gone()
+    }
+
     /// The worker's name, kept for the life of the store.
     pub fn id(&self) -> &str {
         &self.id

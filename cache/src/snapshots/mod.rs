@@ -383,6 +383,15 @@ impl SnapshotRef {
         self.inner.shared.kv.write(batch)
     }
 
+    /// To be called when other layers got links to its files: its size in the ledger is found out anew, so that
+    /// they are not counted twice.
+    pub fn remeasure(&self) -> Result<()> {
+        self.inner.shared.check_open()?;
+        let mut batch = Batch::new();
+        batch.delete(Cf::Values, crate::usage::size_key(self.id()));
+        self.inner.shared.kv.write(batch)
+    }
+
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.inner.shared
     }

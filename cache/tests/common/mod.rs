@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
 
-use kiln_cache::{SnapshotMeta, SnapshotRef, Store, StoreOptions};
+use kiln_cache::{SnapshotMeta, SnapshotRef, Store, StoreOptions, UsageRecord};
 use rustix::fs::{FileType, Mode};
 
 pub(crate) const BOOT: &str = "boot-1";
@@ -77,6 +77,19 @@ pub(crate) fn is_root() -> bool {
         eprintln!("skipped: needs root");
     }
     root
+}
+
+/// The ledger's records that match, without the store's own.
+pub(crate) fn records(store: &Store, filters: &[&str]) -> Vec<UsageRecord> {
+    let filters: Vec<String> = filters.iter().map(|filter| filter.to_string()).collect();
+    let mut records = store.usage(&filters, None).unwrap();
+    records.retain(|record| !["database", "staging"].contains(&record.id.as_str()));
+    records
+}
+
+/// Bytes in the ledger.
+pub(crate) fn total(store: &Store) -> u64 {
+    store.usage(&[], None).unwrap().iter().map(|record| record.size).sum()
 }
 
 /// Waits for background work whose effect can be seen.

@@ -32,7 +32,8 @@ pub struct Config {
     pub debug: bool,
     /// Mirrors, plain HTTP, certificates and the like of registries.
     pub registries: RegistryConfig,
-    /// How many sandboxed processes may run at once over all builds; 0 is one for each CPU.
+    /// How many sandboxed processes may run at once over all builds; 0 is four for each CPU, and
+    /// at least 16.
     pub max_parallelism: usize,
     /// Network of steps that ask for the default one.
     pub network: NetworkMode,
@@ -137,11 +138,12 @@ pub enum NetworkMode {
 /// Garbage collection of the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GcConfig {
-    /// Runs by itself after builds.
+    /// Runs by itself, after the start and after builds.
     pub enabled: bool,
     /// Rules, applied in order; the default list if empty.
     pub policies: Vec<GcPolicy>,
-    /// Keep at least this much, for the default list.
+    /// Keep at least this much, for the default list. Of the three, those that are not set are no limit, unless
+    /// none is: then the disk's size gives them.
     pub reserved: Option<DiskSpace>,
     /// Never use more, for the default list.
     pub max_used: Option<DiskSpace>,

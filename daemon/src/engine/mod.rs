@@ -76,12 +76,13 @@ impl Engine {
         let sessions = SessionManager::new();
         let worker = WorkerHandle::open(config, &store, &sessions).await?;
         let limit = match config.max_parallelism {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            // Many steps wait for the network most of the time.
+            0 => std::thread::available_parallelism().map_or(16, |cpus| (4 * cpus.get()).max(16)),
             limit => limit,
         };
         let options = SolverOptions { max_parallelism: limit };
         let solver = Solver::new(store.keys(), worker.results(), options);
-        let collector = Collector::new(&store, &config.gc);
+        let collector = Collector::new(&store, worker.worker(), &config.gc);
         Ok(Arc::new(Self { store, solver, worker, sessions, collector }))
     }
 

@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use kiln_cache::{GcPolicy, PruneOptions, Store, StoreError, UsageRecord};
 use kiln_proto::{control, types};
+use kiln_worker::Worker;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::Engine;
 use super::failure::store_error;
@@ -17,6 +19,8 @@ use crate::memory;
 
 /// Builds that end within this time share one collection.
 const SETTLE: Duration = Duration::from_secs(1);
+/// From the end of one collection to the next one.
+const PAUSE: Duration = Duration::from_secs(60);
 
 /// Nanoseconds on the wire; a negative number counts as none.
 fn duration(nanos: i64) -> Duration {
@@ -82,7 +86,7 @@ impl Engine {
     }
 }
 
-/// Cleans up in the background when builds have ended.
+/// Cleans up in the background: soon after the start, and after builds.
 pub(super) struct Collector {
     policies: Vec<GcPolicy>,
     wanted: Arc<Notify>,
@@ -91,11 +95,16 @@ pub(super) struct Collector {
 
 impl Collector {
     /// Starts the task that collects. It ends with the store.
-    pub(super) fn new(store: &Arc<Store>, config: &GcConfig) -> Self {
+    pub(super) fn new(store: &Arc<Store>, worker: &Arc<Worker>, config: &GcConfig) -> Self {
         let policies = policies(config, store.root());
         let wanted = Arc::new(Notify::new());
-        let rules = if config.enabled { policies.clone() } else { Vec::new() };
-        tokio::spawn(after_builds(Arc::downgrade(store), rules, wanted.clone()));
+        wanted.notify_one();
+        let rounds = Rounds {
+            store: Arc::downgrade(store),
+            worker: Arc::downgrade(worker),
+            policies: if config.enabled { policies.clone() } else { Vec::new() },
+        };
+        tokio::spawn(collect(Arc::new(rounds), wanted.clone()));
         Self { policies, wanted, enabled: config.enabled }
     }
 
@@ -124,41 +133,96 @@ impl Collector {
     }
 }
 
-/// Collects garbage, and gives memory back, whenever builds have ended.
-async fn after_builds(store: Weak<Store>, policies: Vec<GcPolicy>, wanted: Arc<Notify>) {
+/// What each collection needs.
+struct Rounds {
+    store: Weak<Store>,
+    worker: Weak<Worker>,
+    policies: Vec<GcPolicy>,
+}
+
+/// Collects garbage and gives memory back, at the start and whenever builds have ended.
+async fn collect(rounds: Arc<Rounds>, wanted: Arc<Notify>) {
+    let mut next = Instant::now();
     loop {
         wanted.notified().await;
         tokio::time::sleep(SETTLE).await;
-        let (store, policies) = (store.clone(), policies.clone());
-        let done = tokio::task::spawn_blocking(move || {
-            let Some(store) = store.upgrade() else { return false };
-            match store.collect_garbage(&policies) {
-                Ok(0) => {}
-                Ok(freed) => tracing::info!(bytes = freed, "collected garbage"),
-                Err(StoreError::Closed) => return false,
-                Err(error) => tracing::warn!(%error, "collecting garbage"),
+        if Instant::now() < next {
+            if tokio::task::spawn_blocking(memory::give_back).await.is_err() {
+                return;
             }
+            tokio::select! {
+                () = wanted.notified() => {
+                    wanted.notify_one();
+                    continue;
+                }
+                () = tokio::time::sleep_until(next) => {}
+            }
+        }
+        let rounds = rounds.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let goes_on = rounds.collect();
             memory::give_back();
-            true
+            goes_on
         });
         if !matches!(done.await, Ok(true)) {
             return;
         }
+        next = Instant::now() + PAUSE;
     }
 }
 
-/// The configured rules, or the default list with the configured or measured limits.
+impl Rounds {
+    /// One collection; false if there will never be anything to collect again.
+    fn collect(&self) -> bool {
+        let (Some(store), Some(worker)) = (self.store.upgrade(), self.worker.upgrade()) else { return false };
+        let (mut records, mut bytes) = (0, 0);
+        let collected = store.collect_garbage(&self.policies, &mut |record| {
+            records += 1;
+            bytes += record.size;
+            if record.mutable {
+                let (kind, name, bytes) = (record.record_type, record.description, record.size);
+                tracing::info!(kind, name, bytes, "removed to free space");
+            }
+        });
+        if records > 0 {
+            tracing::info!(records, bytes, "collected garbage");
+        }
+        let forgotten = collected.and_then(|()| store.forget_gone());
+        match forgotten {
+            Ok(_) => {}
+            Err(StoreError::Closed) => return false,
+            Err(error) => tracing::warn!(%error, "collecting garbage"),
+        }
+        if let Err(error) = worker.forget_gone() {
+            tracing::debug!(%error, "notes of images that are gone stay");
+        }
+        true
+    }
+}
+
+/// The configured rules, or the default list with the configured limits, or with limits by the disk's size.
 fn policies(config: &GcConfig, root: &Path) -> Vec<GcPolicy> {
     let capacity = rustix::fs::statvfs(root).map_or(0, |stat| stat.f_blocks * stat.f_frsize);
     let space = |space: Option<DiskSpace>| space.map_or(0, |space| bytes(space.bytes(capacity)));
     if !config.policies.is_empty() {
         return config.policies.iter().map(|policy| configured(policy, &space)).collect();
     }
-    let or = |value: Option<DiskSpace>, default| value.map_or(default, |value| space(Some(value)));
-    let reserved = or(config.reserved, capacity / 10);
-    let max_used = or(config.max_used, capacity / 10 * 8);
-    let min_free = or(config.min_free, capacity / 5);
+    let [reserved, max_used, min_free] = match [config.reserved, config.max_used, config.min_free].map(space)
+    {
+        [0, 0, 0] => limits(capacity),
+        configured => configured,
+    };
+    // Without any limit the list would remove everything.
+    if [reserved, max_used, min_free] == [0, 0, 0] {
+        return Vec::new();
+    }
     PruneOptions::defaults(reserved, max_used, min_free)
+}
+
+/// BuildKit's limits for a disk: bytes that are always allowed, that may be used, and that stay free.
+fn limits(capacity: u64) -> [u64; 3] {
+    const GB: u64 = 1_000_000_000;
+    [(capacity / 10).min(10 * GB), (capacity / 10 * 8).min(100 * GB), capacity / 5]
 }
 
 fn configured(policy: &config::GcPolicy, space: &dyn Fn(Option<DiskSpace>) -> u64) -> GcPolicy {
@@ -169,5 +233,40 @@ fn configured(policy: &config::GcPolicy, space: &dyn Fn(Option<DiskSpace>) -> u6
         reserved_space: space(policy.reserved),
         max_used_space: space(policy.max_used),
         min_free_space: space(policy.min_free),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GB: u64 = 1_000_000_000;
+
+    #[test]
+    fn limits_follow_the_disk_up_to_a_point() {
+        assert_eq!(limits(50 * GB), [5 * GB, 40 * GB, 10 * GB]);
+        assert_eq!(limits(1000 * GB), [10 * GB, 100 * GB, 200 * GB]);
+    }
+
+    #[test]
+    fn the_default_list_has_one_budget_for_all_records() {
+        let list = policies(&GcConfig::default(), Path::new("/"));
+        assert_eq!(list.len(), 4);
+        let budget =
+            |policy: &GcPolicy| (policy.reserved_space, policy.max_used_space, policy.min_free_space);
+        assert!(list.iter().all(|policy| budget(policy) == budget(&list[0])), "{list:?}");
+        assert!(list[0].filters.contains(&"type==exec.cachemount".to_owned()));
+        assert!(list[3].all && !list[2].all);
+    }
+
+    #[test]
+    fn a_configured_limit_stands_alone() {
+        let config = GcConfig { reserved: Some(DiskSpace::Bytes(7)), ..GcConfig::default() };
+        let last = policies(&config, Path::new("/")).pop().expect("a policy");
+        assert_eq!((last.reserved_space, last.max_used_space, last.min_free_space), (7, 0, 0));
+        let config = GcConfig { min_free: Some(DiskSpace::Percent(0)), ..GcConfig::default() };
+        assert_eq!(policies(&config, Path::new("/")), policies(&GcConfig::default(), Path::new("/")));
+        // A disk that can't be measured has no limits.
+        assert_eq!(policies(&GcConfig::default(), Path::new("/no/such/directory")), []);
     }
 }

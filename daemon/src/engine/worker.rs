@@ -84,6 +84,11 @@ impl WorkerHandle {
         self.worker.id()
     }
 
+    /// The worker itself, for background work.
+    pub(super) fn worker(&self) -> &Arc<Worker> {
+        &self.worker
+    }
+
     /// Waits until no step runs any more, cancelled ones included.
     pub(super) async fn idle(&self) {
         self.worker.idle().await;

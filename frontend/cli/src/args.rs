@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::progress::units;
+
 /// Builds container images.
 #[derive(Debug, Parser)]
 #[command(name = "kiln", version, about, disable_help_subcommand = true)]
@@ -254,20 +256,37 @@ pub(crate) struct DaemonArgs {
     pub(crate) entitlements: Vec<String>,
 }
 
+/// How records of the cache are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RecordFormat {
+    /// The fields and names of buildctl's JSON.
+    Json,
+}
+
+fn record_format(text: &str) -> Result<RecordFormat, String> {
+    match text.replace(' ', "").as_str() {
+        "json" | "{{json.}}" => Ok(RecordFormat::Json),
+        _ => Err("unsupported: only json, which is {{json .}}".to_owned()),
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct DuArgs {
-    /// Only matching records, e.g. type==regular (may be repeated)
-    #[arg(long = "filter", value_name = "FILTER")]
+    /// Only matching records, e.g. type==regular (may be repeated; one must match)
+    #[arg(short, long = "filter", value_name = "FILTER")]
     pub(crate) filters: Vec<String>,
     /// Everything known of each record
     #[arg(short, long)]
     pub(crate) verbose: bool,
+    /// Print the records as json
+    #[arg(long, value_name = "FORMAT", value_parser = record_format)]
+    pub(crate) format: Option<RecordFormat>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
-    /// Only matching records, e.g. type==exec.cachemount (may be repeated)
-    #[arg(long = "filter", value_name = "FILTER")]
+    /// Only matching records, e.g. type==exec.cachemount (may be repeated; one must match)
+    #[arg(short, long = "filter", value_name = "FILTER")]
     pub(crate) filters: Vec<String>,
     /// Internal and frontend records too
     #[arg(short, long)]
@@ -275,18 +294,35 @@ pub(crate) struct PruneArgs {
     /// Keep what was used within this time, e.g. 24h
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) keep_duration: Option<Duration>,
-    /// Keep at least this much, e.g. 10gb
-    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    /// Keep at least this much, e.g. 10gb; buildctl's name for it: --keep-storage-min, in MB
+    #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes)]
     pub(crate) reserved_space: Option<i64>,
-    /// Keep at most this much
-    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    /// Keep at most this much; buildctl: --keep-storage, in MB
+    #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes)]
     pub(crate) max_used_space: Option<i64>,
-    /// Leave this much free on the disk
-    #[arg(long, value_name = "BYTES", value_parser = crate::progress::units::parse_bytes)]
+    /// Leave this much free on the disk; buildctl: --free-storage, in MB
+    #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes)]
     pub(crate) min_free_space: Option<i64>,
+    #[arg(long, hide = true, value_parser = megabytes, conflicts_with = "reserved_space")]
+    pub(crate) keep_storage_min: Option<i64>,
+    #[arg(long, hide = true, value_parser = megabytes, conflicts_with = "max_used_space")]
+    pub(crate) keep_storage: Option<i64>,
+    #[arg(long, hide = true, value_parser = megabytes, conflicts_with = "min_free_space")]
+    pub(crate) free_storage: Option<i64>,
     /// Everything known of each record
     #[arg(short, long)]
     pub(crate) verbose: bool,
+    /// Print the records as json, one on each line
+    #[arg(long, value_name = "FORMAT", value_parser = record_format)]
+    pub(crate) format: Option<RecordFormat>,
+}
+
+/// Bytes; a number without a unit counts megabytes.
+fn megabytes(text: &str) -> Result<i64, String> {
+    match text.parse::<f64>() {
+        Ok(_) => units::parse_bytes(&format!("{text}mb")),
+        Err(_) => units::parse_bytes(text),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -363,6 +399,19 @@ mod tests {
         assert_eq!(duration("0").unwrap(), Duration::ZERO);
         for text in ["", "5", "s", "1d", "-1s", "1e400h"] {
             assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn buildctls_flags_of_prune_count_megabytes() {
+        let flags = ["--keep-storage-min", "1.5", "--keep-storage", "2000", "--free-storage", "3gb"];
+        let parsed = Cli::try_parse_from(["kiln", "prune"].into_iter().chain(flags)).unwrap();
+        let Command::Prune(prune) = parsed.command else { panic!() };
+        assert_eq!(prune.keep_storage_min, Some(1_500_000));
+        assert_eq!(prune.keep_storage, Some(2_000_000_000));
+        assert_eq!(prune.free_storage, Some(3_000_000_000));
+        for both in [["--keep-storage=1", "--max-used-space=1"], ["--format={{.ID}}", "--all"]] {
+            assert!(Cli::try_parse_from(["kiln", "prune"].into_iter().chain(both)).is_err(), "{both:?}");
         }
     }
 

@@ -1,8 +1,9 @@
 //! `kiln du` and `kiln prune`: what the cache holds, and freeing it.
 
 use kiln_proto::control::{DiskUsageRequest, PruneRequest, UsageRecord};
+use serde_json::{Value, json};
 
-use crate::args::{Connection, DuArgs, PruneArgs};
+use crate::args::{Connection, DuArgs, PruneArgs, RecordFormat};
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::progress::units;
@@ -16,7 +17,12 @@ pub(crate) fn du(connection: &Connection, args: &DuArgs) -> Result<(), CliError>
         let request = DiskUsageRequest { filter: args.filters.clone(), ..Default::default() };
         let mut records = control.disk_usage(request).await?.into_inner().record;
         records.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
-        stdout::print(&format!("{}{}", table(&records, args.verbose), summary(&records)))
+        match args.format {
+            Some(RecordFormat::Json) => {
+                stdout::print(&format!("{}\n", Value::Array(records.iter().map(json).collect())))
+            }
+            None => stdout::print(&format!("{}{}", table(&records, args.verbose), summary(&records))),
+        }
     })
 }
 
@@ -30,14 +36,19 @@ pub(crate) fn prune(connection: &Connection, args: &PruneArgs) -> Result<(), Cli
             filter: args.filters.clone(),
             all: args.all,
             keep_duration: i64::try_from(keep.as_nanos()).unwrap_or(i64::MAX),
-            reserved_space: args.reserved_space.unwrap_or_default(),
-            max_used_space: args.max_used_space.unwrap_or_default(),
-            min_free_space: args.min_free_space.unwrap_or_default(),
+            reserved_space: args.reserved_space.or(args.keep_storage_min).unwrap_or_default(),
+            max_used_space: args.max_used_space.or(args.keep_storage).unwrap_or_default(),
+            min_free_space: args.min_free_space.or(args.free_storage).unwrap_or_default(),
         };
         let mut stream = control.prune(request).await?.into_inner();
         let mut records = Vec::new();
         while let Some(record) = stream.message().await? {
             records.push(record);
+        }
+        if args.format == Some(RecordFormat::Json) {
+            return stdout::print(
+                &records.iter().map(|record| format!("{}\n", json(record))).collect::<String>(),
+            );
         }
         let total = units::bytes(records.iter().map(|record| record.size).sum());
         stdout::print(&format!("{}Total:\t{total}\n", table(&records, args.verbose)))
@@ -88,6 +99,26 @@ fn details(record: &UsageRecord) -> String {
     lines + "\n"
 }
 
+/// As buildctl encodes a record.
+fn json(record: &UsageRecord) -> Value {
+    let time = |time: Option<&prost_types::Timestamp>| {
+        time.and_then(|time| jiff::Timestamp::new(time.seconds, time.nanos).ok()).map(|time| time.to_string())
+    };
+    json!({
+        "id": record.id,
+        "mutable": record.mutable,
+        "inUse": record.in_use,
+        "size": record.size,
+        "createdAt": time(record.created_at.as_ref()),
+        "lastUsedAt": time(record.last_used_at.as_ref()),
+        "usageCount": record.usage_count,
+        "parents": (!record.parents.is_empty()).then_some(&record.parents),
+        "description": record.description,
+        "recordType": record.record_type,
+        "shared": record.shared,
+    })
+}
+
 fn time(time: Option<&prost_types::Timestamp>) -> String {
     let time = time.and_then(|time| jiff::Timestamp::new(time.seconds, 0).ok());
     time.map(|time| time.to_string()).unwrap_or_default()
@@ -128,6 +159,12 @@ mod tests {
     #[test]
     fn the_table_lines_up() {
         insta::assert_snapshot!(format!("{}{}", table(&records(), false), summary(&records())));
+    }
+
+    #[test]
+    fn json_has_buildctls_names() {
+        let lines: String = records().iter().map(|record| format!("{}\n", json(record))).collect();
+        insta::assert_snapshot!(lines);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kiln_integration::tools::{self, run};
-use kiln_integration::{Context, Kiln, Registry, images, wait_until};
+use kiln_integration::{Context, Kiln, Registry, layout, wait_until};
 use tempfile::TempDir;
 
 const ROUNDS: usize = 5;
@@ -157,7 +157,7 @@ fn workloads() -> Vec<Workload<'static>> {
 fn runc_baseline() -> Duration {
     let directory = TempDir::new().expect("temporary directory");
     let bundle = directory.path().join("bundle");
-    tools::unpack(&images().join("busybox"), "latest", &bundle);
+    tools::unpack(&layout("busybox"), "latest", &bundle);
     let spec = bundle.join("config.json");
     let mut config: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&spec).expect("umoci's config.json")).expect("JSON");

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use kiln_integration::tools::{self, run};
-use kiln_integration::{Context, FakeRegistry, Kiln, Registry, images};
+use kiln_integration::{Context, FakeRegistry, Kiln, Registry, layout};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -106,7 +106,7 @@ fn a_registry_that_answers_500_is_named_with_the_status() {
 
 /// Serves the busybox layout, with `change` applied to what is sent.
 fn serve_layout(change: impl Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static) -> (FakeRegistry, String) {
-    let layout = images().join("busybox");
+    let layout = layout("busybox");
     let index: Value =
         serde_json::from_slice(&std::fs::read(layout.join("index.json")).expect("index")).expect("JSON");
     let manifest_digest = index["manifests"][0]["digest"].as_str().expect("a digest").to_owned();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kiln_cache::{KeyChange, OpRecord};
 use kiln_proto::pb;
 
-use crate::world::{Graph, World, gate, recipe};
+use crate::world::{Graph, World, chain, gate, recipe};
 
 fn wide(names: &[String]) -> pb::Definition {
     let mut graph = Graph::new();
@@ -50,6 +50,43 @@ async fn no_more_processes_run_than_allowed_over_all_builds() {
         result.unwrap();
     }
     assert_eq!(world.most_running.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn a_build_of_many_steps_does_not_hold_up_one_of_few() {
+    let world = World::new();
+    let solver = world.limited_solver(2);
+    let gate = gate();
+    world.set("image", recipe("image").io());
+    for name in names(500) {
+        world.set(&name, recipe(&name).gate(&gate));
+    }
+    let (large, _) = world.build(&solver);
+    let large = tokio::spawn(async move { large.solve(&wide(&names(500))).await });
+    world.until("the large build has both slots", |running| running.len() == 2).await;
+    for name in ["one", "two", "three"] {
+        world.set(name, recipe(name));
+    }
+    let (small, _) = world.build(&solver);
+    let small = tokio::spawn(async move { small.solve(&chain(&["image", "one", "two", "three"])).await });
+    // Each slot that gets free lets one more step run. Of the next ones the small build needs three; some may
+    // get free before it asks.
+    let runs = std::cell::RefCell::new(world.take_runs());
+    let mut freed = 0;
+    while !small.is_finished() {
+        freed += 1;
+        assert!(freed <= 12, "{:?}", runs.borrow());
+        let before = runs.borrow().len();
+        gate.add_permits(1);
+        let more = |_: &[String]| {
+            runs.borrow_mut().extend(world.take_runs());
+            runs.borrow().len() > before
+        };
+        world.until("another step runs", more).await;
+    }
+    small.await.unwrap().unwrap();
+    gate.add_permits(500);
+    large.await.unwrap().unwrap();
 }
 
 #[tokio::test]

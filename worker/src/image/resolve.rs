@@ -179,6 +179,16 @@ impl Images {
         Ok(Some((String::from_utf8_lossy(&media_type).into_owned(), bytes)))
     }
 
+    /// Forgets what was noted of documents that are no longer in the store. Blocking.
+    pub fn forget_gone(&self) -> Result<usize, ImageError> {
+        let stored = |digest: &str| Ok(self.blobs.info(digest)?.is_some());
+        let tags = self.values.retain(TAGS, &mut |_, digest| match std::str::from_utf8(digest) {
+            Ok(digest) => stored(digest),
+            Err(_) => Ok(false),
+        })?;
+        Ok(tags + self.values.retain(TYPES, &mut |digest, _| stored(digest))?)
+    }
+
     async fn keep(self: &Arc<Self>, media_type: &str, bytes: Vec<u8>) -> Result<String, ImageError> {
         let this = self.clone();
         let media_type = media_type.to_string();

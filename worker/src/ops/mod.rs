@@ -52,12 +52,13 @@ pub struct BuildContext {
 pub(crate) struct Factory {
     worker: Arc<Worker>,
     context: BuildContext,
+    emptied: exec::Emptied,
 }
 
 impl Factory {
     pub(crate) fn new(worker: Arc<Worker>, context: BuildContext) -> Self {
         worker.lenders.add(&context.credentials);
-        Self { worker, context }
+        Self { worker, context, emptied: exec::Emptied::default() }
     }
 }
 
@@ -68,7 +69,10 @@ impl OpFactory<Ref> for Factory {
         let inputs = vertex.op.inputs.len();
         let name = &*vertex.name;
         match vertex.op.op.as_ref() {
-            Some(Wire::Exec(op)) => Ok(Arc::new(exec::ExecOp::new(worker, context, vertex, (**op).clone())?)),
+            Some(Wire::Exec(op)) => {
+                let emptied = self.emptied.clone();
+                Ok(Arc::new(exec::ExecOp::new(worker, context, emptied, vertex, (**op).clone())?))
+            }
             Some(Wire::File(op)) => {
                 Ok(Arc::new(file::FileOp::new(worker, context, op.clone(), inputs, name)?))
             }

@@ -3,8 +3,8 @@
 //! `shared` users of a key share its directory, a `locked` one has it alone, a `private` one takes a
 //! directory of that key which nobody has open.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Weak};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, PoisonError, Weak};
 
 use dashmap::DashMap;
 use kiln_cache::{MutableDir, MutableKind, Ref};
@@ -75,11 +75,24 @@ impl CacheMountLocks {
     }
 }
 
-/// Opens the directories of all cache mounts of one step, in their order. `fresh` forgets what they held.
+/// Cache mounts that a build has emptied. Steps that ignore the cache start with empty ones, but see what earlier
+/// steps of their own build left.
+#[derive(Clone, Default)]
+pub(crate) struct Emptied(Arc<std::sync::Mutex<HashSet<String>>>);
+
+impl Emptied {
+    /// True for a key that was not asked for before.
+    fn is_first(&self, key: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned())
+    }
+}
+
+/// Opens the directories of all cache mounts of one step, in their order. With `emptied` they forget what
+/// earlier builds left.
 pub(crate) async fn open_all(
     worker: &Worker,
     wanted: &[Wanted],
-    fresh: bool,
+    emptied: Option<&Emptied>,
     cancel: &CancellationToken,
 ) -> Result<Vec<Arc<CacheMount>>, OpError> {
     // One order for all steps, and each key once, so that no two steps wait for each other.
@@ -96,7 +109,7 @@ pub(crate) async fn open_all(
         };
         let Some(&strictest) = indices.iter().min_by_key(|index| rank(index)) else { continue };
         let mount = tokio::select! {
-            mount = open(worker, &wanted[strictest], key, fresh) => Arc::new(mount?),
+            mount = open(worker, &wanted[strictest], key, emptied) => Arc::new(mount?),
             () = cancel.cancelled() => return Err(OpError::new("context canceled")),
         };
         for index in indices {
@@ -106,7 +119,12 @@ pub(crate) async fn open_all(
     Ok(opened.into_iter().flatten().collect())
 }
 
-async fn open(worker: &Worker, wanted: &Wanted, key: &str, fresh: bool) -> Result<CacheMount, OpError> {
+async fn open(
+    worker: &Worker,
+    wanted: &Wanted,
+    key: &str,
+    emptied: Option<&Emptied>,
+) -> Result<CacheMount, OpError> {
     let failed = |err: &dyn std::fmt::Display| OpError::new(format!("cache mount {key}: {err}"));
     let lock = worker.cache_mounts.lock(key);
     let guard = match wanted.sharing {
@@ -116,7 +134,7 @@ async fn open(worker: &Worker, wanted: &Wanted, key: &str, fresh: bool) -> Resul
     };
     let _filling = lock.filling.lock().await;
     let dirs = worker.store().mutable();
-    if fresh {
+    if emptied.is_some_and(|emptied| emptied.is_first(key)) {
         dirs.remove(MutableKind::CacheMount, key).map_err(|err| failed(&err))?;
     }
     let dir = match guard {

@@ -21,7 +21,7 @@ use kiln_proto::pb;
 use kiln_solver::op::{CacheMap, Op, OpContext, OpError, OpVertex};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use cache_mounts::CacheMountLocks;
+pub(crate) use cache_mounts::{CacheMountLocks, Emptied};
 
 use super::{BuildContext, SessionGroup};
 use crate::registry::Credentials;
@@ -32,6 +32,7 @@ pub(crate) struct ExecOp {
     worker: Arc<Worker>,
     key: CacheMap,
     step: Arc<Step>,
+    emptied: Emptied,
 }
 
 /// What is asked for.
@@ -55,6 +56,7 @@ impl ExecOp {
     pub(crate) fn new(
         worker: Arc<Worker>,
         context: &BuildContext,
+        emptied: Emptied,
         vertex: &OpVertex,
         op: pb::ExecOp,
     ) -> Result<Self, OpError> {
@@ -96,7 +98,7 @@ impl ExecOp {
             sessions: context.sessions.clone(),
             credentials: context.credentials.clone(),
         };
-        Ok(Self { worker, key, step: Arc::new(step) })
+        Ok(Self { worker, key, step: Arc::new(step), emptied })
     }
 }
 
@@ -118,7 +120,7 @@ impl Op<Ref> for ExecOp {
                 worker: self.worker.clone(),
                 step: self.step.clone(),
                 progress: ctx.progress.clone(),
-                fresh: ctx.ignore_cache,
+                emptied: ctx.ignore_cache.then(|| self.emptied.clone()),
                 cancel,
             };
             // A task of its own: when this future is dropped the step's directories must stay until

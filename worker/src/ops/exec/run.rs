@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::forwards::{self, Agents};
 use super::mounts::{self, Prepared};
-use super::{Step, cache_mounts, identity, network_files, output, stubs};
+use super::{Emptied, Step, cache_mounts, identity, network_files, output, stubs};
 use crate::ops::run_dir::StepDir;
 use crate::ops::users::ProcessUser;
 use crate::sandbox::spec::{self, Bind, NetworkMode, Resources, SecurityMode, SpecParams, Ulimit};
@@ -23,8 +23,8 @@ pub(super) struct Run {
     pub(super) worker: Arc<Worker>,
     pub(super) step: Arc<Step>,
     pub(super) progress: VertexProgress,
-    /// Cache mounts start empty.
-    pub(super) fresh: bool,
+    /// Given if cache mounts start empty.
+    pub(super) emptied: Option<Emptied>,
     pub(super) cancel: CancellationToken,
 }
 
@@ -42,7 +42,8 @@ impl Run {
     /// Runs the step on its inputs; one result for each output.
     pub(super) async fn finish(self, inputs: Vec<Ref>) -> Result<Vec<Ref>, OpError> {
         let wanted = mounts::wanted_caches(&self.step, &inputs);
-        let caches = cache_mounts::open_all(&self.worker, &wanted, self.fresh, &self.cancel).await?;
+        let caches =
+            cache_mounts::open_all(&self.worker, &wanted, self.emptied.as_ref(), &self.cancel).await?;
         let opened = self.open().await?;
         let root = self.root(&inputs);
         let (layers, step) = (self.worker.layers().clone(), self.step.clone());
