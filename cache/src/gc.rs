@@ -12,7 +12,7 @@ use crate::kv::Batch;
 use crate::snapshots::record::{self, Record};
 use crate::store::{Shared, Store};
 use crate::usage::{Place, UsageRecord};
-use crate::{blobs, mutable, values};
+use crate::{blobs, evictions, mutable, values};
 
 /// What to remove (wire: `PruneRequest`, `GCPolicy`). Without limits everything that matches goes;
 /// with limits, the least recently used until they are met.
@@ -75,21 +75,26 @@ impl PruneOptions {
 impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
-        self.shared().prune(options, removed)
+        self.shared().prune(options, &evictions::command(options), removed)?;
+        evictions::trim(self.shared().kv.as_ref())
     }
 
     /// Applies policies in order; gives the number of bytes that were freed.
     pub fn collect_garbage(&self, policies: &[GcPolicy]) -> Result<u64> {
         let mut freed = 0;
-        for policy in policies {
-            self.shared().prune(policy, &mut |record| freed += record.size)?;
+        for (number, policy) in policies.iter().enumerate() {
+            self.shared()
+                .prune(policy, &format!("GC policy {number}"), &mut |record| freed += record.size)?;
+        }
+        if freed > 0 {
+            evictions::trim(self.shared().kv.as_ref())?;
         }
         Ok(freed)
     }
 }
 
 impl Shared {
-    fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
+    fn prune(&self, options: &PruneOptions, rule: &str, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
         let filter = Filter::parse(&options.filters)?;
         let entries = self.ledger(true)?;
         let mut total: u64 = entries.iter().map(|entry| entry.record.size).sum();
@@ -123,7 +128,7 @@ impl Shared {
                 break;
             }
             let entry = &entries[i];
-            if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place)? {
+            if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place, rule)? {
                 continue;
             }
             total = total.saturating_sub(entry.record.size);
@@ -140,7 +145,7 @@ impl Shared {
     }
 
     /// Removes one record unless it is in use; says whether it did.
-    fn remove(&self, id: &str, place: &Place) -> Result<bool> {
+    fn remove(&self, id: &str, place: &Place, rule: &str) -> Result<bool> {
         let _guard = self.exclusive();
         self.check_open()?;
         let mut batch = Batch::new();
@@ -161,6 +166,7 @@ impl Shared {
                     }
                 }
                 record.erase(self.kv.as_ref(), &mut batch, id)?;
+                evictions::note(&mut batch, id, rule);
             }
             Place::Blob => {
                 if self.blobs.is_held(id) || self.has_other_user(id, "")? {

@@ -10,6 +10,7 @@ mod blobs;
 mod codec;
 mod epoch;
 mod error;
+mod evictions;
 mod filter;
 mod fsx;
 mod gc;
@@ -30,6 +31,7 @@ pub mod layerview;
 
 pub use blobs::{BlobInfo, BlobRef, BlobWriter, Blobs};
 pub use error::{Result, StoreError};
+pub use evictions::Eviction;
 pub use filter::Filter;
 pub use gc::{GcPolicy, PruneOptions};
 pub use keys::{KeyRecord, KeyStorage, KeyStore};
