@@ -5,10 +5,12 @@
 mod graph;
 mod pairing;
 mod reasons;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use dashmap::DashMap;
 use kiln_cache::contenthash::ContentChange;
@@ -183,6 +185,7 @@ impl Explanations {
     }
 
     fn store(&self, ended: Ended) -> Result<(), StoreError> {
+        let began = Instant::now();
         let Ended { id, project, vertices } = ended;
         let mut graph = Graph::new(&vertices);
         let sketch = graph.sketch();
@@ -220,6 +223,7 @@ impl Explanations {
         let record = Record { ended, graph: digest, sketch, project };
         self.values.put(RECORDS, &id, &record.encode_to_vec())?;
         self.values.put(RESULTS, &id, &explanation.encode_to_vec())?;
+        tracing::debug!(build = id, time = ?began.elapsed(), graph = bytes.len(), "explained");
         records.retain(|(other, _)| *other != id);
         records.push((id, record));
         self.drop_surplus(&mut state)

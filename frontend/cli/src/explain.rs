@@ -66,7 +66,10 @@ fn text(explanation: &Explanation) -> String {
 
 fn write_step(out: &mut String, step: &Step) {
     let _ = write!(out, "{}", one_line(&step.name));
-    match step.reasons.as_slice() {
+    // Where the step itself has reasons, those of other steps are said there.
+    let own = step.reasons.iter().any(|reason| reason.kind != "input");
+    let reasons: Vec<_> = step.reasons.iter().filter(|reason| !own || reason.kind != "input").collect();
+    match reasons.as_slice() {
         [only] if only.changes.is_empty() => {
             let _ = writeln!(out, ": {}", say(only));
         }

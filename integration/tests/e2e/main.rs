@@ -5,6 +5,7 @@ mod cancel;
 mod concurrency;
 mod crash;
 mod errors;
+mod explain;
 mod outputs;
 mod solve;
 mod usage;
