@@ -38,7 +38,8 @@ fn each_kind_of_change_is_told_by_path() {
     let store = open(dir.path());
     let wanted = query(ContentPath { path: "/dir".into(), ..ContentPath::default() });
     let base = digest(&store, &wanted, sample);
-    let cases: [(&str, &dyn Fn(&Path), ChangeKind); 9] = [
+    type Case<'a> = (&'a str, &'a dyn Fn(&Path), ChangeKind);
+    let cases: [Case<'_>; 9] = [
         ("a", &|dir| write(dir, "a", "other"), ChangeKind::Content),
         (
             "b",

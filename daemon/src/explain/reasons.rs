@@ -33,6 +33,33 @@ pub(super) struct Comparison<'a> {
     pub(super) facts: &'a dyn Facts,
 }
 
+/// A part by its name: where it stands in the list, its values before, and now.
+#[derive(Clone)]
+struct Changed<'a> {
+    order: usize,
+    name: &'a str,
+    old: Vec<&'a str>,
+    new: Vec<&'a str>,
+}
+
+impl Changed<'_> {
+    /// Nothing but digests.
+    fn is_bare(&self) -> bool {
+        self.old.iter().chain(&self.new).all(|value| value.starts_with("blake3:"))
+    }
+
+    fn is_one_sided(&self) -> bool {
+        self.old.is_empty() != self.new.is_empty()
+    }
+
+    /// The same value each time, only more or less often.
+    fn is_alike(&self) -> bool {
+        !self.old.is_empty()
+            && !self.new.is_empty()
+            && self.old.iter().chain(&self.new).all(|value| *value == self.old[0])
+    }
+}
+
 /// Why a vertex is what it is.
 #[derive(Default, Clone)]
 struct Verdict {
@@ -107,8 +134,13 @@ impl Comparison<'_> {
         }
         let (inputs, former) = (&self.new.nodes[at].inputs, &old.nodes[before].inputs);
         for (place, input) in inputs.iter().enumerate() {
-            // More inputs than before: the operation itself says so.
-            let Some(former) = former.get(place) else { break };
+            // Where there are more or fewer than before, places don't say which is which.
+            let paired = self.counterpart(input.vertex as usize).map(|(_, at)| at);
+            let former = match inputs.len() == former.len() {
+                true => former.get(place),
+                false => former.iter().find(|former| Some(former.vertex as usize) == paired),
+            };
+            let Some(former) = former else { continue };
             self.input(vertex, place, (input, former), old, below, &mut verdict);
         }
         if verdict.own.is_empty() && verdict.causes.is_empty() && missed {
@@ -146,27 +178,42 @@ impl Comparison<'_> {
 
     /// What of an operation itself differs.
     fn parts(&self, at: usize, old: &Graph, before: usize) -> Vec<Reason> {
-        let mut values: BTreeMap<&str, (usize, Vec<&str>, Vec<&str>)> = BTreeMap::new();
+        let mut values: BTreeMap<&str, Changed<'_>> = BTreeMap::new();
         let all =
             old.parts(before).map(|part| (part, false)).chain(self.new.parts(at).map(|part| (part, true)));
         for (order, (part, new)) in all.enumerate() {
-            let entry = values.entry(&part.name).or_insert((order, Vec::new(), Vec::new()));
-            if new { entry.2.push(&part.value) } else { entry.1.push(&part.value) }
+            let name = part.name.as_str();
+            let entry =
+                values.entry(name).or_insert(Changed { order, name, old: Vec::new(), new: Vec::new() });
+            if new { entry.new.push(&part.value) } else { entry.old.push(&part.value) }
         }
-        let mut changed: Vec<_> = values.into_iter().filter(|(_, (_, old, new))| old != new).collect();
-        changed.sort_by_key(|(_, (order, ..))| *order);
-        // A bare digest only says what the parts that are known by name have said.
-        let digest = |values: &[&str]| values.iter().all(|value| value.starts_with("blake3:"));
-        let bare = |(_, (_, old, new)): &(&str, (usize, Vec<&str>, Vec<&str>))| digest(old) && digest(new);
-        if changed.iter().any(|part| !bare(part)) {
-            changed.retain(|part| !bare(part));
+        // The whole that a detail belongs to: `mount /c` of `mount /c type`.
+        let whole =
+            |part: &Changed<'_>| values.get(part.name.rsplit_once(' ')?.0).filter(|whole| whole.is_bare());
+        let mut changed: Vec<_> = values.values().filter(|part| part.old != part.new).cloned().collect();
+        // Details count with their whole only, and one that is new or gone is told in one line.
+        changed
+            .retain(|part| whole(part).is_none_or(|whole| whole.old != whole.new && !whole.is_one_sided()));
+        let detailed = changed.iter().any(|part| !part.is_bare());
+        changed.retain(|part| {
+            !part.is_bare() || !detailed || (part.is_one_sided() && part.name.starts_with("mount "))
+        });
+        // Several actions of which there are more or fewer now, all alike in this.
+        if changed.iter().any(|part| !part.is_alike()) {
+            changed.retain(|part| !part.is_alike());
         }
         // An image is told by its digest where that is known.
-        if changed.iter().any(|(name, _)| *name == "base image digest") {
-            changed.retain(|(name, _)| *name != "image layers");
+        if changed.iter().any(|part| part.name == "base image digest") {
+            changed.retain(|part| part.name != "image layers");
         }
-        let made = |(name, (_, old, new)): (&str, (usize, Vec<&str>, Vec<&str>))| part(name, &old, &new);
-        changed.into_iter().map(made).collect()
+        changed.sort_by_key(|part| part.order);
+        for part in changed.iter_mut().filter(|part| part.is_one_sided() && part.is_bare()) {
+            // What it is says more than a digest.
+            if let Some(kind) = values.get(format!("{} type", part.name).as_str()) {
+                (part.old, part.new) = (kind.old.clone(), kind.new.clone());
+            }
+        }
+        changed.iter().map(|changed| part(changed.name, &changed.old, &changed.new)).collect()
     }
 
     /// Compares an input that was known in the earlier build.
@@ -181,16 +228,16 @@ impl Comparison<'_> {
     ) {
         let (at, before) = (input.vertex as usize, former.vertex as usize);
         let paired = self.counterpart(at).map(|(_, at)| at);
-        let instead = |verdict: &mut Verdict| {
+        let instead = |how: &str, verdict: &mut Verdict| {
             let (before, after) = (old.nodes[before].name.clone(), self.new.nodes[at].name.clone());
-            verdict.own.push(Reason { before, after, ..reason("order") });
+            verdict.own.push(Reason { name: how.to_owned(), before, after, ..reason("order") });
         };
         if !input.content.is_empty() && !former.content.is_empty() {
             if input.content == former.content {
                 return;
             }
             if paired != Some(before) {
-                return instead(verdict);
+                return instead("reads", verdict);
             }
             if input.paths != former.paths {
                 if verdict.own.iter().all(|reason| reason.name != "source") {
@@ -207,7 +254,7 @@ impl Comparison<'_> {
             return;
         }
         match paired {
-            Some(paired) if paired != before && !self.is_missed(at) => instead(verdict),
+            Some(paired) if paired != before && !self.is_missed(at) => instead("stands on", verdict),
             _ if below[at].own.is_empty() && below[at].causes.is_empty() && !self.is_missed(at) => {}
             _ => self.blame(at, below, verdict),
         }
@@ -216,9 +263,11 @@ impl Comparison<'_> {
     /// Adds what is behind a vertex below to the causes.
     fn blame(&self, at: usize, below: &[Verdict], verdict: &mut Verdict) {
         let found = &below[at];
-        let causes = match found.own.is_empty() && !found.causes.is_empty() {
+        let missed = self.is_missed(at);
+        let follows = found.own.is_empty() && !found.causes.is_empty();
+        let causes = match follows && (!missed || found.causes.iter().all(|cause| self.is_missed(*cause))) {
             true => found.causes.clone(),
-            false if found.own.is_empty() && !self.is_missed(at) => Vec::new(),
+            false if found.own.is_empty() && !missed => Vec::new(),
             false => vec![at],
         };
         for cause in causes {
@@ -252,7 +301,7 @@ impl Comparison<'_> {
                 let (old, new): (Vec<_>, Vec<_>) =
                     (old.part(before, name).collect(), self.new.part(at, name).collect());
                 if old != new {
-                    let name = format!("{name} pattern of the context");
+                    let name = format!("{name} pattern");
                     reasons.push(Reason { step: step.clone(), ..part(&name, &old, &new) });
                 }
             }
@@ -281,6 +330,7 @@ fn part(name: &str, old: &[&str], new: &[&str]) -> Reason {
     let (before, after) = match name {
         "command" => (old.join(" "), new.join(" ")),
         _ => {
+            let (old, new) = (&alike(old), &alike(new));
             let without = |these: &[&str], others: &[&str]| -> String {
                 let left: Vec<&str> = these.iter().filter(|value| !others.contains(value)).copied().collect();
                 left.join(", ")
@@ -293,6 +343,14 @@ fn part(name: &str, old: &[&str], new: &[&str]) -> Reason {
         }
     };
     Reason { name: name.to_owned(), before, after, ..reason("part") }
+}
+
+/// One of values that are all the same.
+fn alike<'a>(values: &[&'a str]) -> Vec<&'a str> {
+    match values {
+        [first, rest @ ..] if rest.iter().all(|value| value == first) => vec![first],
+        values => values.to_vec(),
+    }
 }
 
 fn file(query: Option<&ContentQuery>, change: &ContentChange) -> FileChange {

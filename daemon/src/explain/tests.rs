@@ -115,7 +115,7 @@ fn new_removed_and_moved_steps() {
     let removed = [BASE[0], ("[2/3] RUN b", "b", &[0][..]), ("[3/3] RUN c", "c", &[1][..])];
     assert_eq!(
         compare(BASE, &removed),
-        ["[2/3] RUN b: order [2/4] RUN a [1/4] FROM x", "[3/3] RUN c: input [2/3] RUN b"]
+        ["[2/3] RUN b: order stands on [2/4] RUN a [1/4] FROM x", "[3/3] RUN c: input [2/3] RUN b"]
     );
     let swapped = [
         BASE[0],
@@ -126,7 +126,7 @@ fn new_removed_and_moved_steps() {
     assert_eq!(
         compare(BASE, &swapped),
         [
-            "[2/4] RUN b: order [2/4] RUN a [1/4] FROM x",
+            "[2/4] RUN b: order stands on [2/4] RUN a [1/4] FROM x",
             "[3/4] RUN a: input [2/4] RUN b",
             "[4/4] RUN c: input [2/4] RUN b",
         ]

@@ -96,14 +96,15 @@ fn say(reason: &Reason) -> String {
         "part" => {
             let of = if step.is_empty() { String::new() } else { format!(" of {step}") };
             match (before.is_empty(), after.is_empty()) {
-                (true, false) => format!("{name}{of}: now also {after:?}"),
-                (false, true) => format!("{name}{of}: no longer {before:?}"),
+                (true, false) => format!("{name}{of}: {after:?} is new"),
+                (false, true) => format!("{name}{of}: {before:?} is gone"),
                 _ => format!("{name}{of}: {before:?} became {after:?}"),
             }
         }
         "files" if *count == 0 => format!("files of {step} changed"),
         "files" => format!("{count} {} of {step} changed:", if *count == 1 { "file" } else { "files" }),
-        "order" => format!("stands on or reads {after} instead of {before}"),
+        "order" if step.is_empty() => format!("{name} {after} instead of {before}"),
+        "order" => format!("{step} {name} {after} instead of {before}"),
         "input" => format!("because of {step}"),
         "no-cache" => "the build asked for a new run".to_owned(),
         "evicted" if rule.is_empty() => "its result was removed".to_owned(),
@@ -125,11 +126,14 @@ fn say_change(change: &FileChange) -> String {
     }
 }
 
-/// The first line; more would break up the list.
+/// As much of a text as leaves a list readable.
 fn one_line(text: &str) -> String {
-    match text.split_once('\n') {
-        Some((first, _)) => format!("{first} …"),
-        None => text.to_owned(),
+    const LENGTH: usize = 100;
+    let first = text.lines().next().unwrap_or_default();
+    match first.char_indices().nth(LENGTH) {
+        Some((end, _)) => format!("{}…", &first[..end]),
+        None if first.len() < text.len() => format!("{first}…"),
+        None => first.to_owned(),
     }
 }
 
@@ -168,7 +172,15 @@ mod tests {
                 step("COPY", vec![files, Reason { step: "stage".into(), ..reason("files") }]),
                 step("RUN a", vec![Reason { step: "COPY".into(), ..reason("input") }]),
                 step("RUN b", vec![part("env A", "1", "2"), part("env B", "", "x"), part("env C", "y", "")]),
-                step("RUN c", vec![Reason { before: "x".into(), after: "y".into(), ..reason("order") }]),
+                step(
+                    "RUN c",
+                    vec![Reason {
+                        before: "x".into(),
+                        after: "y".into(),
+                        name: "reads".into(),
+                        ..reason("order")
+                    }],
+                ),
                 step("RUN d", vec![reason("no-cache")]),
                 step("RUN e", vec![reason("never-built")]),
                 step("RUN f", vec![reason("unfinished")]),

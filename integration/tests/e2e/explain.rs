@@ -62,6 +62,14 @@ fn edit(context: &Context, from: &str, to: &str) {
     fs::write(&path, text.replace(from, to)).expect("Dockerfile");
 }
 
+fn put(context: &Context, path: &str, content: &str) {
+    context.file(path, content);
+}
+
+fn chmod(context: &Context, path: &str, mode: u32) {
+    context.mode(path, mode);
+}
+
 fn rename(context: &Context, from: &str, to: &str) {
     fs::rename(context.path().join(from), context.path().join(to)).expect("rename");
 }
@@ -75,30 +83,15 @@ fn relink(context: &Context, target: &str, link: &str) {
 fn unchanged(_: &Context) {}
 
 const CASES: &[Case] = &[
-    Case {
-        name: "a byte of a file",
-        change: |context| drop(context.file("dir/a", "A")),
-        args: &[],
-        says: &[],
-    },
-    Case {
-        name: "a file's mode",
-        change: |context| drop(context.mode("dir/b", 0o755)),
-        args: &[],
-        says: &[],
-    },
+    Case { name: "a byte of a file", change: |context| put(context, "dir/a", "A"), args: &[], says: &[] },
+    Case { name: "a file's mode", change: |context| chmod(context, "dir/b", 0o755), args: &[], says: &[] },
     Case {
         name: "a file renamed",
         change: |context| rename(context, "dir/b", "dir/z"),
         args: &[],
         says: &[],
     },
-    Case {
-        name: "a file added",
-        change: |context| drop(context.file("dir/sub/new", "new")),
-        args: &[],
-        says: &[],
-    },
+    Case { name: "a file added", change: |context| put(context, "dir/sub/new", "new"), args: &[], says: &[] },
     Case {
         name: "a file removed",
         change: |context| fs::remove_file(context.path().join("dir/sub/c")).expect("remove"),
@@ -122,27 +115,25 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "many files",
-        change: |context| {
-            (0..25).for_each(|n| drop(context.file(&format!("dir/many/{n:02}"), n.to_string())))
-        },
+        change: |context| (0..25).for_each(|n| put(context, &format!("dir/many/{n:02}"), &n.to_string())),
         args: &[],
         says: &[],
     },
     Case {
         name: "a file of one copy of many",
-        change: |context| drop(context.file("two", "II")),
+        change: |context| put(context, "two", "II"),
         args: &[],
         says: &[],
     },
     Case {
         name: "a bind mount's source",
-        change: |context| drop(context.file("bound/x", "X")),
+        change: |context| put(context, "bound/x", "X"),
         args: &[],
         says: &[],
     },
     Case {
         name: "an ignored file",
-        change: |context| drop(context.file(".dockerignore", "dir/b\n")),
+        change: |context| put(context, ".dockerignore", "dir/b\n"),
         args: &[],
         says: &[],
     },

@@ -47,9 +47,8 @@ pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> 
         key.part("device", &device.name);
     }
     for mount in &op.mounts {
-        let keyed = keyed_mount(mount);
-        key.bytes(format!("mount {}", mount.dest), &keyed.encode_to_vec());
-        describe(&mut key, &keyed);
+        key.bytes(format!("mount {}", mount.dest), &keyed_mount(mount).encode_to_vec());
+        describe(&mut key, mount);
     }
     let platform = vertex.op.platform.clone().unwrap_or_else(platform::host);
     key.part("platform", platform::format(&platform::normalized(&platform)));
