@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use kiln_proto::explain::explain_client::ExplainClient;
 use kiln_proto::explain::{ExplainRequest, Explanation, FileChange, Reason, Step};
 use kiln_session::MAX_MESSAGE_SIZE;
+use serde_json::json;
 
 use crate::args::{Connection, Format, HistoryCommand};
 use crate::connect::{self, Start};
@@ -42,8 +43,20 @@ fn ask(connection: &Connection, reference: &str) -> Result<Explanation, CliError
 }
 
 fn json(explanation: &Explanation) -> Result<String, CliError> {
-    let text = serde_json::to_string_pretty(explanation);
-    Ok(text.map_err(|error| CliError::file("write", "standard output", error.into()))? + "\n")
+    let failed = |error: serde_json::Error| CliError::file("write", "standard output", error.into());
+    let mut value = serde_json::to_value(explanation).map_err(failed)?;
+    for reason in value["steps"]
+        .as_array_mut()
+        .into_iter()
+        .flatten()
+        .flat_map(|step| step["reasons"].as_array_mut().into_iter().flatten())
+    {
+        // What a reason of this kind doesn't have.
+        if let Some(fields) = reason.as_object_mut() {
+            fields.retain(|_, value| *value != json!("") && *value != json!([]) && *value != json!(0));
+        }
+    }
+    Ok(serde_json::to_string_pretty(&value).map_err(failed)? + "\n")
 }
 
 fn text(explanation: &Explanation) -> String {
@@ -91,6 +104,7 @@ fn write_step(out: &mut String, step: &Step) {
 
 fn say(reason: &Reason) -> String {
     let Reason { kind, name, before, after, step, count, rule, at, .. } = reason;
+    let (before, after) = window(before, after);
     let (before, after, step) = (one_line(before), one_line(after), one_line(step));
     match kind.as_str() {
         "part" => {
@@ -126,9 +140,21 @@ fn say_change(change: &FileChange) -> String {
     }
 }
 
-/// As much of a text as leaves a list readable.
+/// How much of a text leaves a list readable.
+const LENGTH: usize = 128;
+
+/// The part in which two long texts differ, from the word before on.
+fn window<'a>(before: &'a str, after: &'a str) -> (&'a str, &'a str) {
+    if before.len().max(after.len()) <= LENGTH || before.is_empty() || after.is_empty() {
+        return (before, after);
+    }
+    let same = before.bytes().zip(after.bytes()).take_while(|(a, b)| a == b).count();
+    let start =
+        before.as_bytes()[..same].iter().rposition(|byte| b" \n".contains(byte)).map_or(0, |at| at + 1);
+    (&before[start..], &after[start..])
+}
+
 fn one_line(text: &str) -> String {
-    const LENGTH: usize = 100;
     let first = text.lines().next().unwrap_or_default();
     match first.char_indices().nth(LENGTH) {
         Some((end, _)) => format!("{}…", &first[..end]),
@@ -192,6 +218,8 @@ mod tests {
             ],
         };
         insta::assert_snapshot!(text(&explanation));
+        let long = format!("{} x", "word ".repeat(40));
+        assert_eq!(window(&long, &long.replace('x', "y z")), ("x", "y z"));
         let alone = Explanation { compared_with: String::new(), ..explanation };
         insta::assert_snapshot!("nothing_to_compare_with", text(&alone));
     }
