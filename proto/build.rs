@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "buildkit/session/exporter/exporter.proto",
         "containerd/api/services/content/v1/content.proto",
         "grpc/health/v1/health.proto",
+        "kiln/explain/v1/explain.proto",
         "opentelemetry/proto/collector/trace/v1/trace_service.proto",
     ];
     let descriptors = protox::compile(entries, [root])?;
@@ -26,6 +27,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Large and, in graphs of many vertices, rare: without this every operation takes as much.
         .boxed(".pb.Op.op.exec")
         .boxed(".pb.Op.op.build")
+        // What clients print as JSON.
+        .type_attribute(".kiln.explain.v1", "#[derive(serde::Serialize)]")
+        .message_attribute(".kiln.explain.v1", "#[serde(rename_all = \"camelCase\")]")
         .bytes(".fsutil.types.Packet")
         .bytes(".moby.filesync.v1.BytesMessage")
         .bytes(".moby.buildkit.v1.BytesMessage")

@@ -12,7 +12,7 @@ use crate::kv::Batch;
 use crate::snapshots::record::{self, Record};
 use crate::store::{Shared, Store};
 use crate::usage::{Entry, Part, Place, UsageRecord};
-use crate::{RecordType, blobs, gone, mutable, values};
+use crate::{RecordType, blobs, evictions, gone, mutable, values};
 
 /// What to remove (wire: `PruneRequest`, `GCPolicy`). Without limits everything that matches goes;
 /// with limits, the least recently used until they are met.
@@ -76,7 +76,8 @@ impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
         let shared = self.shared();
-        shared.prune(options, &shared.ledger()?, removed).map(|_| ())
+        shared.prune(options, &evictions::command(options), &shared.ledger()?, removed)?;
+        evictions::trim(shared.kv.as_ref(), shared.eviction_notes)
     }
 
     /// Applies policies in order; `removed` is called with each record that went.
@@ -86,20 +87,22 @@ impl Store {
         }
         let shared = self.shared();
         let mut entries = shared.ledger()?;
-        for policy in policies {
-            if shared.prune(policy, &entries, removed)? {
+        for (number, policy) in policies.iter().enumerate() {
+            if shared.prune(policy, &format!("GC policy {number}"), &entries, removed)? {
                 entries = shared.ledger()?;
             }
         }
-        Ok(())
+        evictions::trim(shared.kv.as_ref(), shared.eviction_notes)
     }
 }
 
 impl Shared {
-    /// Removes of `entries`, the whole ledger, what `options` say; true if that was anything.
+    /// Removes of `entries`, the whole ledger, what `options` say, and notes that `rule` did it; true if
+    /// that was anything.
     fn prune(
         &self,
         options: &PruneOptions,
+        rule: &str,
         entries: &[Entry],
         removed: &mut dyn FnMut(UsageRecord),
     ) -> Result<bool> {
@@ -142,7 +145,7 @@ impl Shared {
                 break;
             }
             let entry = &entries[i];
-            if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place)? {
+            if !eligible(&entry.record) || !self.remove(&entry.record.id, &entry.place, rule)? {
                 continue;
             }
             any = true;
@@ -167,7 +170,7 @@ impl Shared {
     }
 
     /// Removes one record unless it is in use; says whether it did.
-    fn remove(&self, id: &str, place: &Place) -> Result<bool> {
+    fn remove(&self, id: &str, place: &Place, rule: &str) -> Result<bool> {
         let _guard = self.exclusive();
         self.check_open()?;
         let mut batch = Batch::new();
@@ -189,6 +192,7 @@ impl Shared {
                 }
                 record.erase(self.kv.as_ref(), &mut batch, id)?;
                 gone::note(&mut batch);
+                evictions::note(&mut batch, id, rule);
             }
             Place::Blob => {
                 if self.blobs.is_held(id) || self.has_other_user(id, "")? {

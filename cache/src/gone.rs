@@ -6,6 +6,7 @@ use std::sync::PoisonError;
 
 use crate::codec;
 use crate::error::Result;
+use crate::evictions;
 use crate::keys::{Encoded, EncodedOp, KeyStore, today};
 use crate::kv::{Batch, Cf, Kv};
 use crate::store::Store;
@@ -44,18 +45,20 @@ impl Store {
             count += self.keys().forget(Cf::Keys, &[first], &is_gone)?;
         }
         let oldest = today().saturating_sub(OPERATIONS);
-        let is_old =
-            |value: &[u8]| Ok(codec::decode::<EncodedOp>("operation", b"", value).is_ok_and(|op| op.day < oldest));
+        let is_old = |value: &[u8]| {
+            Ok(codec::decode::<EncodedOp>("operation", b"", value).is_ok_and(|op| op.day < oldest))
+        };
         Ok(count + self.keys().forget(Cf::Ops, b"", &is_old)?)
     }
 }
 
-/// Whether a key's record names a snapshot that is not there. One that can't be read is of no use either.
+/// Whether a key's record names a snapshot that is not there. One that can't be read is of no use either. While it is
+/// known why the snapshot went, the key stays: by it a build learns that.
 fn names_gone(kv: &dyn Kv, value: &[u8]) -> Result<bool> {
     let Ok(record) = codec::decode::<Encoded>("key", b"", value) else { return Ok(true) };
     for id in record.results.iter().filter(|id| !id.is_empty()) {
         if kv.get(Cf::Snapshots, id.as_bytes())?.is_none() {
-            return Ok(true);
+            return Ok(evictions::find(kv, id)?.is_none());
         }
     }
     Ok(false)

@@ -10,6 +10,7 @@ mod blobs;
 mod codec;
 mod epoch;
 mod error;
+mod evictions;
 mod filter;
 mod fsx;
 mod gc;
@@ -31,6 +32,7 @@ pub mod layerview;
 
 pub use blobs::{BlobInfo, BlobRef, BlobWriter, Blobs};
 pub use error::{Result, StoreError};
+pub use evictions::Eviction;
 pub use filter::Filter;
 pub use gc::{GcPolicy, PruneOptions};
 pub use keys::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord};

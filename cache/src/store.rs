@@ -10,6 +10,7 @@
 //! trash/        being removed
 //! ```
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -21,9 +22,10 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::blobs::Blobs;
-use crate::contenthash::ContentCache;
+use crate::contenthash::{self, ContentCache, ContentChange};
 use crate::epoch::{self, Epochs};
 use crate::error::{Result, StoreError};
+use crate::evictions::{self, Eviction};
 use crate::keys::KeyStore;
 use crate::kv::{Batch, Cf, Kv, RocksKv};
 use crate::leases::Leases;
@@ -43,13 +45,15 @@ const SCHEMA: u32 = 2;
 pub struct StoreOptions {
     /// How long committed work may stay without a sync to disk, at most. Only a power cut loses it.
     pub sync_interval: Duration,
+    /// Of how many snapshots that were removed it is remembered why.
+    pub eviction_notes: usize,
     /// Takes the place of the kernel's boot id, for instance where /proc is missing.
     pub boot_id: Option<String>,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { sync_interval: Duration::from_secs(20), boot_id: None }
+        Self { sync_interval: Duration::from_secs(20), eviction_notes: 4096, boot_id: None }
     }
 }
 
@@ -74,6 +78,7 @@ pub(crate) struct Shared {
     pub(crate) chains: Mutex<()>,
     pub(crate) usage: UsageTracker,
     pub(crate) content: ContentCache,
+    pub(crate) eviction_notes: usize,
     pub(crate) signal: Arc<crate::maintenance::Signal>,
     closed: AtomicBool,
     lock: File,
@@ -110,6 +115,7 @@ impl Store {
             chains: Mutex::new(()),
             usage: UsageTracker::default(),
             content: ContentCache::default(),
+            eviction_notes: options.eviction_notes,
             signal: Arc::default(),
             closed: AtomicBool::new(false),
             lock,
@@ -148,6 +154,23 @@ impl Store {
     /// Small named values: metadata of sources, history.
     pub fn values(&self) -> Values {
         Values::new(Arc::clone(&self.shared))
+    }
+
+    /// By which rule a snapshot was removed, as long as that is remembered.
+    pub fn eviction(&self, id: &str) -> Result<Option<Eviction>> {
+        evictions::find(self.shared.kv.as_ref(), id)
+    }
+
+    /// What changed from the content of one digest to that of another, by path; `None` if what one of
+    /// them was made of is not known.
+    pub fn content_changes(&self, before: &[u8; 32], after: &[u8; 32]) -> Result<Option<Vec<ContentChange>>> {
+        contenthash::changes(self.shared.kv.as_ref(), before, after)
+    }
+
+    /// Forgets what content digests were made of, except for `wanted` ones and those of the last hour.
+    pub fn forget_contents(&self, wanted: &HashSet<[u8; 32]>) -> Result<()> {
+        self.shared.check_open()?;
+        contenthash::sweep(self.shared.kv.as_ref(), wanted)
     }
 
     /// A temporary directory on the same file system.

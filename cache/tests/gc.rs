@@ -3,11 +3,13 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::*;
 use kiln_cache::{
-    KeyChange, KeyRecord, KeyStorage, LayerBlob, MutableKind, OpRecord, PruneOptions, RecordType, SnapshotMeta, SnapshotRef, Store,
+    KeyChange, KeyRecord, KeyStorage, LayerBlob, MutableKind, OpRecord, PruneOptions, RecordType,
+    SnapshotMeta, SnapshotRef, Store, StoreOptions,
 };
 
 /// What `du` says of the store's directory, without what is in the trash.
@@ -165,6 +167,11 @@ fn record(result: &str) -> KeyRecord {
     }
 }
 
+/// A store that keeps no notes on what it removed.
+fn forgetful(root: &Path) -> Arc<Store> {
+    Store::open(root, StoreOptions { eviction_notes: 0, ..options() }).unwrap()
+}
+
 fn under(key: [u8; 32], record: KeyRecord) -> KeyChange {
     KeyChange::Record { keys: vec![key], record: record.into() }
 }
@@ -172,7 +179,7 @@ fn under(key: [u8; 32], record: KeyRecord) -> KeyChange {
 #[test]
 fn keys_go_with_their_results() {
     let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
+    let store = forgetful(dir.path());
     let keys = store.keys();
     let kept = layer(&store, None, |_| {});
     let gone = layer(&store, None, |_| {}).id().to_owned();
@@ -180,8 +187,8 @@ fn keys_go_with_their_results() {
         keys.write(&[under([i; 32], record(if i % 2 == 0 { kept.id() } else { &gone }))]).unwrap();
     }
     keys.write(&[under([255; 32], record(""))]).unwrap();
-    keys.mark_follower(&[1; 32]).unwrap();
-    keys.set_duration(&[2; 32], Duration::from_secs(1)).unwrap();
+    let known = OpRecord { duration: Duration::from_secs(1), follows_outputs: true };
+    keys.write(&[KeyChange::Op { digest: [1; 32], record: known }]).unwrap();
     assert_eq!(store.forget_gone().unwrap(), 0, "nothing was removed");
     store.prune(&PruneOptions::default(), &mut |_| {}).unwrap();
     assert_eq!(store.forget_gone().unwrap(), 100);
@@ -190,14 +197,14 @@ fn keys_go_with_their_results() {
         assert_eq!(keys.get(&[i; 32]).unwrap().is_some(), i % 2 == 0);
     }
     assert!(keys.get(&[255; 32]).unwrap().is_some(), "an empty result is never gone");
-    assert!(keys.followers(&[1; 32]).unwrap() && keys.duration(&[2; 32]).unwrap().is_some());
+    assert_eq!(keys.op(&[1; 32]).unwrap(), Some(known));
     drop(kept);
 }
 
 #[test]
 fn keys_recorded_while_others_are_forgotten_stay() {
     let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
+    let store = forgetful(dir.path());
     let keys = store.keys();
     std::thread::scope(|scope| {
         let builder = scope.spawn(|| {
@@ -224,6 +231,18 @@ fn keys_recorded_while_others_are_forgotten_stay() {
 }
 
 #[test]
+fn a_key_stays_while_it_is_known_why_its_result_went() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let gone = layer(&store, None, |_| {}).id().to_owned();
+    store.keys().write(&[under([1; 32], record(&gone))]).unwrap();
+    store.prune(&PruneOptions { all: true, ..PruneOptions::default() }, &mut |_| {}).unwrap();
+    assert_eq!(store.forget_gone().unwrap(), 0);
+    assert!(store.keys().get(&[1; 32]).unwrap().is_some());
+    assert_eq!(store.eviction(&gone).unwrap().unwrap().rule, "kiln prune --all");
+}
+
+#[test]
 fn what_is_known_of_operations_goes_when_nobody_ran_them_for_long() {
     use kiln_cache::kv::{Batch, Cf, Kv, RocksKv};
     let dir = tempfile::tempdir().unwrap();
@@ -238,7 +257,8 @@ fn what_is_known_of_operations_goes_when_nobody_ran_them_for_long() {
     // A record's version, and its day as field 3 of a protobuf message.
     let written = |ago: u64| {
         let day = u32::try_from(today - ago).unwrap();
-        let varint = [day & 0x7f | 0x80, day >> 7 & 0x7f | 0x80, day >> 14].map(|part| u8::try_from(part).unwrap());
+        let varint =
+            [day & 0x7f | 0x80, day >> 7 & 0x7f | 0x80, day >> 14].map(|part| u8::try_from(part).unwrap());
         [&[1, 3 << 3][..], &varint].concat()
     };
     let mut batch = Batch::new();

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::engine::{Engine, EngineError, TEAR_DOWN};
+use crate::explain::Explanations;
 use crate::history::History;
 use crate::jobs::Jobs;
 use crate::server::{Activity, Listener};
@@ -69,6 +70,7 @@ pub(crate) struct Daemon {
     pub(crate) engine: Arc<Engine>,
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) history: Arc<History>,
+    pub(crate) explanations: Arc<Explanations>,
     pub(crate) worker: Arc<types::WorkerRecord>,
     pub(crate) shutdown: CancellationToken,
 }
@@ -140,9 +142,11 @@ pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), Daemon
         listener.refuse_if_running().await?;
     }
     let engine = open(&config).await?;
+    let explanations = Explanations::new(engine.clone());
     let daemon = Arc::new(Daemon {
         jobs: Jobs::new(shutdown.clone()),
-        history: History::new(engine.values(), config.history),
+        history: History::new(engine.values(), explanations.clone(), config.history),
+        explanations,
         worker: Arc::new(workers::record(&config, &engine)),
         engine,
         shutdown: shutdown.clone(),
@@ -151,6 +155,7 @@ pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), Daemon
     let activity = Activity::new();
     let outcome = listen(&daemon, listeners, &activity).await;
     shutdown.cancel();
+    daemon.explanations.idle().await;
     let closed = daemon.engine.close().await;
     outcome.and(closed.map_err(DaemonError::from))
 }

@@ -17,6 +17,7 @@ use tonic::Code;
 
 use crate::config::HistoryConfig;
 use crate::error::BuildError;
+use crate::explain::Explanations;
 use crate::progress::ProgressLog;
 
 /// Records by ref.
@@ -34,6 +35,7 @@ const LIVE_EVENTS: usize = 256;
 /// All records.
 pub(crate) struct History {
     values: Values,
+    explanations: Arc<Explanations>,
     config: HistoryConfig,
     active: DashMap<String, BuildHistoryRecord>,
     events: broadcast::Sender<BuildHistoryEvent>,
@@ -45,8 +47,9 @@ fn storage(error: impl std::fmt::Display) -> BuildError {
 
 impl History {
     /// Over the store's values.
-    pub(crate) fn new(values: Values, config: HistoryConfig) -> Arc<Self> {
-        Arc::new(Self { values, config, active: DashMap::new(), events: broadcast::Sender::new(LIVE_EVENTS) })
+    pub(crate) fn new(values: Values, explanations: Arc<Explanations>, config: HistoryConfig) -> Arc<Self> {
+        let events = broadcast::Sender::new(LIVE_EVENTS);
+        Arc::new(Self { values, explanations, config, active: DashMap::new(), events })
     }
 
     /// Starts the record of a build.
@@ -150,6 +153,7 @@ impl History {
     fn delete(&self, id: &str) -> Result<(), BuildError> {
         let Some(record) = self.record(id)? else { return Ok(()) };
         self.values.delete(RECORDS, id).map_err(storage)?;
+        self.explanations.forget(id).map_err(storage)?;
         // Identical logs or errors of two builds share their bytes.
         let others = self.stored()?;
         for content in [&record.logs, &record.external_error].into_iter().flatten() {

@@ -7,6 +7,7 @@ mod config;
 mod daemon;
 mod engine;
 mod error;
+mod explain;
 mod frontends;
 mod gateway;
 mod history;

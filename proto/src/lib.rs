@@ -79,6 +79,13 @@ mod generated {
             tonic::include_proto!("google.rpc");
         }
     }
+    pub mod kiln {
+        pub mod explain {
+            pub mod v1 {
+                tonic::include_proto!("kiln.explain.v1");
+            }
+        }
+    }
     pub mod grpc {
         pub mod health {
             pub mod v1 {
@@ -119,6 +126,8 @@ pub use generated::errdefs;
 pub use generated::fsutil::types as fsutil;
 pub use generated::google::rpc;
 pub use generated::grpc::health::v1 as health;
+/// `kiln.explain.v1`: why steps of a build were not cached.
+pub use generated::kiln::explain::v1 as explain;
 pub use generated::moby::buildkit::secrets::v1 as secrets;
 pub use generated::moby::buildkit::v1 as control;
 pub use generated::moby::buildkit::v1::apicaps;

@@ -70,10 +70,15 @@ pub(super) fn answer(snapshot: &SnapshotRef, name: &[u8]) -> Result<Option<blake
     Ok(found.and_then(|bytes| blake3::Hash::from_slice(&bytes).ok()))
 }
 
-pub(super) fn remember(snapshot: &SnapshotRef, name: &[u8], digest: blake3::Hash) -> Result<()> {
+/// Writes an answer, together with what is in `batch`.
+pub(super) fn remember(
+    snapshot: &SnapshotRef,
+    name: &[u8],
+    digest: blake3::Hash,
+    mut batch: Batch,
+) -> Result<()> {
     let shared = snapshot.shared();
     shared.check_open()?;
-    let mut batch = Batch::new();
     batch.put(Cf::Content, answer_key(snapshot, name), *digest.as_bytes());
     shared.signal.dirty();
     shared.kv.write(batch)

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FileType, Stat};
 
 use super::cache::{self, Files};
+use super::manifest::Listing;
 use super::{in_parallel, update};
 use crate::error::{Result, StoreError};
 use crate::layerview::{self, LayerView, Node};
@@ -38,6 +39,8 @@ pub(super) struct Item {
     pub(super) node: Node,
     /// Digest of what describes the entry, without its content.
     header: Vec<u8>,
+    /// Of a symlink: its target.
+    link: Vec<u8>,
     /// Of a file: of its content.
     content: Option<[u8; 32]>,
     /// Of a directory: how many of the following items are below it.
@@ -56,9 +59,10 @@ impl<'a> Hasher<'a> {
     }
 
     /// Digest of an entry; a directory's covers all below it. The root's own attributes don't count.
-    pub(super) fn digest(&mut self, node: &Node) -> Result<blake3::Hash> {
+    pub(super) fn digest(&mut self, node: &Node, listing: &mut Listing) -> Result<blake3::Hash> {
         let mut items = self.walk(node)?;
         self.read_contents(&mut items)?;
+        listing.add_tree(&items);
         Ok(fold(&items))
     }
 
@@ -87,17 +91,15 @@ impl<'a> Hasher<'a> {
     }
 
     pub(super) fn item(&self, name: Vec<u8>, node: Node) -> Result<Item> {
+        let link = match node.kind() {
+            FileType::Symlink => self.view.read_link(&node)?,
+            _ => Vec::new(),
+        };
         let header = match node.path().is_empty() {
             true => Vec::new(),
-            false => {
-                let link = match node.kind() {
-                    FileType::Symlink => self.view.read_link(&node)?,
-                    _ => Vec::new(),
-                };
-                header(node.stat(), &link, &self.view.xattrs(&node)?)
-            }
+            false => header(node.stat(), &link, &self.view.xattrs(&node)?),
         };
-        Ok(Item { name, node, header, content: None, below: 0 })
+        Ok(Item { name, node, header, link, content: None, below: 0 })
     }
 
     /// Fills in the digests of files' contents, from memory or by reading them.
@@ -153,6 +155,17 @@ impl Item {
             update(&mut hasher, content);
         }
         hasher.finalize()
+    }
+
+    /// Of a file, a digest of its content, cut; of a symlink, its target. And a digest of what describes the entry
+    /// beside its attributes.
+    pub(super) fn described(&self) -> (Vec<u8>, u64) {
+        let content = match &self.content {
+            Some(digest) => digest[..16].to_vec(),
+            None => self.link.clone(),
+        };
+        let rest = blake3::hash(self.header.get(BESIDE_ATTRIBUTES..).unwrap_or_default());
+        (content, rest.as_bytes()[..8].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
     }
 
     pub(super) fn below(&self) -> usize {
@@ -215,6 +228,9 @@ pub(super) fn layer(layer: &SnapshotRef) -> Result<blake3::Hash> {
     }
     Ok(out.finalize())
 }
+
+/// Where a header goes on behind type, mode, owner and size.
+const BESIDE_ATTRIBUTES: usize = 21;
 
 /// What describes an entry, beside its name and content.
 fn header(stat: &Stat, link: &[u8], xattrs: &[(Vec<u8>, Vec<u8>)]) -> Vec<u8> {

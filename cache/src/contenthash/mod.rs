@@ -4,16 +4,21 @@
 
 mod cache;
 mod entry;
+mod manifest;
 mod query;
 
 pub(crate) use cache::{ContentCache, snapshot_prefix};
+pub use manifest::{ChangeKind, ContentChange};
+pub(crate) use manifest::{changes, sweep};
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Result, StoreError};
+use crate::kv::Batch;
 use crate::layerview::LayerView;
 use crate::snapshots::SnapshotRef;
+use manifest::Listing;
 
 /// Which part of an input an operation reads, when that part's content may stand for the input.
 ///
@@ -44,21 +49,31 @@ pub struct ContentPath {
 }
 
 /// Digest of what `query` selects in a snapshot (`None`: the empty root). Answers are remembered
-/// with the snapshot. All layers must be here.
+/// with the snapshot, and what they were made of under the digest. All layers must be here.
 pub fn content_digest(snapshot: Option<&SnapshotRef>, query: &ContentQuery) -> Result<blake3::Hash> {
     let Some(snapshot) = snapshot else {
-        return query::digest(None, query);
+        return query::digest(None, query, &mut Listing::default());
     };
     let name = query::fingerprint(query);
-    if let Some(known) = cache::answer(snapshot, &name)? {
+    let kv = snapshot.shared().kv.as_ref();
+    if let Some(known) = cache::answer(snapshot, &name)?
+        && manifest::is_kept(kv, &known)?
+    {
         return Ok(known);
     }
+    let mut listing = Listing::default();
     let digest = match LayerView::of(snapshot) {
         // A stack of no layers is the empty root.
-        Err(StoreError::Invalid(_)) if snapshot.layers().is_empty() => query::digest(None, query)?,
-        view => query::digest(Some((&view?, snapshot)), query)?,
+        Err(StoreError::Invalid(_)) if snapshot.layers().is_empty() => {
+            query::digest(None, query, &mut listing)?
+        }
+        view => query::digest(Some((&view?, snapshot)), query, &mut listing)?,
     };
-    cache::remember(snapshot, &name, digest)?;
+    let mut batch = Batch::new();
+    if !manifest::is_kept(kv, &digest)? {
+        listing.keep(kv, &mut batch, &digest)?;
+    }
+    cache::remember(snapshot, &name, digest, batch)?;
     Ok(digest)
 }
 
@@ -82,7 +97,7 @@ pub fn output_digest(snapshot: Option<&SnapshotRef>) -> Result<blake3::Hash> {
             let layers = current.layers().iter().map(layer_digest).collect::<Result<Vec<_>>>()?;
             let parts: Vec<&[u8]> = layers.iter().map(|digest| digest.as_bytes().as_slice()).collect();
             let digest = tagged(b"stack", &parts);
-            cache::remember(&current, NAME, digest)?;
+            cache::remember(&current, NAME, digest, Batch::new())?;
             break digest;
         }
         next = current.parent();
@@ -90,7 +105,7 @@ pub fn output_digest(snapshot: Option<&SnapshotRef>) -> Result<blake3::Hash> {
     };
     for layer in todo.into_iter().rev() {
         digest = tagged(b"layer", &[digest.as_bytes(), layer_digest(&layer)?.as_bytes()]);
-        cache::remember(&layer, NAME, digest)?;
+        cache::remember(&layer, NAME, digest, Batch::new())?;
     }
     Ok(digest)
 }
@@ -105,7 +120,7 @@ fn layer_digest(layer: &SnapshotRef) -> Result<blake3::Hash> {
         Some(lazy) => tagged(b"diff", &[lazy.blob.diff_id.as_bytes()]),
         None => entry::layer(layer)?,
     };
-    cache::remember(layer, NAME, digest)?;
+    cache::remember(layer, NAME, digest, Batch::new())?;
     Ok(digest)
 }
 

@@ -8,6 +8,7 @@ use kiln_proto::pattern::{self, MatchInfo, PatternMatcher};
 use rustix::fs::FileType;
 
 use super::entry::{Hasher, Item};
+use super::manifest::Listing;
 use super::{ContentPath, ContentQuery, tagged, update};
 use crate::error::{Result, StoreError};
 use crate::layerview::{LayerView, Node};
@@ -32,14 +33,19 @@ pub(super) fn fingerprint(query: &ContentQuery) -> Vec<u8> {
     name
 }
 
-/// `view`: `None` is the empty root.
-pub(super) fn digest(view: Option<(&LayerView, &SnapshotRef)>, query: &ContentQuery) -> Result<blake3::Hash> {
+/// `view`: `None` is the empty root. What was selected is listed.
+pub(super) fn digest(
+    view: Option<(&LayerView, &SnapshotRef)>,
+    query: &ContentQuery,
+    listing: &mut Listing,
+) -> Result<blake3::Hash> {
     let mut hasher = view.map(|(view, snapshot)| Hasher::new(view, snapshot));
     let mut out = blake3::Hasher::new();
     update(&mut out, b"query");
-    for path in &query.paths {
+    for (part, path) in (0..).zip(&query.paths) {
+        listing.part = part;
         let found = match &mut hasher {
-            Some(hasher) => one(hasher, path)?,
+            Some(hasher) => one(hasher, path, listing)?,
             None => in_nothing(path)?,
         };
         match found {
@@ -75,10 +81,10 @@ fn in_nothing(path: &ContentPath) -> Result<Option<blake3::Hash>> {
 }
 
 /// The digest of what one path selects; `None` if a plain path isn't there.
-fn one(hasher: &mut Hasher<'_>, path: &ContentPath) -> Result<Option<blake3::Hash>> {
+fn one(hasher: &mut Hasher<'_>, path: &ContentPath, listing: &mut Listing) -> Result<Option<blake3::Hash>> {
     if !is_list(path) {
         return match hasher.view().resolve(path.path.as_bytes(), path.follow_symlink)? {
-            Some(node) => hasher.digest(&node).map(Some),
+            Some(node) => hasher.digest(&node, listing).map(Some),
             None => Ok(None),
         };
     }
@@ -96,12 +102,15 @@ fn one(hasher: &mut Hasher<'_>, path: &ContentPath) -> Result<Option<blake3::Has
     if let [only] = selected.as_slice()
         && base_name(&only.path) == base_name(path.path.trim_end_matches('/').as_bytes())
     {
+        listing.add(b"", &only.item);
         return Ok(Some(only.digest));
     }
-    let entries: Vec<_> = selected
-        .iter()
-        .map(|entry| (entry.path.strip_prefix(prefix.as_bytes()).unwrap_or(&entry.path), entry.digest))
-        .collect();
+    let mut entries = Vec::with_capacity(selected.len());
+    for entry in &selected {
+        let path = entry.path.strip_prefix(prefix.as_bytes()).unwrap_or(&entry.path);
+        listing.add(path, &entry.item);
+        entries.push((path, entry.digest));
+    }
     Ok(Some(list_digest(&entries)))
 }
 
@@ -119,6 +128,7 @@ fn list_digest(entries: &[(&[u8], blake3::Hash)]) -> blake3::Hash {
 struct Selected {
     path: Vec<u8>,
     digest: blake3::Hash,
+    item: Item,
 }
 
 /// A place where the selection starts, by the path under which the query sees it.
@@ -177,9 +187,11 @@ fn select(hasher: &mut Hasher<'_>, path: &ContentPath, bases: &[Start]) -> Resul
         let items = hasher.walk(node)?;
         let (paths, mut counting) = patterns.choose(base, items, skip_header || base.is_empty());
         hasher.read_contents(&mut counting)?;
-        out.extend(
-            paths.into_iter().zip(&counting).map(|(path, item)| Selected { path, digest: item.own_digest() }),
-        );
+        out.extend(paths.into_iter().zip(counting).map(|(path, item)| Selected {
+            path,
+            digest: item.own_digest(),
+            item,
+        }));
     }
     Ok(out)
 }

@@ -7,12 +7,15 @@ mod request;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
+use kiln_solver::explain::VertexExplanation;
 
 use crate::daemon::Daemon;
-use crate::engine::{self, BuildScope};
+use crate::engine::{self, BuildScope, EngineBuild, PlannedExport};
 use crate::error::BuildError;
+use crate::explain;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
 use crate::progress::Step;
@@ -35,9 +38,9 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     let progress = guard.job().progress.clone();
     let recording = (!request.internal).then(|| daemon.history.begin(&request, progress.clone()));
     let cancel = guard.job().cancel.clone();
-    let mut metadata = Vec::new();
+    let (mut metadata, mut vertices) = (Vec::new(), Vec::new());
     let outcome = tokio::select! {
-        outcome = run(daemon, &guard, &request, &mut metadata) => outcome,
+        outcome = run(daemon, &guard, &request, &mut metadata, &mut vertices) => outcome,
         () = cancel.cancelled() => Err(BuildError::canceled()),
         () = session_lost(daemon, &request.session) => {
             Err(BuildError::canceled().context(format_args!("session {} ended", request.session)))
@@ -50,12 +53,29 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     drop(guard);
     if let Some(recording) = recording {
         recording.finish(metadata, outcome.as_ref().err().cloned()).await;
+        if !vertices.is_empty() {
+            let project = project(daemon, &request).await;
+            daemon.explanations.add(explain::Ended { id: request.r#ref.clone(), project, vertices });
+        }
     }
     match &outcome {
         Ok(_) => tracing::debug!(build = request.r#ref, "built"),
         Err(error) => tracing::debug!(build = request.r#ref, %error, "build failed"),
     }
     outcome
+}
+
+/// What tells builds of one thing from those of another, apart from its content.
+async fn project(daemon: &Daemon, request: &SolveRequest) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    let attr = |name: &str| request.frontend_attrs.get(name).map(String::as_str).unwrap_or_default();
+    let session = daemon.engine.sessions().get(&request.session);
+    let session = session.now_or_never().and_then(Result::ok);
+    let directory = session.as_ref().map(|session| session.shared_key()).unwrap_or_default();
+    for text in [&request.frontend, attr("filename"), attr("target"), attr("platform"), directory] {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    hasher.finalize().as_bytes()[..16].to_vec()
 }
 
 /// Tells the engine, once dropped, that a build is over.
@@ -84,6 +104,7 @@ async fn run(
     guard: &JobGuard,
     request: &SolveRequest,
     metadata: &mut Vec<(String, String)>,
+    vertices: &mut Vec<VertexExplanation>,
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
     report_cache_imports(job, request);
@@ -93,6 +114,19 @@ async fn run(
         entitlements: request.entitlements.clone(),
         progress: job.progress.clone(),
     });
+    let outcome = run_in(&build, guard, request, &planned, metadata).await;
+    *vertices = build.explain().await;
+    outcome
+}
+
+async fn run_in(
+    build: &Arc<EngineBuild>,
+    guard: &JobGuard,
+    request: &SolveRequest,
+    planned: &[PlannedExport],
+    metadata: &mut Vec<(String, String)>,
+) -> Result<SolveResponse, BuildError> {
+    let job = guard.job();
     let (bridge, returned) = Bridge::new(
         build.clone(),
         job.progress.clone(),
@@ -123,7 +157,7 @@ async fn run(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
-    exports::run(&build, job, &planned, &request.session, &result, &mut response).await?;
+    exports::run(build, job, planned, &request.session, &result, &mut response).await?;
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

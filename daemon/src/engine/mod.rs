@@ -9,13 +9,16 @@ pub(crate) mod files;
 mod storage;
 mod worker;
 
+use std::collections::HashSet;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_cache::{Ref, Store, StoreError, StoreOptions, Values};
+use kiln_cache::contenthash::ContentChange;
+use kiln_cache::{Eviction, Ref, Store, StoreError, StoreOptions, Values};
 use kiln_proto::{pb, types};
 use kiln_session::SessionManager;
+use kiln_solver::explain::VertexExplanation;
 use kiln_solver::progress::VertexProgress;
 use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
 use tonic::Code;
@@ -94,6 +97,25 @@ impl Engine {
     /// Small values of the daemon's own.
     pub(crate) fn values(&self) -> Values {
         self.store.values()
+    }
+
+    /// What changed between two content digests.
+    pub(crate) fn content_changes(
+        &self,
+        before: &[u8; 32],
+        after: &[u8; 32],
+    ) -> Result<Option<Vec<ContentChange>>, StoreError> {
+        self.store.content_changes(before, after)
+    }
+
+    /// What removed a result.
+    pub(crate) fn eviction(&self, result: &str) -> Result<Option<Eviction>, StoreError> {
+        self.store.eviction(result)
+    }
+
+    /// Forgets what content digests were made of that are not wanted.
+    pub(crate) fn forget_contents(&self, wanted: &HashSet<[u8; 32]>) -> Result<(), StoreError> {
+        self.store.forget_contents(wanted)
     }
 
     /// The worker's id, the same for the life of the store.
@@ -175,6 +197,11 @@ impl EngineBuild {
             Ok(handle) => Ok(Target { handle, definition }),
             Err(error) => Err(failure::solve_error(error, &definition)),
         }
+    }
+
+    /// What was decided about each vertex.
+    pub(crate) async fn explain(&self) -> Vec<VertexExplanation> {
+        self.build.explain().await
     }
 
     /// Reads in a result's root directory, on a thread where blocking does no harm.

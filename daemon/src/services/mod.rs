@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use kiln_proto::content::content_server::ContentServer;
 use kiln_proto::control::control_server::ControlServer;
+use kiln_proto::explain::explain_server::ExplainServer;
 use kiln_proto::gateway::llb_bridge_server::LlbBridgeServer;
 use kiln_proto::health::health_server::HealthServer;
 use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceServiceServer;
@@ -34,6 +35,9 @@ pub(crate) fn routes(daemon: &Arc<Daemon>) -> Routes {
             .max_encoding_message_size(MAX_MESSAGE),
     )
     .add_service(ContentServer::new(content::ContentService(daemon.clone())))
+    .add_service(
+        ExplainServer::new(small::ExplainService(daemon.clone())).max_encoding_message_size(MAX_MESSAGE),
+    )
     .add_service(HealthServer::new(small::HealthService(daemon.shutdown.clone())))
     .add_service(TraceServiceServer::new(small::TraceService).max_decoding_message_size(MAX_MESSAGE))
 }

@@ -1,8 +1,11 @@
-//! Health, and a sink for the traces that clients send.
+//! Health, explanations of builds, and a sink for the traces that clients send.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::Stream;
+use kiln_proto::explain::explain_server::Explain;
+use kiln_proto::explain::{ExplainRequest, Explanation};
 use kiln_proto::health::health_check_response::ServingStatus;
 use kiln_proto::health::health_server::Health;
 use kiln_proto::health::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
@@ -10,6 +13,8 @@ use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceService a
 use kiln_proto::otlp::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+
+use crate::daemon::Daemon;
 
 /// Serves until the token is cancelled.
 pub(super) struct HealthService(pub(super) CancellationToken);
@@ -56,6 +61,16 @@ impl Health for HealthService {
         });
         let stream = futures::stream::iter([Ok(first)]);
         Ok(Response::new(Box::pin(futures::StreamExt::chain(stream, rest))))
+    }
+}
+
+/// Says why steps were not cached.
+pub(super) struct ExplainService(pub(super) Arc<Daemon>);
+
+#[tonic::async_trait]
+impl Explain for ExplainService {
+    async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<Explanation>, Status> {
+        Ok(Response::new(self.0.explanations.get(&request.into_inner().r#ref).await?))
     }
 }
 

@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Du(DuArgs),
     /// Free disk space of the cache
     Prune(PruneArgs),
+    /// Look at builds that ended
+    History(HistoryArgs),
     /// Look into builds
     Debug(Box<DebugArgs>),
     /// Stop the daemon
@@ -162,6 +164,12 @@ pub(crate) struct BuildArgs {
     /// Parent of the steps' cgroups
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup_parent: Option<String>,
+    /// Say of each step that was not cached why
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Form of what --explain says; JSON goes to standard output
+    #[arg(long, value_enum, requires = "explain", default_value = "text")]
+    pub(crate) format: Format,
     /// Write the image's id to a file
     #[arg(long, value_name = "FILE")]
     pub(crate) iidfile: Option<PathBuf>,
@@ -323,6 +331,37 @@ fn megabytes(text: &str) -> Result<i64, String> {
         Ok(_) => units::parse_bytes(&format!("{text}mb")),
         Err(_) => units::parse_bytes(text),
     }
+}
+
+/// How answers are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    #[command(subcommand)]
+    pub(crate) command: HistoryCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HistoryCommand {
+    /// Say why steps of a build were not cached
+    Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// The build (default: the one that ended last)
+    #[arg(value_name = "REF")]
+    pub(crate) reference: Option<String>,
+    /// Form of the answer
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]

@@ -17,7 +17,7 @@ use crate::error::CliError;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, csv, stdout};
+use crate::{attach, csv, explain, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
@@ -33,8 +33,16 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
         );
     }
     let display = Display::new(plan.args.progress, plan.args.quiet)?;
-    let response = run::solve(connection, display, || plan.job(&outputs))?;
-    finish(&response, &plan.args)
+    let mut reference = String::new();
+    let response = run::solve(connection, display, || {
+        let job = plan.job(&outputs)?;
+        reference.clone_from(&job.request.r#ref);
+        Ok(job)
+    });
+    if plan.args.explain && !matches!(response, Err(CliError::Interrupted(_) | CliError::Connect(_))) {
+        explain::build(connection, &reference, plan.args.format)?;
+    }
+    finish(&response?, &plan.args)
 }
 
 /// What to build, with everything from this machine looked up.

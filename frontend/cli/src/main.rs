@@ -11,6 +11,7 @@ mod csv;
 mod daemon;
 mod debug;
 mod error;
+mod explain;
 mod failure;
 mod llbjson;
 mod outputs;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         Command::Daemon(args) => daemon::main(&connection, args),
         Command::Du(args) => usage::du(&connection, &args),
         Command::Prune(args) => usage::prune(&connection, &args),
+        Command::History(args) => explain::history(&connection, args.command),
         Command::Debug(args) => debug::main(&connection, args.command),
         Command::Shutdown => shutdown::main(&connection),
         Command::Version => {

@@ -37,7 +37,7 @@ pub(crate) type Response = HashMap<String, String>;
 pub(crate) fn solve(
     flags: &args::Connection,
     mut display: Display,
-    make: impl Fn() -> Result<Job, CliError>,
+    mut make: impl FnMut() -> Result<Job, CliError>,
 ) -> Result<Response, CliError> {
     let mut retried = false;
     loop {

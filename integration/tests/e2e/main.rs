@@ -7,6 +7,7 @@ mod crash;
 mod crowd;
 mod early_cutoff;
 mod errors;
+mod explain;
 mod garbage;
 mod metadata;
 mod outputs;

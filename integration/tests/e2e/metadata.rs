@@ -58,7 +58,7 @@ impl Graph {
             mounts: vec![pb::Mount { dest: "/".to_owned(), ..Default::default() }],
             ..Default::default()
         };
-        self.add(name, vec![on.clone()], pb::op::Op::Exec(op), metadata)
+        self.add(name, vec![on.clone()], pb::op::Op::Exec(Box::new(op)), metadata)
     }
 }
 

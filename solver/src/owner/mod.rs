@@ -27,12 +27,13 @@ use tokio::task::JoinSet;
 
 use crate::build::BuildOptions;
 use crate::error::SolveError;
-use crate::explain::{KeyKind, VertexExplanation};
+use crate::explain::{self, InputExplanation, KeyKind, VertexExplanation};
+use crate::keys::Part;
 use crate::op::{CacheMap, Key, OpError};
 use crate::produced::Produced;
 use crate::solver::Shared;
 use crate::work::Outcome;
-use graph::{OutputDigest, Vertex};
+use graph::{Definition, InputPart, OutputDigest, Step, Vertex};
 
 /// After this many events in a row the loop lets other tasks run.
 const EVENTS_PER_TURN: usize = 128;
@@ -212,10 +213,31 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     fn explain(&self) -> Vec<VertexExplanation> {
+        let input = |edge: &Edge, part: &InputPart| InputExplanation {
+            vertex: edge.vertex.index(),
+            output: edge.output,
+            content: match part {
+                InputPart::Known(Part::Query(digest)) => Some(*digest),
+                _ => None,
+            },
+        };
         let explain = |vertex: &Vertex<R>| VertexExplanation {
-            vertex: vertex.state.digest.to_string(),
-            name: vertex.state.name.to_string(),
-            parts: vertex.map().map(|map| map.parts.clone()).unwrap_or_default(),
+            vertex: vertex.state.digest.clone(),
+            name: vertex.state.name.clone(),
+            map: vertex.map().cloned(),
+            ignore_cache: vertex.ignore_cache,
+            outcome: match vertex.step {
+                Step::Done(_) if vertex.state.cached => explain::Outcome::Cached,
+                Step::Done(_) => explain::Outcome::Made,
+                Step::Failed(_) if !vertex.state.error.is_empty() => explain::Outcome::Failed,
+                _ => explain::Outcome::NotReached,
+            },
+            definition: match vertex.definition {
+                Definition::Known(key) => Some(key),
+                Definition::Unknown | Definition::Absent => None,
+            },
+            content: vertex.content.map(|content| content.key),
+            inputs: vertex.inputs.iter().zip(&vertex.parts).map(|(edge, part)| input(edge, part)).collect(),
             lookups: vertex.lookups.clone(),
         };
         self.graph.node_weights().map(explain).collect()

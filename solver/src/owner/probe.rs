@@ -140,13 +140,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         self.graph[place].tried.set(kind);
         // In this order: work that ends in between has recorded its result before it leaves the table.
         if let Some(work) = self.shared.in_flight.join(&key) {
-            self.note(place, kind, &key, Found::InFlight);
+            self.note(place, kind, key, Found::InFlight);
             self.work_on(place, work, false);
             return true;
         }
         match self.shared.keys.get(key.as_bytes()) {
             Ok(Some(record)) => {
-                self.note(place, kind, &key, Found::Record(record.name.to_string()));
+                self.note(place, kind, key, Found::Record);
                 let vertex = &mut self.graph[place];
                 vertex.step = Step::Opening;
                 let epoch = vertex.epoch;
@@ -159,19 +159,19 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 true
             }
             Ok(None) => {
-                self.note(place, kind, &key, Found::Nothing);
+                self.note(place, kind, key, Found::Nothing);
                 false
             }
             Err(error) => {
                 tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a key could not be looked up");
-                self.note(place, kind, &key, Found::Unreadable(error.to_string()));
+                self.note(place, kind, key, Found::Unreadable(error.to_string()));
                 false
             }
         }
     }
 
-    fn note(&mut self, place: NodeIndex, kind: KeyKind, key: &Key, found: Found) {
-        self.graph[place].lookups.push(Lookup { kind, key: key.to_hex().to_string(), found });
+    fn note(&mut self, place: NodeIndex, kind: KeyKind, key: Key, found: Found) {
+        self.graph[place].lookups.push(Lookup { kind, key, found });
     }
 
     pub(super) fn opened(
@@ -190,12 +190,14 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 return self.finish(place, Arc::new(produced));
             }
             Ok(None) => {
+                let record = self.shared.keys.get(found.key.as_bytes()).ok().flatten();
                 if let Err(error) = self.shared.keys.remove(found.key.as_bytes()) {
                     tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a stale record was not removed");
                 }
-                self.note(place, found.kind, &found.key, Found::Gone);
+                let results = record.map(|record| record.results).unwrap_or_default();
+                self.note(place, found.kind, found.key, Found::Gone(results));
             }
-            Err(error) => self.note(place, found.kind, &found.key, Found::Unreadable(error.message)),
+            Err(error) => self.note(place, found.kind, found.key, Found::Unreadable(error.message)),
         }
         self.graph[place].step = Step::Waiting;
         self.ready.insert(place);

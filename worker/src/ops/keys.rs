@@ -13,7 +13,7 @@ impl KeyBuilder {
     pub(crate) fn new(kind: &str) -> Self {
         let mut hasher = blake3::Hasher::new();
         absorb(&mut hasher, kind.as_bytes());
-        Self { hasher, parts: Vec::new() }
+        Self { hasher, parts: vec![("operation".to_owned(), kind.to_owned())] }
     }
 
     /// Adds a value that people can read.
@@ -30,6 +30,12 @@ impl KeyBuilder {
         absorb(&mut self.hasher, name.as_bytes());
         absorb(&mut self.hasher, value);
         self.parts.push((name, format!("blake3:{}", blake3::hash(value).to_hex())));
+    }
+
+    /// Names something that the digest covers already, as a piece of what [`Self::bytes`] added or by what it
+    /// stands for: so that people see more than two digests.
+    pub(crate) fn note(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.parts.push((name.into(), value.into()));
     }
 
     /// The finished map for an operation with these inputs.

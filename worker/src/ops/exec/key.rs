@@ -48,10 +48,38 @@ pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> 
     }
     for mount in &op.mounts {
         key.bytes(format!("mount {}", mount.dest), &keyed_mount(mount).encode_to_vec());
+        describe(&mut key, mount);
     }
     let platform = vertex.op.platform.clone().unwrap_or_else(platform::host);
     key.part("platform", platform::format(&platform::normalized(&platform)));
     Ok(key.finish(inputs, true))
+}
+
+/// What people read of a mount. What it shows is told by the step's input.
+fn describe(key: &mut KeyBuilder, mount: &pb::Mount) {
+    let mut note = |name: &str, value: String| key.note(format!("mount {} {name}", mount.dest), value);
+    let kind = mount.mount_type();
+    note("type", kind.as_str_name().to_lowercase());
+    note("readonly", mount.readonly.to_string());
+    if let Some(cache) = mount.cache_opt.as_ref().filter(|cache| !cache.id.is_empty()) {
+        note("id", cache.id.clone());
+        note("sharing", cache.sharing().as_str_name().to_lowercase());
+    }
+    if kind == pb::MountType::Tmpfs {
+        note("size", mount.tmpfs_opt.unwrap_or_default().size.to_string());
+    }
+    if let Some(secret) = &mount.secret_opt {
+        note("id", secret.id.clone());
+        note("owner", format!("{}:{}", secret.uid, secret.gid));
+        note("mode", format!("{:#o}", secret.mode));
+        note("optional", secret.optional.to_string());
+    }
+    if let Some(agent) = &mount.ssh_opt {
+        note("id", agent.id.clone());
+        note("owner", format!("{}:{}", agent.uid, agent.gid));
+        note("mode", format!("{:#o}", agent.mode));
+        note("optional", agent.optional.to_string());
+    }
 }
 
 /// A mount without what the inputs' own keys say, and without names that do not matter.

@@ -5,6 +5,7 @@
 
 mod actions;
 mod copy;
+mod describe;
 mod engine;
 mod modestr;
 mod plan;
@@ -24,7 +25,6 @@ use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
 use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError};
-use prost::Message;
 use tokio_util::sync::CancellationToken;
 
 pub use actions::FileError;
@@ -81,10 +81,11 @@ impl FileOp {
             let mut keyed = action.clone();
             if let (Operand::Input(index), Some(Action::Copy(copy))) = (step.source, keyed.action.as_mut()) {
                 reads[index].push(content_path(copy));
+                key.note("source", root::clean(&copy.src));
                 // Where it comes from is told by the selector and the content; only its name shows in the result.
                 copy.src = root::split(&root::clean(&copy.src)).1.to_owned();
             }
-            describe(&mut key, &keyed);
+            describe::action(&mut key, &keyed);
         }
         let inputs = reads
             .into_iter()
@@ -127,19 +128,6 @@ pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), 
         ..Default::default()
     };
     copy::copy(root::Root(from), root::Root(to), &action, None, &CancellationToken::new())
-}
-
-/// The whole action counts; what people read is a summary of it.
-fn describe(key: &mut KeyBuilder, action: &pb::FileAction) {
-    let summary = match &action.action {
-        Some(Action::Copy(copy)) => format!("copy {} {}", copy.src, copy.dest),
-        Some(Action::Mkfile(file)) => format!("mkfile {}", file.path),
-        Some(Action::Mkdir(dir)) => format!("mkdir {}", dir.path),
-        Some(Action::Rm(rm)) => format!("rm {}", rm.path),
-        Some(Action::Symlink(link)) => format!("symlink {} -> {}", link.newpath, link.oldpath),
-        None => "unknown action".into(),
-    };
-    key.bytes(summary, &action.encode_to_vec());
 }
 
 impl Op<Ref> for FileOp {

@@ -102,6 +102,10 @@ impl Op<Ref> for ImageSource {
             let mut key = KeyBuilder::new("kiln.image.v1");
             // The root file system is its layers; tags, manifests and configs may change around it.
             key.part("image layers", chain_ids(&layers).pop().unwrap_or_default());
+            let name = self.reference.to_string();
+            key.note("base image", name.split_once('@').map_or(name.as_str(), |(name, _)| name));
+            key.note("base image digest", &resolved.digest);
+            key.note("platform", platform::format(&self.platform));
             Ok(key.finish(Vec::new(), true))
         })
     }

@@ -1,0 +1,148 @@
+//! Pairing and comparing of made-up graphs.
+
+use std::sync::Arc;
+
+use kiln_cache::Eviction;
+use kiln_cache::contenthash::{ChangeKind, ContentChange};
+use kiln_solver::explain::{InputExplanation, Outcome, VertexExplanation};
+use kiln_solver::op::{CacheMap, InputMap};
+
+use super::graph::Graph;
+use super::pairing;
+use super::reasons::{Comparison, Facts};
+
+struct NoFacts;
+
+impl Facts for NoFacts {
+    fn changes(&self, _: &[u8], _: &[u8]) -> Option<Vec<ContentChange>> {
+        Some(vec![ContentChange { part: 0, path: "f".into(), kind: ChangeKind::Added }])
+    }
+
+    fn eviction(&self, _: &str) -> Option<Eviction> {
+        None
+    }
+}
+
+/// A step: name, value of its one part, inputs.
+type Made<'a> = (&'a str, &'a str, &'a [usize]);
+
+/// What the solver would say of a chain of steps that all ran.
+fn vertices(steps: &[Made<'_>]) -> Vec<VertexExplanation> {
+    let mut out: Vec<VertexExplanation> = Vec::new();
+    for (name, part, inputs) in steps {
+        let digest = blake3::hash(part.as_bytes());
+        let mut key = blake3::Hasher::new();
+        key.update(digest.as_bytes());
+        for input in *inputs {
+            key.update(out[*input].definition.expect("made").as_bytes());
+        }
+        let kind = if inputs.is_empty() { "source" } else { "exec" };
+        let map = CacheMap {
+            digest,
+            inputs: vec![InputMap::default(); inputs.len()],
+            persistent: true,
+            parts: vec![("operation".into(), kind.into()), ("arg".into(), (*part).into())],
+        };
+        out.push(VertexExplanation {
+            vertex: (*name).into(),
+            name: (*name).into(),
+            map: Some(Arc::new(map)),
+            ignore_cache: false,
+            outcome: Outcome::Made,
+            definition: Some(key.finalize()),
+            content: None,
+            inputs: inputs
+                .iter()
+                .map(|vertex| InputExplanation { vertex: *vertex, output: 0, content: None })
+                .collect(),
+            lookups: Vec::new(),
+        });
+    }
+    out
+}
+
+/// Compares two builds; of the second, what the first had is cached.
+fn compare(old: &[Made<'_>], new: &[Made<'_>]) -> Vec<String> {
+    let (old, mut new) = (vertices(old), vertices(new));
+    for vertex in &mut new {
+        if old.iter().any(|other| other.definition == vertex.definition) {
+            vertex.outcome = Outcome::Cached;
+        }
+    }
+    let (before, after) = (Graph::new(&old), Graph::new(&new));
+    let pairs = pairing::pair(&before, &after);
+    let comparison =
+        Comparison { vertices: &new, new: &after, old: Some((&before, &pairs)), facts: &NoFacts };
+    let say = |reason: &kiln_proto::explain::Reason| {
+        let fields = [&reason.kind, &reason.step, &reason.name, &reason.before, &reason.after];
+        fields.into_iter().filter(|field| !field.is_empty()).cloned().collect::<Vec<_>>().join(" ")
+    };
+    let line = |step: &kiln_proto::explain::Step| {
+        format!("{}: {}", step.name, step.reasons.iter().map(say).collect::<Vec<_>>().join("; "))
+    };
+    comparison.steps().iter().map(line).collect()
+}
+
+const BASE: &[Made<'_>] = &[
+    ("[1/4] FROM x", "x", &[]),
+    ("[2/4] RUN a", "a", &[0]),
+    ("[3/4] RUN b", "b", &[1]),
+    ("[4/4] RUN c", "c", &[2]),
+];
+
+#[test]
+fn a_change_is_followed_to_its_cause() {
+    let new = [BASE[0], ("[2/4] RUN A", "A", &[0][..]), BASE[2], BASE[3]];
+    assert_eq!(
+        compare(BASE, &new),
+        ["[2/4] RUN A: part command a A", "[3/4] RUN b: input [2/4] RUN A", "[4/4] RUN c: input [2/4] RUN A",]
+    );
+}
+
+#[test]
+fn another_base_that_is_known_is_still_the_cause() {
+    let old = [BASE[0], BASE[1], BASE[2], BASE[3], ("[other 1/1] FROM y", "y", &[][..])];
+    let new = [("[1/4] FROM y", "y", &[][..]), BASE[1], BASE[2], BASE[3]];
+    let said = compare(&old, &new);
+    assert_eq!(said[0], "[2/4] RUN a: part [1/4] FROM y command x y");
+    assert_eq!(said[1], "[3/4] RUN b: input [2/4] RUN a");
+}
+
+#[test]
+fn new_removed_and_moved_steps() {
+    let new = [BASE[0], ("[2/5] RUN new", "new", &[0][..]), ("[3/5] RUN a", "a", &[1][..])];
+    assert_eq!(compare(BASE, &new), ["[2/5] RUN new: never-built", "[3/5] RUN a: input [2/5] RUN new"]);
+    let removed = [BASE[0], ("[2/3] RUN b", "b", &[0][..]), ("[3/3] RUN c", "c", &[1][..])];
+    assert_eq!(
+        compare(BASE, &removed),
+        ["[2/3] RUN b: order stands on [2/4] RUN a [1/4] FROM x", "[3/3] RUN c: input [2/3] RUN b"]
+    );
+    let swapped = [
+        BASE[0],
+        ("[2/4] RUN b", "b", &[0][..]),
+        ("[3/4] RUN a", "a", &[1][..]),
+        ("[4/4] RUN c", "c", &[2][..]),
+    ];
+    assert_eq!(
+        compare(BASE, &swapped),
+        [
+            "[2/4] RUN b: order stands on [2/4] RUN a [1/4] FROM x",
+            "[3/4] RUN a: input [2/4] RUN b",
+            "[4/4] RUN c: input [2/4] RUN b",
+        ]
+    );
+}
+
+#[test]
+fn what_was_the_same_and_not_found_is_called_lost() {
+    let mut new = vertices(BASE);
+    new.truncate(2);
+    new[0].outcome = Outcome::Cached;
+    let before = Graph::new(&vertices(BASE));
+    let after = Graph::new(&new);
+    let pairs = pairing::pair(&before, &after);
+    let comparison =
+        Comparison { vertices: &new, new: &after, old: Some((&before, &pairs)), facts: &NoFacts };
+    let steps = comparison.steps();
+    assert_eq!((steps.len(), steps[0].reasons[0].kind.as_str()), (1, "lost"));
+}
