@@ -30,7 +30,7 @@ demo: setup-lab build
 
 test: setup-lab rocksdb
 	$(CARGO) build --release --locked --workspace
-	@$(SUDO) tools/base-images.sh busybox >/dev/null
+	@$(SUDO) tools/base-images.sh busybox tcc >/dev/null
 	$(RUNNER) $(CARGO) test --release --locked --workspace
 
 bench: setup-lab rocksdb
