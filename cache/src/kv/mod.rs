@@ -71,6 +71,15 @@ pub enum Change {
     Delete(Cf, Vec<u8>),
 }
 
+impl Change {
+    /// What is changed.
+    fn place(&self) -> (Cf, &[u8]) {
+        match self {
+            Change::Put(cf, key, _) | Change::Delete(cf, key) => (*cf, key),
+        }
+    }
+}
+
 /// Changes that happen together or not at all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {

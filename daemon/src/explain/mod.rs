@@ -69,6 +69,9 @@ struct Record {
     sketch: Vec<u64>,
     #[prost(bytes = "vec", tag = "4")]
     project: Vec<u8>,
+    /// Fingerprint of the decisions.
+    #[prost(bytes = "vec", tag = "5")]
+    decisions: Vec<u8>,
 }
 
 /// A build that ended.
@@ -187,9 +190,27 @@ impl Explanations {
     fn store(&self, ended: Ended) -> Result<(), StoreError> {
         let began = Instant::now();
         let Ended { id, project, vertices } = ended;
+        let decisions = fingerprint(&vertices);
+        let mut state = self.lock();
+        if !vertices.iter().any(reasons::is_missed)
+            && let Some(same) = self.records(&mut state)?.iter().rev().find(|(_, record)| {
+                record.decisions == decisions && record.project == project && !record.graph.is_empty()
+            })
+        {
+            // The usual build that changes nothing has nothing to add.
+            let total = vertices.iter().filter(|vertex| reasons::is_persistent(vertex)).count();
+            let (compared_with, record) = same.clone();
+            let explanation = Explanation {
+                r#ref: id.clone(),
+                compared_with,
+                total: u32::try_from(total).unwrap_or(u32::MAX),
+                steps: Vec::new(),
+            };
+            self.put(&mut state, id, Record { ended: now(), ..record }, &explanation)?;
+            return self.drop_surplus(&mut state);
+        }
         let mut graph = Graph::new(&vertices);
         let sketch = graph.sketch();
-        let mut state = self.lock();
         let nearest = nearest(self.records(&mut state)?, &sketch, &project);
         let mut compared = None;
         for (other, digest) in nearest {
@@ -218,15 +239,25 @@ impl Explanations {
         if !records.iter().any(|(_, record)| record.graph == digest) {
             self.values.put(GRAPHS, &digest, &bytes)?;
         }
-        let ended = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let ended = i64::try_from(ended.as_nanos()).unwrap_or(i64::MAX);
-        let record = Record { ended, graph: digest, sketch, project };
+        let record = Record { ended: now(), graph: digest, sketch, project, decisions };
+        tracing::debug!(build = id, time = ?began.elapsed(), graph = bytes.len(), "explained");
+        self.put(&mut state, id, record, &explanation)?;
+        self.drop_surplus(&mut state)
+    }
+
+    fn put(
+        &self,
+        state: &mut State,
+        id: String,
+        record: Record,
+        explanation: &Explanation,
+    ) -> Result<(), StoreError> {
         self.values.put(RECORDS, &id, &record.encode_to_vec())?;
         self.values.put(RESULTS, &id, &explanation.encode_to_vec())?;
-        tracing::debug!(build = id, time = ?began.elapsed(), graph = bytes.len(), "explained");
+        let records = self.records(state)?;
         records.retain(|(other, _)| *other != id);
         records.push((id, record));
-        self.drop_surplus(&mut state)
+        Ok(())
     }
 
     /// Forgets a build.
@@ -247,7 +278,7 @@ impl Explanations {
         let mut graphs = Vec::new();
         for (id, record) in records[..surplus].iter_mut().filter(|(_, record)| !record.graph.is_empty()) {
             graphs.push(std::mem::take(&mut record.graph));
-            record.sketch = Vec::new();
+            (record.sketch, record.decisions) = (Vec::new(), Vec::new());
             self.values.put(RECORDS, id, &record.encode_to_vec())?;
         }
         for graph in graphs {
@@ -279,6 +310,31 @@ impl Explanations {
         }
         self.engine.forget_contents(&wanted)
     }
+}
+
+/// Nanoseconds since 1970.
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Equal for builds of which the same is known.
+fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    for vertex in vertices.iter().filter(|vertex| reasons::is_persistent(vertex)) {
+        hasher.update(&(vertex.name.len() as u64).to_le_bytes()).update(vertex.name.as_bytes());
+        let keys = [vertex.map.as_ref().map(|map| map.digest), vertex.definition, vertex.content];
+        for key in keys.into_iter().chain(vertex.inputs.iter().map(|input| input.content)) {
+            match key {
+                Some(key) => hasher.update(&[1]).update(key.as_bytes()),
+                None => hasher.update(&[0]),
+            };
+        }
+        for input in &vertex.inputs {
+            hasher.update(&(input.vertex as u64).to_le_bytes()).update(&input.output.to_le_bytes());
+        }
+    }
+    hasher.finalize().as_bytes()[..16].to_vec()
 }
 
 /// The builds to compare with, most similar first, of equal ones the latest first.

@@ -107,7 +107,7 @@ impl Comparison<'_> {
     }
 
     fn is_missed(&self, at: usize) -> bool {
-        self.new.nodes[at].persistent && matches!(self.vertices[at].outcome, Outcome::Made | Outcome::Failed)
+        is_missed(&self.vertices[at])
     }
 
     /// It is not what it was in the earlier build, whether cached or not.
@@ -314,6 +314,16 @@ impl Comparison<'_> {
         });
         reasons
     }
+}
+
+/// It can be cached at all: a client's directory can't.
+pub(super) fn is_persistent(vertex: &VertexExplanation) -> bool {
+    vertex.map.as_ref().is_none_or(|map| map.persistent)
+}
+
+/// It could have been cached and was not.
+pub(super) fn is_missed(vertex: &VertexExplanation) -> bool {
+    is_persistent(vertex) && matches!(vertex.outcome, Outcome::Made | Outcome::Failed)
 }
 
 fn reason(kind: &str) -> Reason {

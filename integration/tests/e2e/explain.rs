@@ -604,7 +604,7 @@ fn what_was_removed_is_told_with_its_rule() {
     kiln.start();
     kiln.build(Context::new("FROM scratch\nCOPY Dockerfile /\n").path(), &[]).ok();
     wait_until("garbage to be collected", Duration::from_secs(20), || {
-        !kiln.run(&["du", "--verbose"]).ok().stdout.contains("RUN echo x")
+        kiln.run(&["du"]).ok().stdout.ends_with("Total:\t\t0B\n")
     });
     kiln.build(context.path(), &[]).ok();
     let found = explained(&kiln);

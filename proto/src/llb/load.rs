@@ -108,7 +108,8 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     let &(root, root_output) = inputs[last].first().ok_or(LoadError::NoResult)?;
     let digest_at = |at: usize| all[at].as_ref().map_or_else(String::new, |parsed| parsed.digest.to_string());
     let order = topological(&inputs, root).map_err(|at| LoadError::Cycle(digest_at(at)))?;
-    for (digest, metadata) in &def.metadata {
+    let no_metadata = Arc::new(pb::OpMetadata::default());
+    for (digest, metadata) in def.metadata.iter().filter(|(_, metadata)| **metadata != *no_metadata) {
         if let Some(&at) = by_digest.get(digest.as_str())
             && let Some(parsed) = &mut all[at]
         {
@@ -121,7 +122,6 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     for (new, &old) in order.iter().enumerate() {
         place[old] = new;
     }
-    let no_metadata = Arc::new(pb::OpMetadata::default());
     let mut vertices: Vec<LoadedVertex> = Vec::with_capacity(order.len());
     for &old in &order {
         let Some(Parsed { digest, op, metadata }) = all[old].take() else {

@@ -26,8 +26,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn request(&mut self, id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>>) {
         self.requests.insert(id, Request { edge, reply });
         self.requested.entry(edge.vertex).or_default().push(id);
-        self.ask_maps(edge.vertex);
         self.want(edge.vertex);
+        self.ask_maps(edge.vertex);
         if self.graph[edge.vertex].is_settled() {
             self.answer_requests(edge.vertex);
         }
@@ -78,10 +78,14 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 ignore_cache: vertex.ignore_cache,
             };
             let op = vertex.op.clone();
-            self.spawn_unless_ready(async move {
+            let event = async move {
                 let map = guarded(op.cache_map(&context)).await;
                 Event::Mapped { vertex: place, map }
-            });
+            };
+            // Taken in at once: for a large graph the answers would fill the queue.
+            if let Some(event) = self.spawn_unless_ready(event) {
+                self.handle(event);
+            }
         }
     }
 
@@ -119,15 +123,17 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     pub(super) fn want_inputs(&mut self, place: NodeIndex) {
-        let inputs = self.graph[place].inputs.clone();
+        let inputs = &self.graph[place].inputs;
         let missing = inputs.iter().filter(|edge| self.graph[edge.vertex].produced().is_none()).count();
+        let count = inputs.len();
         let vertex = &mut self.graph[place];
         vertex.inputs_wanted = true;
         vertex.inputs_missing = missing;
-        for edge in &inputs {
-            self.want(edge.vertex);
+        for input in 0..count {
+            self.want(self.graph[place].inputs[input].vertex);
         }
-        for (input, edge) in inputs.iter().enumerate() {
+        for input in 0..count {
+            let edge = self.graph[place].inputs[input];
             match &self.graph[edge.vertex].step {
                 Step::Failed(error) => {
                     let error = error.clone();
@@ -144,8 +150,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     pub(super) fn release_inputs(&mut self, place: NodeIndex) {
         if std::mem::take(&mut self.graph[place].inputs_wanted) {
-            for edge in self.graph[place].inputs.clone() {
-                self.release(edge.vertex);
+            for input in 0..self.graph[place].inputs.len() {
+                self.release(self.graph[place].inputs[input].vertex);
             }
         }
     }
@@ -212,7 +218,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         if let Some(change) = produced.add_keys(&keys, content) {
             self.shared.record(Entry { changes: vec![change], then: None });
         }
-        for (above, input) in self.consumers(place) {
+        let mut uses = self.uses(place);
+        while let Some((above, input)) = self.next_use(&mut uses) {
             let vertex = &mut self.graph[above];
             if vertex.inputs_wanted && !vertex.is_settled() {
                 vertex.inputs_missing -= 1;
@@ -244,7 +251,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             vertex.epoch += 1;
             vertex.step = Step::Failed(error.clone());
             self.release_inputs(place);
-            for (above, _) in self.consumers(place) {
+            let mut uses = self.uses(place);
+            while let Some((above, _)) = self.next_use(&mut uses) {
                 if unmapped || self.graph[above].inputs_wanted {
                     worklist.push(above);
                 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_proto::llb;
 use petgraph::Direction;
-use petgraph::graph::NodeIndex;
+use petgraph::graph::{DefaultIx, NodeIndex, WalkNeighbors};
 
 use super::report::{MapProgress, Watched};
 use super::{Edge, Owner};
@@ -159,6 +159,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
     pub(super) fn load(&mut self, loaded: llb::Loaded) -> Result<Option<Edge>, SolveError> {
         let mut places: Vec<NodeIndex> = Vec::with_capacity(loaded.vertices.len());
+        self.graph.reserve_exact_nodes(loaded.vertices.len());
+        self.by_digest.reserve(loaded.vertices.len());
         for vertex in loaded.vertices {
             let refused =
                 |text: &str| SolveError::load(Some(&vertex.digest), &vertex.name, OpError::new(text));
@@ -248,22 +250,24 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             lookups: Vec::new(),
             inputs,
         };
-        let inputs = node.inputs.clone();
         let place = self.graph.add_node(node);
-        for (position, input) in (0..).zip(inputs) {
-            self.graph.add_edge(place, input.vertex, position);
+        for position in 0..self.graph[place].inputs.len() {
+            let below = self.graph[place].inputs[position].vertex;
+            self.graph.add_edge(place, below, position as u32);
         }
         self.graph[place].namesake = self.by_digest.insert(digest, place);
         Ok(place)
     }
 
-    /// The uses of a vertex: who, and as which of its inputs.
-    pub(super) fn consumers(&self, vertex: NodeIndex) -> Vec<(NodeIndex, usize)> {
-        use petgraph::visit::EdgeRef;
-        self.graph
-            .edges_directed(vertex, Direction::Incoming)
-            .map(|edge| (edge.source(), *edge.weight() as usize))
-            .collect()
+    /// The uses of a vertex, to be walked with [`Self::next_use`].
+    pub(super) fn uses(&self, vertex: NodeIndex) -> WalkNeighbors<DefaultIx> {
+        self.graph.neighbors_directed(vertex, Direction::Incoming).detach()
+    }
+
+    /// The next use: by whom, and as which of its inputs.
+    pub(super) fn next_use(&self, uses: &mut WalkNeighbors<DefaultIx>) -> Option<(NodeIndex, usize)> {
+        let (edge, above) = uses.next(&self.graph)?;
+        Some((above, self.graph[edge] as usize))
     }
 
     /// Takes in what an operation depends on and spreads the keys that follow from it.
@@ -312,7 +316,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         while let Some(place) = worklist.pop() {
             self.ready.insert(place);
             let absent = self.graph[place].definition == Definition::Absent;
-            for (above, _) in self.consumers(place) {
+            let mut uses = self.uses(place);
+            while let Some((above, _)) = self.next_use(&mut uses) {
                 let vertex = &mut self.graph[above];
                 if vertex.definition != Definition::Unknown {
                     continue;
@@ -383,7 +388,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         while let Some(place) = worklist.pop() {
             let Some(content) = self.graph[place].content else { continue };
             self.ready.insert(place);
-            for (above, input) in self.consumers(place) {
+            let mut uses = self.uses(place);
+            while let Some((above, input)) = self.next_use(&mut uses) {
                 let vertex = &self.graph[above];
                 if vertex.map().is_none() || vertex.reads_part(input) {
                     continue;

@@ -203,13 +203,17 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         });
     }
 
-    /// Like [`Self::spawn`] for what is mostly done at once: then it costs no task.
-    fn spawn_unless_ready(&mut self, future: impl Future<Output = Event<R>> + Send + 'static) {
+    /// Like [`Self::spawn`] for what is mostly done at once: then it costs no task, and the caller sees to the event.
+    fn spawn_unless_ready(
+        &mut self,
+        future: impl Future<Output = Event<R>> + Send + 'static,
+    ) -> Option<Event<R>> {
         let mut future = Box::pin(future);
-        match (&mut future).now_or_never() {
-            Some(event) => self.local.push_back(event),
-            None => self.spawn(future),
+        let event = (&mut future).now_or_never();
+        if event.is_none() {
+            self.spawn(future);
         }
+        event
     }
 
     fn explain(&self) -> Vec<VertexExplanation> {

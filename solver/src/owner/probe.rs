@@ -152,10 +152,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let epoch = vertex.epoch;
                 self.release_inputs(place);
                 let shared = self.shared.clone();
-                self.spawn_unless_ready(async move {
+                let opened = self.spawn_unless_ready(async move {
                     let result = guarded(open(&shared, &key, record)).await;
                     Event::Opened { vertex: place, epoch, found: RecordFound { kind, key }, result }
                 });
+                self.local.extend(opened);
                 true
             }
             Ok(None) => {
@@ -171,7 +172,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     fn note(&mut self, place: NodeIndex, kind: KeyKind, key: Key, found: Found) {
-        self.graph[place].lookups.push(Lookup { kind, key, found });
+        let lookups = &mut self.graph[place].lookups;
+        lookups.reserve_exact(1);
+        lookups.push(Lookup { kind, key, found });
     }
 
     pub(super) fn opened(
@@ -221,7 +224,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let known = digest.as_ref().map_or(OutputDigest::Failed, |digest| OutputDigest::Known(*digest));
         self.output_digests.insert(edge, known);
         let counts_by_output = self.graph[edge.vertex].content.is_none();
-        for (above, input) in self.consumers(edge.vertex) {
+        let mut uses = self.uses(edge.vertex);
+        while let Some((above, input)) = self.next_use(&mut uses) {
             let vertex = &self.graph[above];
             if vertex.inputs[input] != edge || vertex.reads_part(input) || vertex.map().is_none() {
                 continue;
