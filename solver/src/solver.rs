@@ -87,7 +87,7 @@ impl<R: Clone + Send + Sync + 'static> Shared<R> {
     pub(crate) fn record(self: &Arc<Self>, entry: Entry) {
         if self.recorder.push(entry) {
             let shared = self.clone();
-            self.tasks.spawn_blocking(move || shared.recorder.write_out());
+            self.tasks.spawn(async move { shared.recorder.write_out() });
         }
     }
 

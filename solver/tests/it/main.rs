@@ -8,4 +8,5 @@ mod model;
 mod progress;
 mod schedule;
 mod sharing;
+mod simulation;
 mod world;

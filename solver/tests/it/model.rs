@@ -10,23 +10,35 @@ use proptest::prelude::*;
 use crate::world::{Files, Graph, Recipe, World, recipe};
 
 #[derive(Debug, Clone)]
-struct Node {
+pub(crate) struct Node {
     /// Indices of earlier nodes.
-    inputs: Vec<usize>,
+    pub(crate) inputs: Vec<usize>,
     /// Of which inputs only one file is read.
-    narrow: Vec<bool>,
+    pub(crate) narrow: Vec<bool>,
     /// Whether its output hides what came in, so that changes below may not be seen above.
-    coarse: bool,
-    ephemeral: bool,
-    version: u8,
-    yields: usize,
-    ignore_cache: bool,
+    pub(crate) coarse: bool,
+    pub(crate) ephemeral: bool,
+    pub(crate) version: u8,
+    pub(crate) yields: usize,
+    pub(crate) ignore_cache: bool,
+    /// Fails in its last version.
+    pub(crate) fragile: bool,
+    /// Takes no slot.
+    pub(crate) io: bool,
+}
+
+impl Node {
+    pub(crate) const VERSIONS: u8 = 3;
+
+    pub(crate) fn fails(&self) -> bool {
+        self.fragile && self.version + 1 == Self::VERSIONS
+    }
 }
 
 fn node(index: usize) -> impl Strategy<Value = Node> {
     let inputs = prop::collection::vec(0..index.max(1), 0..=index.min(3));
     let flags = (any::<bool>(), prop::bool::weighted(0.3), prop::bool::weighted(0.1));
-    (inputs, prop::collection::vec(any::<bool>(), 3), flags, 0..3u8, 0..4usize).prop_map(
+    (inputs, prop::collection::vec(any::<bool>(), 3), flags, 0..Node::VERSIONS, 0..4usize).prop_map(
         move |(inputs, narrow, (coarse, ephemeral, ignore_cache), version, yields)| Node {
             ephemeral: ephemeral && inputs.is_empty(),
             inputs,
@@ -35,6 +47,8 @@ fn node(index: usize) -> impl Strategy<Value = Node> {
             version,
             yields,
             ignore_cache,
+            fragile: false,
+            io: false,
         },
     )
 }
@@ -52,7 +66,7 @@ struct Round {
 }
 
 fn round() -> impl Strategy<Value = Round> {
-    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..3u8), 0..3);
+    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..Node::VERSIONS), 0..3);
     let builds =
         prop::collection::vec((any::<prop::sample::Index>(), prop::option::weighted(0.3, 0..40usize)), 1..4);
     (changes, builds).prop_map(|(changes, builds)| Round { changes, builds })
@@ -61,7 +75,7 @@ fn round() -> impl Strategy<Value = Round> {
 /// The file that readers of a part read.
 const PART: &str = "/part";
 
-fn node_recipe(index: usize, node: &Node, session: usize) -> Recipe {
+pub(crate) fn node_recipe(index: usize, node: &Node, session: usize) -> Recipe {
     let identity = if node.ephemeral { format!("session {session}") } else { String::new() };
     let text = format!("{index} v{} {identity}", node.version);
     let mut made = recipe(&text).yields(node.yields);
@@ -73,6 +87,12 @@ fn node_recipe(index: usize, node: &Node, session: usize) -> Recipe {
     if node.ephemeral {
         made = made.ephemeral();
     }
+    if node.io {
+        made = made.io();
+    }
+    if node.fails() {
+        made = made.fails("broken");
+    }
     let (version, coarse) = (node.version, node.coarse);
     made.makes(move |inputs| {
         // Coarse nodes see only a bit of what came in and of their own version.
@@ -83,11 +103,11 @@ fn node_recipe(index: usize, node: &Node, session: usize) -> Recipe {
     })
 }
 
-fn name(index: usize) -> String {
+pub(crate) fn name(index: usize) -> String {
     format!("n{index}")
 }
 
-fn definition(nodes: &[Node], root: usize) -> pb::Definition {
+pub(crate) fn definition(nodes: &[Node], root: usize) -> pb::Definition {
     let forced: Vec<String> =
         nodes.iter().enumerate().filter(|(_, node)| node.ignore_cache).map(|(i, _)| name(i)).collect();
     let mut graph = Graph::ignoring(&forced.iter().map(String::as_str).collect::<Vec<_>>());
@@ -100,18 +120,18 @@ fn definition(nodes: &[Node], root: usize) -> pb::Definition {
     graph.finish(&places[root])
 }
 
-/// What each node is, worked out without any cache.
-fn evaluate(nodes: &[Node]) -> Vec<Files> {
-    let mut results: Vec<Files> = Vec::new();
+/// What each node is, worked out without any cache; nothing where it or something below fails.
+pub(crate) fn evaluate(nodes: &[Node]) -> Vec<Option<Files>> {
+    let mut results: Vec<Option<Files>> = Vec::new();
     for (i, node) in nodes.iter().enumerate() {
-        let inputs: Vec<Files> = node.inputs.iter().map(|&input| results[input].clone()).collect();
-        let outputs = node_recipe(i, node, 0).apply(&name(i), &inputs);
-        results.push(outputs[0].clone());
+        let inputs: Option<Vec<Files>> = node.inputs.iter().map(|&input| results[input].clone()).collect();
+        let made = |inputs: Vec<Files>| node_recipe(i, node, 0).apply(&name(i), &inputs).swap_remove(0);
+        results.push(inputs.filter(|_| !node.fails()).map(made));
     }
     results
 }
 
-fn below(nodes: &[Node], root: usize) -> BTreeSet<usize> {
+pub(crate) fn below(nodes: &[Node], root: usize) -> BTreeSet<usize> {
     let mut seen = BTreeSet::from([root]);
     let mut worklist = vec![root];
     while let Some(at) = worklist.pop() {
@@ -172,7 +192,12 @@ async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseEr
         for (root, result, _) in &settled {
             if let Some(result) = result {
                 let tree = result.as_ref().map_err(|e| TestCaseError::fail(e.to_string()))?.as_ref();
-                prop_assert_eq!(&*tree.expect("not scratch").files, &expected[*root], "node {}", root);
+                prop_assert_eq!(
+                    Some(&*tree.expect("not scratch").files),
+                    expected[*root].as_ref(),
+                    "node {}",
+                    root
+                );
             }
         }
         solver.idle().await;
@@ -213,7 +238,7 @@ async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseEr
                 .run(&solver, &definition(&nodes, root))
                 .await
                 .map_err(|e| TestCaseError::fail(e.to_string()))?;
-            prop_assert_eq!(&files, &expected[root]);
+            prop_assert_eq!(Some(&files), expected[root].as_ref());
             for run in world.take_runs() {
                 let at: usize = run[1..].parse().expect("a node");
                 let allowed = nodes[at].ephemeral || nodes[at].ignore_cache;
