@@ -23,7 +23,7 @@ impl DiskSpace {
         }
     }
 
-    /// `10%`, `512MB` (powers of ten), `1GiB` (powers of two), `1000`.
+    /// `10%`, `512MB`, `1GiB`, `1000`. As in that file of buildkitd, `MB` is short for `MiB`.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
         if let Some(percent) = text.strip_suffix('%') {
@@ -33,20 +33,16 @@ impl DiskSpace {
         let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let number: f64 = number.parse().ok()?;
-        let factor = match unit.trim().to_ascii_lowercase().as_str() {
-            "" | "b" => 1.0,
-            "k" | "kb" => 1e3,
-            "m" | "mb" => 1e6,
-            "g" | "gb" => 1e9,
-            "t" | "tb" => 1e12,
-            "p" | "pb" => 1e15,
-            "kib" => 1024.0,
-            "mib" => 1024f64.powi(2),
-            "gib" => 1024f64.powi(3),
-            "tib" => 1024f64.powi(4),
-            "pib" => 1024f64.powi(5),
+        let power = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kb" | "kib" => 1,
+            "m" | "mb" | "mib" => 2,
+            "g" | "gb" | "gib" => 3,
+            "t" | "tb" | "tib" => 4,
+            "p" | "pb" | "pib" => 5,
             _ => return None,
         };
+        let factor = 1024f64.powi(power);
         let bytes = number * factor;
         (bytes.is_finite() && bytes >= 0.0 && bytes < i64::MAX as f64).then_some(Self::Bytes(bytes as i64))
     }
@@ -89,7 +85,7 @@ mod tests {
 
     #[test]
     fn sizes() {
-        assert_eq!(DiskSpace::parse("512MB"), Some(DiskSpace::Bytes(512_000_000)));
+        assert_eq!(DiskSpace::parse("512MB"), Some(DiskSpace::Bytes(512 << 20)));
         assert_eq!(DiskSpace::parse("1.5 GiB"), Some(DiskSpace::Bytes(1_610_612_736)));
         assert_eq!(DiskSpace::parse("10%"), Some(DiskSpace::Percent(10)));
         assert_eq!(DiskSpace::Percent(10).bytes(2000), 200);

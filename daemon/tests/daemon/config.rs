@@ -76,7 +76,7 @@ fn a_whole_file() {
     assert_eq!(config.gc.reserved, Some(DiskSpace::Percent(10)));
     assert_eq!(config.gc.policies.len(), 2);
     assert_eq!(config.gc.policies[0].keep_duration, Duration::from_secs(48 * 3600));
-    assert_eq!(config.gc.policies[0].reserved, Some(DiskSpace::Bytes(512_000_000)));
+    assert_eq!(config.gc.policies[0].reserved, Some(DiskSpace::Bytes(512 << 20)));
     assert!(config.gc.policies[1].all);
     assert_eq!(config.registries.hosts["docker.io"].mirrors, ["mirror.example:5000", "other.example"]);
     let mirror = &config.registries.hosts["mirror.example:5000"];
