@@ -8,6 +8,8 @@ use kiln_cache::contenthash;
 use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
+use tokio::sync::Semaphore;
+use tokio::task::JoinError;
 use tokio_util::task::TaskTracker;
 
 use crate::flat;
@@ -22,6 +24,10 @@ use crate::view::{View, ViewError};
 
 /// Name of the empty result in key records.
 const SCRATCH: &str = "scratch";
+
+/// How much work on files goes on at once: for each processor, and at least.
+const FILE_WORK_PER_CPU: usize = 4;
+const FILE_WORK: usize = 16;
 
 /// How a worker is set up.
 #[derive(Clone)]
@@ -69,6 +75,7 @@ pub struct Worker {
     pub(crate) lenders: Lenders,
     /// Steps that are running, or ending after their build lost interest.
     pub(crate) steps: TaskTracker,
+    disk: Arc<Semaphore>,
 }
 
 impl Worker {
@@ -102,6 +109,10 @@ impl Worker {
             cache_mounts: CacheMountLocks::default(),
             lenders: Lenders::default(),
             steps: TaskTracker::new(),
+            disk: Arc::new(Semaphore::new(
+                FILE_WORK
+                    .max(FILE_WORK_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from)),
+            )),
         }))
     }
 
@@ -205,6 +216,21 @@ impl Worker {
         view.map_err(|err| OpError::new(err.to_string()))
     }
 
+    /// Runs work on files beside the tasks, only so much at once: more takes memory and is no faster. What was begun
+    /// ends and keeps its place until then, even if the future is dropped.
+    pub(crate) async fn on_files<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        // Never closed; without a permit it would only run at once.
+        let permit = self.disk.clone().acquire_owned().await;
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        })
+        .await
+    }
+
     /// How clients know a result: worker and snapshot.
     fn ref_name(&self, result: &Ref) -> String {
         format!("{}::{}", self.id, result.as_ref().map_or(SCRATCH, SnapshotRef::id))
@@ -279,9 +305,7 @@ impl ResultStore<Ref> for Worker {
         Box::pin(async move {
             self.materialize(result, &self.shared_access()).await?;
             let (snapshot, query) = (result.clone(), query.clone());
-            let hash =
-                tokio::task::spawn_blocking(move || contenthash::content_digest(snapshot.as_ref(), &query))
-                    .await;
+            let hash = self.on_files(move || contenthash::content_digest(snapshot.as_ref(), &query)).await;
             let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
             hash.map_err(|err| {
                 OpError::new(format!("failed to calculate checksum of ref {}: {err}", self.ref_name(result)))
@@ -292,8 +316,7 @@ impl ResultStore<Ref> for Worker {
     fn output_digest<'a>(&'a self, result: &'a Ref) -> BoxFuture<'a, Result<Key, OpError>> {
         Box::pin(async move {
             let snapshot = result.clone();
-            let hash =
-                tokio::task::spawn_blocking(move || contenthash::output_digest(snapshot.as_ref())).await;
+            let hash = self.on_files(move || contenthash::output_digest(snapshot.as_ref())).await;
             let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
             hash.map_err(|err| OpError::new(err.to_string()))
         })

@@ -86,7 +86,7 @@ impl Op<Ref> for DiffOp {
             let _cancelled_when_dropped = cancel.clone().drop_guard();
             let name = self.name.clone();
             let run = move || compute(&layers, &lower, &upper, &name, &cancel);
-            let result = tokio::task::spawn_blocking(run).await;
+            let result = self.worker.on_files(run).await;
             let result = result.map_err(|err| OpError::new(format!("diff failed: {err}")))?;
             Ok(vec![Some(result.map_err(|err| OpError::new(err.to_string()))?)])
         })

@@ -148,7 +148,7 @@ impl Op<Ref> for FileOp {
                 (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());
             let name = self.name.clone();
             let run = move || Engine::new(&layers, &actions, &plan, &inputs, &name, &cancel).run();
-            let result = tokio::task::spawn_blocking(run).await;
+            let result = self.worker.on_files(run).await;
             let result = result.map_err(|err| OpError::new(format!("file operation failed: {err}")))?;
             result.map_err(|failure| OpError {
                 file_action: Some(failure.action),

@@ -129,7 +129,7 @@ impl LocalSource {
         {
             return Ok(Some(snapshot));
         }
-        let taken = tokio::task::spawn_blocking(move || snapshot(&layers, &dir, &description)).await;
+        let taken = self.worker.on_files(move || snapshot(&layers, &dir, &description)).await;
         taken.map_err(|err| failed(&err))?.map_err(|err| failed(&err))
     }
 }
