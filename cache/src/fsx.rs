@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::rc::Rc;
 
 use rand::Rng;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawDir, Stat};
@@ -184,24 +185,32 @@ pub(crate) fn disk_usage(path: &Path) -> io::Result<DiskUsage> {
     let mut usage = DiskUsage { own: allocated(&rustix::fs::fstat(&root)?), linked: Vec::new() };
     // Bytes, and how many names were not met yet.
     let mut several = HashMap::new();
-    let mut pending = vec![path.to_path_buf()];
-    while let Some(current) = pending.pop() {
-        let dir = match open_dir(CWD, &current) {
-            Ok(dir) => dir,
-            Err(Errno::NOENT) => continue,
-            Err(error) => return Err(error.into()),
+    // Directories are opened from the one above: paths may be longer than the system takes.
+    let mut pending = vec![(Rc::new(root), None::<CString>)];
+    while let Some((above, name)) = pending.pop() {
+        let dir = match name {
+            None => above,
+            Some(name) => match open_dir(&*above, name.as_c_str()) {
+                Ok(dir) => Rc::new(dir),
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                Err(error) => return Err(error.into()),
+            },
         };
-        for (name, _) in names(&dir)? {
-            let Ok(stat) = rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        let names = match names(&dir) {
+            Err(Errno::NOENT) => continue,
+            names => names?,
+        };
+        for (name, _) in names {
+            let Ok(stat) = rustix::fs::statat(&*dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             if !is_dir && stat.st_nlink > 1 {
-                several.entry(stat.st_ino).or_insert((allocated(&stat), stat.st_nlink)).1 -= 1;
+                let left = &mut several.entry(stat.st_ino).or_insert((allocated(&stat), stat.st_nlink)).1;
+                *left = left.saturating_sub(1);
                 continue;
             }
             usage.own += allocated(&stat);
             if is_dir {
-                use std::os::unix::ffi::OsStrExt;
-                pending.push(current.join(std::ffi::OsStr::from_bytes(name.to_bytes())));
+                pending.push((Rc::clone(&dir), Some(name)));
             }
         }
     }

@@ -62,8 +62,8 @@ pub trait KeyStorage: Send + Sync + 'static {
     fn op(&self, digest: &[u8; 32]) -> Result<Option<OpRecord>>;
     /// Remembers all of `changes`, or nothing.
     fn write(&self, changes: &[KeyChange]) -> Result<()>;
-    /// Forgets a key.
-    fn remove(&self, key: &[u8; 32]) -> Result<()>;
+    /// Forgets a key whose record names these results, which are gone; false if it names others by now.
+    fn remove(&self, key: &[u8; 32], results: &[String]) -> Result<bool>;
 }
 
 /// Keys kept in a [`Kv`].
@@ -119,10 +119,15 @@ impl KeyStorage for KeyStore {
         self.kv.write(batch)
     }
 
-    fn remove(&self, key: &[u8; 32]) -> Result<()> {
+    fn remove(&self, key: &[u8; 32], results: &[String]) -> Result<bool> {
+        let _recording = self.recording.write();
+        if self.get(key)?.is_some_and(|record| record.results != results) {
+            return Ok(false);
+        }
         let mut batch = Batch::new();
         batch.delete(Cf::Keys, *key);
-        self.kv.write(batch)
+        self.kv.write(batch)?;
+        Ok(true)
     }
 }
 

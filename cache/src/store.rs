@@ -78,6 +78,8 @@ pub(crate) struct Shared {
     pub(crate) chains: Mutex<()>,
     pub(crate) usage: UsageTracker,
     pub(crate) content: ContentCache,
+    /// Held shared while a manifest of a content digest is written, exclusively while useless ones are removed.
+    pub(crate) manifests: RwLock<()>,
     pub(crate) eviction_notes: usize,
     pub(crate) signal: Arc<crate::maintenance::Signal>,
     closed: AtomicBool,
@@ -115,6 +117,7 @@ impl Store {
             chains: Mutex::new(()),
             usage: UsageTracker::default(),
             content: ContentCache::default(),
+            manifests: RwLock::new(()),
             eviction_notes: options.eviction_notes,
             signal: Arc::default(),
             closed: AtomicBool::new(false),
@@ -170,7 +173,7 @@ impl Store {
     /// Forgets what content digests were made of, except for `wanted` ones and those of the last hour.
     pub fn forget_contents(&self, wanted: &HashSet<[u8; 32]>) -> Result<()> {
         self.shared.check_open()?;
-        contenthash::sweep(self.shared.kv.as_ref(), wanted)
+        contenthash::sweep(&self.shared, wanted)
     }
 
     /// A temporary directory on the same file system.

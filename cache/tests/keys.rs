@@ -31,7 +31,9 @@ fn one_record_is_found_under_all_its_keys() {
         assert_eq!(store.get(&[1; 32]).unwrap(), Some(record()));
         assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
         assert_eq!(store.get(&[3; 32]).unwrap(), None);
-        store.remove(&[1; 32]).unwrap();
+        assert!(!store.remove(&[1; 32], &["other".to_owned()]).unwrap(), "it names another result by now");
+        assert!(store.get(&[1; 32]).unwrap().is_some());
+        assert!(store.remove(&[1; 32], &record().results).unwrap());
         assert_eq!(store.get(&[1; 32]).unwrap(), None);
         assert_eq!(store.get(&[2; 32]).unwrap(), Some(record()));
 

@@ -151,9 +151,9 @@ impl History {
     }
 
     fn delete(&self, id: &str) -> Result<(), BuildError> {
+        self.explanations.forget(id).map_err(storage)?;
         let Some(record) = self.record(id)? else { return Ok(()) };
         self.values.delete(RECORDS, id).map_err(storage)?;
-        self.explanations.forget(id).map_err(storage)?;
         // Identical logs or errors of two builds share their bytes.
         let others = self.stored()?;
         for content in [&record.logs, &record.external_error].into_iter().flatten() {

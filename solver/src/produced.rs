@@ -83,18 +83,25 @@ pub(crate) fn no_such_output(output: usize, outputs: usize, name: &str) -> OpErr
     OpError::new(format!("invalid output index {output}: {name} has {outputs} outputs"))
 }
 
-/// Turns a record into results; `None` if one of them is gone.
+/// What became of a record.
+pub(crate) enum Opened<R> {
+    Found(Produced<R>),
+    /// One of these results, which it names, is gone.
+    Gone(Vec<String>),
+}
+
+/// Turns a record into results.
 pub(crate) async fn open<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     key: &Key,
     record: KeyRecord,
-) -> Result<Option<Produced<R>>, OpError> {
+) -> Result<Opened<R>, OpError> {
     let mut outputs = Vec::with_capacity(record.results.len());
     for id in &record.results {
         match shared.results.load(id).await? {
             Some(result) => outputs.push(result),
-            None => return Ok(None),
+            None => return Ok(Opened::Gone(record.results)),
         }
     }
-    Ok(Some(Produced::opened(outputs, record, key)))
+    Ok(Opened::Found(Produced::opened(outputs, record, key)))
 }

@@ -2,6 +2,7 @@
 //! together: whoever comes while somebody writes leaves it to them. Nothing here decides what is remembered.
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_cache::{KeyChange, KeyStorage};
@@ -56,7 +57,7 @@ impl Recorder {
         !std::mem::replace(&mut queue.writing, true)
     }
 
-    /// Writes until nothing is queued. Blocks on the store, for milliseconds at most.
+    /// Writes until nothing is queued. Blocks on the store: for microseconds an entry, unless that stalls.
     pub(crate) fn write_out(&self) {
         loop {
             let entries = {
@@ -80,7 +81,10 @@ impl Recorder {
                 }
             }
             for then in then.into_iter().flatten() {
-                then();
+                // Whoever is told must not keep the others from being written.
+                if std::panic::catch_unwind(AssertUnwindSafe(then)).is_err() {
+                    tracing::error!("a panic while telling that work was recorded");
+                }
             }
             self.written.notify_waiters();
         }

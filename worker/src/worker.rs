@@ -22,7 +22,7 @@ use crate::sandbox::spec::NetworkMode;
 use crate::sandbox::{self, Executor, ExecutorChoice};
 use crate::view::{View, ViewError};
 
-/// Name of the empty result in key records.
+/// What clients see as the empty result.
 const SCRATCH: &str = "scratch";
 
 /// How much work on files goes on at once: for each processor, and at least.
@@ -282,12 +282,12 @@ impl Layers {
 
 impl ResultStore<Ref> for Worker {
     fn id(&self, result: &Ref) -> String {
-        result.as_ref().map_or(SCRATCH, SnapshotRef::id).to_owned()
+        result.as_ref().map_or("", SnapshotRef::id).to_owned()
     }
 
     fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Ref>, OpError>> {
         let found = match id {
-            SCRATCH => Ok(Some(None)),
+            "" => Ok(Some(None)),
             _ => match self.layers.snapshots.get(id) {
                 Ok(found) => Ok(found.map(Some)),
                 Err(StoreError::NotFound { .. }) => Ok(None),

@@ -12,6 +12,7 @@ use super::entry::Item;
 use crate::codec;
 use crate::error::Result;
 use crate::kv::{Batch, Cf, Kv};
+use crate::store::Shared;
 use crate::values;
 
 /// Entries of a manifest that is not cut.
@@ -323,12 +324,15 @@ fn text(path: &[u8]) -> String {
 }
 
 /// Forgets manifests that explain none of `wanted`, and chunks that are then in none.
-pub(crate) fn sweep(kv: &dyn Kv, wanted: &HashSet<[u8; 32]>) -> Result<()> {
+pub(crate) fn sweep(shared: &Shared, wanted: &HashSet<[u8; 32]>) -> Result<()> {
+    let _exclusive = shared.manifests.write();
+    let kv = shared.kv.as_ref();
     let prefix = manifest_key(b"");
     let limit = SystemTime::now().checked_sub(GRACE).map_or(0, codec::nanos);
     let (mut batch, mut chunks) = (Batch::new(), HashSet::new());
     kv.scan(Cf::Content, &prefix, &mut |key, value| {
-        let manifest: Manifest = codec::decode("manifest", key, value)?;
+        // One that can't be read explains nothing.
+        let manifest = codec::decode("manifest", key, value).unwrap_or_else(|_| Manifest::default());
         let digest = <[u8; 32]>::try_from(&key[prefix.len()..]);
         if manifest.created <= limit && !digest.is_ok_and(|digest| wanted.contains(&digest)) {
             batch.delete(Cf::Content, key);

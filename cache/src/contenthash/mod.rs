@@ -69,6 +69,7 @@ pub fn content_digest(snapshot: Option<&SnapshotRef>, query: &ContentQuery) -> R
         }
         view => query::digest(Some((&view?, snapshot)), query, &mut listing)?,
     };
+    let _kept = snapshot.shared().manifests.read();
     let mut batch = Batch::new();
     if !manifest::is_kept(kv, &digest)? {
         listing.keep(kv, &mut batch, &digest)?;

@@ -53,7 +53,8 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     drop(guard);
     if let Some(recording) = recording {
         recording.finish(metadata, outcome.as_ref().err().cloned()).await;
-        if !vertices.is_empty() {
+        // What the history does not keep needs no explanation.
+        if !vertices.is_empty() && matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
             let project = project(daemon, &request).await;
             daemon.explanations.add(explain::Ended { id: request.r#ref.clone(), project, vertices });
         }

@@ -49,12 +49,18 @@ pub(crate) struct Explanations {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     /// In the order in which they ended; `None` until they are read.
     records: Option<Vec<(String, Record)>>,
     /// How many graphs were dropped since the last sweep.
     dropped: usize,
+}
+
+impl Default for State {
+    /// What an earlier daemon dropped, or left when it was killed, was not counted: the first sweep comes at once.
+    fn default() -> Self {
+        Self { records: None, dropped: SWEEP }
+    }
 }
 
 /// What is kept of a build to find it by.
@@ -304,6 +310,11 @@ impl Explanations {
         state.dropped = 0;
         let digests: HashSet<String> =
             self.records(state)?.iter().map(|(_, record)| record.graph.clone()).collect();
+        for (digest, _) in self.values.list(GRAPHS)? {
+            if !digests.contains(&digest) {
+                self.values.delete(GRAPHS, &digest)?;
+            }
+        }
         let mut wanted = HashSet::new();
         for digest in digests {
             wanted.extend(self.graph(&digest)?.iter().flat_map(Graph::contents));

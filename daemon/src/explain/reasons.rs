@@ -1,6 +1,6 @@
 //! Why a step was not cached, against the same step of an earlier build.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use kiln_cache::Eviction;
@@ -10,6 +10,9 @@ use kiln_proto::pattern;
 use kiln_solver::explain::{Found, Outcome, VertexExplanation};
 
 use super::graph::{Graph, Input};
+
+/// So many reasons of one step are told.
+const REASONS: usize = 64;
 
 /// Files that are named; the others are counted.
 const NAMED: usize = 10;
@@ -133,12 +136,18 @@ impl Comparison<'_> {
             verdict.own = self.parts(at, old, before);
         }
         let (inputs, former) = (&self.new.nodes[at].inputs, &old.nodes[before].inputs);
+        let mut by_vertex = HashMap::new();
+        if inputs.len() != former.len() {
+            for former in former {
+                by_vertex.entry(former.vertex as usize).or_insert(former);
+            }
+        }
         for (place, input) in inputs.iter().enumerate() {
             // Where there are more or fewer than before, places don't say which is which.
             let paired = self.counterpart(input.vertex as usize).map(|(_, at)| at);
             let former = match inputs.len() == former.len() {
                 true => former.get(place),
-                false => former.iter().find(|former| Some(former.vertex as usize) == paired),
+                false => paired.and_then(|paired| by_vertex.get(&paired).copied()),
             };
             let Some(former) = former else { continue };
             self.input(vertex, place, (input, former), old, below, &mut verdict);
@@ -226,6 +235,10 @@ impl Comparison<'_> {
         below: &[Verdict],
         verdict: &mut Verdict,
     ) {
+        // A vertex may have any number of inputs, and nobody reads on for ever.
+        if verdict.own.len() >= REASONS {
+            return;
+        }
         let (at, before) = (input.vertex as usize, former.vertex as usize);
         let paired = self.counterpart(at).map(|(_, at)| at);
         let instead = |how: &str, verdict: &mut Verdict| {

@@ -39,10 +39,15 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
         reference.clone_from(&job.request.r#ref);
         Ok(job)
     });
-    if plan.args.explain && !matches!(response, Err(CliError::Interrupted(_) | CliError::Connect(_))) {
-        explain::build(connection, &reference, plan.args.format)?;
+    let explains =
+        plan.args.explain && !matches!(response, Err(CliError::Interrupted(_) | CliError::Connect(_)));
+    let finished = response.and_then(|response| finish(&response, &plan.args));
+    if explains {
+        let explained = explain::build(connection, &reference, plan.args.format);
+        // The outcome of the build itself is what counts.
+        return finished.and(explained);
     }
-    finish(&response?, &plan.args)
+    finished
 }
 
 /// What to build, with everything from this machine looked up.

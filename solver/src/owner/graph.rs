@@ -118,10 +118,18 @@ pub(super) struct Tried {
 
 impl Tried {
     pub(super) fn set(&mut self, kind: KeyKind) {
+        *self.of(kind) = true;
+    }
+
+    pub(super) fn clear(&mut self, kind: KeyKind) {
+        *self.of(kind) = false;
+    }
+
+    fn of(&mut self, kind: KeyKind) -> &mut bool {
         match kind {
-            KeyKind::Definition => self.definition = true,
-            KeyKind::Content => self.content = true,
-            KeyKind::Output => self.output = true,
+            KeyKind::Definition => &mut self.definition,
+            KeyKind::Content => &mut self.content,
+            KeyKind::Output => &mut self.output,
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::error::SolveError;
 use crate::explain::{self, InputExplanation, KeyKind, VertexExplanation};
 use crate::keys::Part;
 use crate::op::{CacheMap, Key, OpError};
-use crate::produced::Produced;
+use crate::produced::Opened;
 use crate::solver::Shared;
 use crate::work::Outcome;
 use graph::{Definition, InputPart, OutputDigest, Step, Vertex};
@@ -59,7 +59,7 @@ pub(crate) enum Event<R> {
     /// An operation said what it depends on.
     Mapped { vertex: NodeIndex, map: Result<CacheMap, OpError> },
     /// A record's results were loaded, or are gone. `epoch` tells a stale answer.
-    Opened { vertex: NodeIndex, epoch: u64, found: RecordFound, result: Result<Option<Produced<R>>, OpError> },
+    Opened { vertex: NodeIndex, epoch: u64, found: RecordFound, result: Result<Opened<R>, OpError> },
     /// What a vertex reads of one of its inputs was digested.
     ContentDigest { vertex: NodeIndex, input: usize, digest: Result<Key, OpError> },
     /// A whole output was digested.

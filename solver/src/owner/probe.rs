@@ -11,7 +11,7 @@ use super::{Event, Owner, RecordFound};
 use crate::explain::{Found, KeyKind, Lookup};
 use crate::keys::{OUTPUT_KEY, Part, vertex_key};
 use crate::op::{CacheMap, Key, OpError};
-use crate::produced::{Produced, open};
+use crate::produced::{Opened, open};
 use crate::work::{self, Job, JobInput, Outcome, Work, guarded};
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
@@ -182,22 +182,25 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         place: NodeIndex,
         epoch: u64,
         found: RecordFound,
-        result: Result<Option<Produced<R>>, OpError>,
+        result: Result<Opened<R>, OpError>,
     ) {
         if self.graph[place].epoch != epoch || !matches!(self.graph[place].step, Step::Opening) {
             return;
         }
         match result {
-            Ok(Some(produced)) => {
+            Ok(Opened::Found(produced)) => {
                 self.report_cached(place);
                 return self.finish(place, Arc::new(produced));
             }
-            Ok(None) => {
-                let record = self.shared.keys.get(found.key.as_bytes()).ok().flatten();
-                if let Err(error) = self.shared.keys.remove(found.key.as_bytes()) {
-                    tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a stale record was not removed");
+            Ok(Opened::Gone(results)) => {
+                match self.shared.keys.remove(found.key.as_bytes(), &results) {
+                    Ok(true) => {}
+                    // Somebody has made it anew.
+                    Ok(false) => self.graph[place].tried.clear(found.kind),
+                    Err(error) => {
+                        tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a stale record was not removed");
+                    }
                 }
-                let results = record.map(|record| record.results).unwrap_or_default();
                 self.note(place, found.kind, found.key, Found::Gone(results));
             }
             Err(error) => self.note(place, found.kind, found.key, Found::Unreadable(error.message)),

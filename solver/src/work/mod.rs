@@ -205,13 +205,8 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
     }
     *work.claims.lock().unwrap_or_else(PoisonError::into_inner) = claims.clone();
 
-    let mut done = Done {
-        held: None,
-        shared: shared.clone(),
-        board: work.board.clone(),
-        work: Arc::downgrade(&work),
-        claims,
-    };
+    let done =
+        Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work), claims };
     let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
     let (of_task, board) = (shared.clone(), work.board.clone());
     let mut running = Box::pin(async move {
@@ -223,8 +218,6 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
     // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record.
     if at_once && let Some(end) = (&mut running).now_or_never() {
         done.board.finish(end.outcome.clone());
-        // Askers let go of it now; until it is recorded others must find it here.
-        done.held = Some(work.clone());
         if let Some(entry) = done.entry(end) {
             shared.record(entry);
         }
@@ -245,8 +238,6 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
 
 /// What remains to be done when work has ended.
 struct Done<R> {
-    /// Keeps the claims.
-    held: Option<Arc<Work<R>>>,
     shared: Arc<Shared<R>>,
     board: Arc<Board<R>>,
     work: Weak<Work<R>>,
@@ -256,8 +247,10 @@ struct Done<R> {
 impl<R: Clone + Send + Sync + 'static> Done<R> {
     /// Askers hear of it when it is recorded, or at once where there is nothing to record.
     fn entry(self, end: End<R>) -> Option<Entry> {
-        let Self { held, shared, board, work, claims } = self;
+        let Self { shared, board, work, claims } = self;
         let End { outcome, changes, unkeyed } = end;
+        // Askers may leave before it is recorded; until then others must find it here.
+        let held = if changes.is_empty() { None } else { work.upgrade() };
         let then = move || {
             // What can be found in the store is there by now, so no key is unclaimed and unknown.
             shared.in_flight.release(&claims, &work);

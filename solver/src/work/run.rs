@@ -15,7 +15,7 @@ use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
 use crate::keys::Part;
 use crate::op::{OpClass, OpContext, OpError};
-use crate::produced::{Produced, open};
+use crate::produced::{Opened, Produced, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
 use crate::solver::Shared;
 
@@ -65,7 +65,7 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
     for key in &job.shared_by {
         if shared.recorder.may_have_come(key, job.looked_up)
             && let Ok(Some(record)) = shared.keys.get(key.as_bytes())
-            && let Ok(Some(produced)) = guarded(open(shared, key, record)).await
+            && let Ok(Opened::Found(produced)) = guarded(open(shared, key, record)).await
         {
             return End::new(Ok(Arc::new(produced)), true);
         }

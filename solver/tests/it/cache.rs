@@ -275,9 +275,9 @@ impl KeyStorage for Faulty {
         self.check(&self.writes)?;
         self.inner.write(changes)
     }
-    fn remove(&self, key: &[u8; 32]) -> kiln_cache::Result<()> {
+    fn remove(&self, key: &[u8; 32], results: &[String]) -> kiln_cache::Result<bool> {
         self.check(&self.writes)?;
-        self.inner.remove(key)
+        self.inner.remove(key, results)
     }
 }
 

@@ -24,6 +24,12 @@ impl KeyBuilder {
         self.parts.push((name, value));
     }
 
+    /// Adds a value that tells people nothing.
+    pub(crate) fn unseen(&mut self, name: &str, value: &str) {
+        absorb(&mut self.hasher, name.as_bytes());
+        absorb(&mut self.hasher, value.as_bytes());
+    }
+
     /// Adds bytes that are shown by their digest.
     pub(crate) fn bytes(&mut self, name: impl Into<String>, value: &[u8]) {
         let name = name.into();

@@ -193,8 +193,8 @@ impl Op<Ref> for LocalSource {
         Box::pin(async {
             let mut key = KeyBuilder::new("kiln.local.v1");
             key.part("directory", &self.request.dir_name);
-            key.part("session", self.session.clone().unwrap_or_else(|| self.sessions.ids().join(",")));
-            key.part("unique", &self.unique);
+            key.unseen("session", &self.session.clone().unwrap_or_else(|| self.sessions.ids().join(",")));
+            key.unseen("unique", &self.unique);
             key.part("shared key hint", &self.hint);
             key.part("every file", self.every_file.to_string());
             for (name, patterns) in [
