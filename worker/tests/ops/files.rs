@@ -8,6 +8,7 @@ use std::time::Duration;
 use kiln_cache::{RecordType, Ref, SnapshotMeta};
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
+use kiln_solver::op::ResultStore;
 use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, openat};
 use rustix::io::Errno;
 
@@ -38,6 +39,9 @@ pub(crate) async fn file_actions_make_layers(world: &World) {
     )]);
     let empty = world.run(scratch, &[]).await.unwrap().remove(0);
     assert!(layer(&empty).is_empty());
+    // The store's name for what can't be gone.
+    assert_eq!(ResultStore::id(&*world.worker, &None), "");
+    assert!(matches!(world.worker.load("").await, Ok(Some(None))));
 }
 
 pub(crate) async fn removed_files_are_whiteouts(world: &World) {
