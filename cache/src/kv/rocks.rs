@@ -120,9 +120,9 @@ fn database_options() -> Result<Options> {
     options.set_keep_log_file_num(1);
     options.set_max_log_file_size(1 << 20);
     options.set_log_level(LogLevel::Error);
-    // Replaying a short log is quicker than writing a table for each family on every open; the
-    // binding has no function for this one.
-    Ok(options.get_options_from_string("avoid_flush_during_recovery=true")?)
+    // Replaying a short log is quicker than writing a table for each family on every open. Logs take no more of
+    // the disk than is in them. The binding has no functions for these.
+    Ok(options.get_options_from_string("avoid_flush_during_recovery=true;allow_fallocate=false")?)
 }
 
 fn family_options(cf: Cf, cache: &Cache) -> Options {

@@ -602,9 +602,8 @@ fn what_was_removed_is_told_with_its_rule() {
         "[[worker.oci.gcpolicy]]\n  filters = [\"type==frontend\"]\n[[worker.oci.gcpolicy]]\n  all = true\n";
     fs::write(&config, text + policies).expect("configuration");
     kiln.start();
-    kiln.build(Context::new("FROM scratch\nCOPY Dockerfile /\n").path(), &[]).ok();
     wait_until("garbage to be collected", Duration::from_secs(20), || {
-        kiln.run(&["du"]).ok().stdout.ends_with("Total:\t\t0B\n")
+        kiln.usage().iter().all(|record| record["recordType"] == "internal")
     });
     kiln.build(context.path(), &[]).ok();
     let found = explained(&kiln);
