@@ -119,12 +119,15 @@ async fn run(
             });
         }
         tokio::select! {
-            Some(done) = work.join_next() => {
-                if let Done::Listed(count) = joined(done)? {
+            Some(done) = work.join_next() => match joined(done) {
+                Ok(Done::Listed(count)) => {
                     listing = false;
                     entries = count;
                 }
-            }
+                Ok(Done::Sent) => {}
+                Err(TransferError::Closed) => return Err(last_words(&mut incoming).await),
+                Err(error) => return Err(error),
+            },
             packet = incoming.next() => {
                 let packet = packet.ok_or(TransferError::Closed)??;
                 match packet.r#type() {
@@ -137,6 +140,20 @@ async fn run(
         }
     }
     Ok(SendSummary { entries, bytes: out.content.load(Ordering::Relaxed) })
+}
+
+/// Why the other end takes no more: what it said before it went, if it did.
+async fn last_words(incoming: &mut PacketStream) -> TransferError {
+    while let Some(packet) = incoming.next().await {
+        match packet {
+            Err(status) => return status.into(),
+            Ok(packet) if packet.r#type() == PacketType::PacketErr => {
+                return TransferError::Remote(String::from_utf8_lossy(&packet.data).into_owned());
+            }
+            Ok(_) => {}
+        }
+    }
+    TransferError::Closed
 }
 
 fn joined<T>(result: Result<Result<T, TransferError>, tokio::task::JoinError>) -> Result<T, TransferError> {
