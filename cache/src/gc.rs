@@ -76,8 +76,8 @@ impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
         let shared = self.shared();
-        shared.prune(options, &evictions::command(options), &shared.ledger()?, removed)?;
-        evictions::trim(shared.kv.as_ref(), shared.eviction_notes)
+        let any = shared.prune(options, &evictions::command(options), &shared.ledger()?, removed)?;
+        if any { evictions::trim(shared.kv.as_ref(), shared.eviction_notes) } else { Ok(()) }
     }
 
     /// Applies policies in order; `removed` is called with each record that went.
@@ -87,12 +87,14 @@ impl Store {
         }
         let shared = self.shared();
         let mut entries = shared.ledger()?;
+        let mut any = false;
         for (number, policy) in policies.iter().enumerate() {
             if shared.prune(policy, &format!("GC policy {number}"), &entries, removed)? {
                 entries = shared.ledger()?;
+                any = true;
             }
         }
-        evictions::trim(shared.kv.as_ref(), shared.eviction_notes)
+        if any { evictions::trim(shared.kv.as_ref(), shared.eviction_notes) } else { Ok(()) }
     }
 }
 

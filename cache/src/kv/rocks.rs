@@ -65,22 +65,15 @@ impl RocksKv {
     }
 
     fn write_with(&self, mut batch: Batch, sync: bool) -> Result<()> {
-        let mut native = WriteBatch::default();
         // A table in memory takes neighbours much faster than what is strewn about. Of changes to one key the last counts.
         batch.changes.sort_by(|a, b| a.place().cmp(&b.place()));
-        for change in batch.changes {
-            match change {
-                Change::Put(cf, key, value) => native.put_cf(self.family(cf)?, key, value),
-                Change::Delete(cf, key) => native.delete_cf(self.family(cf)?, key),
-            }
-        }
         let mut options = WriteOptions::default();
         options.set_sync(sync);
         // RocksDB itself would wait on a full disk until somebody makes room, however long that takes.
         options.set_no_slowdown(true);
         let began = Instant::now();
         loop {
-            match self.db.write_opt(WriteBatch::from_data(native.data()), &options) {
+            match self.db.write_opt(self.native(&batch)?, &options) {
                 Err(error) if error.kind() == ErrorKind::Incomplete => {
                     if !self.has_room()? {
                         return Err(StoreError::io("write tables in", &self.dir, rustix::io::Errno::NOSPC));
@@ -93,6 +86,17 @@ impl RocksKv {
                 written => return Ok(written?),
             }
         }
+    }
+
+    fn native(&self, batch: &Batch) -> Result<WriteBatch> {
+        let mut native = WriteBatch::default();
+        for change in &batch.changes {
+            match change {
+                Change::Put(cf, key, value) => native.put_cf(self.family(*cf)?, key, value),
+                Change::Delete(cf, key) => native.delete_cf(self.family(*cf)?, key),
+            }
+        }
+        Ok(native)
     }
 
     fn has_room(&self) -> Result<bool> {

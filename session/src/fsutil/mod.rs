@@ -77,6 +77,11 @@ impl TransferError {
     ) -> Self {
         Self::Io { action, path: path.into(), source: source.into() }
     }
+
+    /// What the peer says in an error packet.
+    fn remote(packet: &Packet) -> Self {
+        Self::Remote(String::from_utf8_lossy(&packet.data).into_owned())
+    }
 }
 
 impl From<Status> for TransferError {

@@ -90,7 +90,7 @@ fn run(
             },
             PacketType::PacketData => receiver.data(packet.id, &packet.data)?,
             PacketType::PacketErr => {
-                return Err(TransferError::Remote(String::from_utf8_lossy(&packet.data).into_owned()));
+                return Err(TransferError::remote(&packet));
             }
             other => return Err(TransferError::Protocol(format!("unexpected {}", other.as_str_name()))),
         }
@@ -105,7 +105,7 @@ fn run(
         match packet.r#type() {
             PacketType::PacketFin => return Ok(received),
             PacketType::PacketErr => {
-                return Err(TransferError::Remote(String::from_utf8_lossy(&packet.data).into_owned()));
+                return Err(TransferError::remote(&packet));
             }
             // A peer that answers a request twice; the content is there already.
             PacketType::PacketData if packet.data.is_empty() => {}

@@ -133,7 +133,7 @@ async fn run(
                 match packet.r#type() {
                     PacketType::PacketReq => queue.push_back(packet.id),
                     PacketType::PacketFin => break,
-                    PacketType::PacketErr => return Err(TransferError::Remote(String::from_utf8_lossy(&packet.data).into_owned())),
+                    PacketType::PacketErr => return Err(TransferError::remote(&packet)),
                     other => return Err(TransferError::Protocol(format!("unexpected {}", other.as_str_name()))),
                 }
             }
@@ -147,9 +147,7 @@ async fn last_words(incoming: &mut PacketStream) -> TransferError {
     while let Some(packet) = incoming.next().await {
         match packet {
             Err(status) => return status.into(),
-            Ok(packet) if packet.r#type() == PacketType::PacketErr => {
-                return TransferError::Remote(String::from_utf8_lossy(&packet.data).into_owned());
-            }
+            Ok(packet) if packet.r#type() == PacketType::PacketErr => return TransferError::remote(&packet),
             Ok(_) => {}
         }
     }

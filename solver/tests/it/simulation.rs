@@ -115,7 +115,7 @@ impl Life {
         (settled, records)
     }
 
-    /// Nodes whose results have no lasting identity, or that always run.
+    /// True if the node, or one below it, runs in every build.
     fn forced(&self, node: usize) -> bool {
         below(&self.nodes, node).iter().any(|&at| self.nodes[at].ignore_cache)
     }
@@ -148,9 +148,11 @@ impl Life {
         }
         for Settled { record, .. } in settled {
             for i in 0..self.nodes.len() {
-                let states = record.states(&name(i));
-                let ended = states.last().is_none_or(|s| s.started.is_none() || s.completed.is_some());
-                assert!(ended, "seed {seed}: {i} is shown as running: {:?}", record.words(&name(i)));
+                assert!(
+                    !record.shows_running(&name(i)),
+                    "seed {seed}: {i} is shown as running: {:?}",
+                    record.words(&name(i))
+                );
             }
         }
     }

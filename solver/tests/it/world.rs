@@ -502,6 +502,11 @@ impl Record {
         self.0.lock().unwrap().iter().filter_map(state).collect()
     }
 
+    /// True if a vertex was last shown as begun and not ended.
+    pub(crate) fn shows_running(&self, name: &str) -> bool {
+        self.states(name).last().is_some_and(|state| state.started.is_some() && state.completed.is_none())
+    }
+
     /// The same in words.
     pub(crate) fn words(&self, name: &str) -> Vec<String> {
         let word = |state: VertexState| match (state.started, state.completed, state.cached) {

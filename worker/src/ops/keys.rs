@@ -19,8 +19,7 @@ impl KeyBuilder {
     /// Adds a value that people can read.
     pub(crate) fn part(&mut self, name: impl Into<String>, value: impl Into<String>) {
         let (name, value) = (name.into(), value.into());
-        absorb(&mut self.hasher, name.as_bytes());
-        absorb(&mut self.hasher, value.as_bytes());
+        self.unseen(&name, &value);
         self.parts.push((name, value));
     }
 
