@@ -16,6 +16,10 @@ use kiln_solver::op::{
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
 
+/// As in the daemon.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ROUNDS: usize = 3;
 const SHAPES: [&str; 4] = ["chain", "wide", "grid", "random"];
 
