@@ -13,14 +13,8 @@ use crate::kv::{Batch, Cf, Kv};
 pub struct KeyRecord {
     /// Names of the results, one for each output; the empty string stands for scratch.
     pub results: Vec<String>,
-    /// Digest (`sha256:…`) of the vertex that made them.
-    pub vertex: Arc<str>,
-    /// That vertex's display name.
+    /// Display name of the vertex that made them.
     pub name: Arc<str>,
-    /// When it finished.
-    pub created: SystemTime,
-    /// How long it ran.
-    pub duration: Duration,
     /// The content key of the vertex, where it says more than the definition key.
     pub content_key: Option<[u8; 32]>,
 }
@@ -60,6 +54,10 @@ pub trait KeyStorage: Send + Sync + 'static {
     fn get(&self, key: &[u8; 32]) -> Result<Option<KeyRecord>>;
     /// What is known of an operation by its digest.
     fn op(&self, digest: &[u8; 32]) -> Result<Option<OpRecord>>;
+    /// True if a write may take long, so that no task should wait for it in place.
+    fn blocks(&self) -> bool {
+        true
+    }
     /// Remembers all of `changes`, or nothing.
     fn write(&self, changes: &[KeyChange]) -> Result<()>;
     /// Forgets a key whose record names these results, which are gone; false if it names others by now.
@@ -93,6 +91,10 @@ impl KeyStorage for KeyStore {
             duration: Duration::from_nanos(encoded.duration),
             follows_outputs: encoded.follows_outputs,
         }))
+    }
+
+    fn blocks(&self) -> bool {
+        self.kv.blocks()
     }
 
     fn write(&self, changes: &[KeyChange]) -> Result<()> {
@@ -141,25 +143,16 @@ pub(crate) fn today() -> u32 {
     u32::try_from(days).unwrap_or(u32::MAX)
 }
 
+/// Tags 2, 4, 5, 6 and 8 were used by earlier versions.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Encoded {
     #[prost(string, repeated, tag = "1")]
     pub(crate) results: Vec<String>,
-    /// A digest that is not sha256.
-    #[prost(string, tag = "2")]
-    vertex: String,
     #[prost(string, tag = "3")]
     name: String,
-    #[prost(int64, tag = "4")]
-    created: i64,
-    #[prost(uint64, tag = "5")]
-    duration: u64,
     /// Empty stands for none.
     #[prost(bytes = "vec", tag = "7")]
     content_key: Vec<u8>,
-    /// The bytes of a sha256 digest.
-    #[prost(bytes = "vec", tag = "8")]
-    vertex_sha256: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -173,19 +166,12 @@ pub(crate) struct EncodedOp {
     pub(crate) day: u32,
 }
 
-const SHA256: &str = "sha256:";
-
 impl From<&KeyRecord> for Encoded {
     fn from(record: &KeyRecord) -> Self {
-        let sha256 = record.vertex.strip_prefix(SHA256).and_then(|digits| hex::decode(digits).ok());
         Self {
             results: record.results.clone(),
-            vertex: if sha256.is_some() { String::new() } else { record.vertex.to_string() },
             name: record.name.to_string(),
-            created: codec::nanos(record.created),
-            duration: nanos(record.duration),
             content_key: record.content_key.map_or_else(Vec::new, |d| d.to_vec()),
-            vertex_sha256: sha256.unwrap_or_default(),
         }
     }
 }
@@ -201,17 +187,6 @@ impl Encoded {
             true => None,
             false => Some(self.content_key.try_into().map_err(|_| corrupt())?),
         };
-        let vertex = match self.vertex_sha256.is_empty() {
-            true => self.vertex,
-            false => format!("{SHA256}{}", hex::encode(self.vertex_sha256)),
-        };
-        Ok(KeyRecord {
-            results: self.results,
-            vertex: vertex.into(),
-            name: self.name.into(),
-            created: codec::time(self.created),
-            duration: Duration::from_nanos(self.duration),
-            content_key,
-        })
+        Ok(KeyRecord { results: self.results, name: self.name.into(), content_key })
     }
 }

@@ -157,14 +157,7 @@ fn cache_mounts_and_local_sources_stay_below_the_budget_and_go_first_above_it() 
 }
 
 fn record(result: &str) -> KeyRecord {
-    KeyRecord {
-        results: vec![result.to_owned(), String::new()],
-        vertex: "".into(),
-        name: "".into(),
-        created: SystemTime::UNIX_EPOCH,
-        duration: Duration::ZERO,
-        content_key: None,
-    }
+    KeyRecord { results: vec![result.to_owned(), String::new()], name: "".into(), content_key: None }
 }
 
 /// A store that keeps no notes on what it removed.

@@ -71,14 +71,7 @@ fn everything_survives_a_clean_restart_and_a_reboot() {
     };
     let blob = store.blobs().put(b"content").unwrap().digest().to_owned();
     store.values().put("git", "url", b"commit").unwrap();
-    let record = kiln_cache::KeyRecord {
-        results: vec![top.clone()],
-        vertex: "".into(),
-        name: "".into(),
-        created: std::time::SystemTime::UNIX_EPOCH,
-        duration: Default::default(),
-        content_key: None,
-    };
+    let record = kiln_cache::KeyRecord { results: vec![top.clone()], name: "".into(), content_key: None };
     let change = kiln_cache::KeyChange::Record { keys: vec![[1; 32]], record: record.into() };
     store.keys().write(&[change]).unwrap();
     store.close().unwrap();

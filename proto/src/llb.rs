@@ -11,6 +11,8 @@ pub use builder::Builder;
 pub use load::{LoadError, Loaded, LoadedVertex, load, validate};
 pub use name::default_name;
 
+use std::borrow::Cow;
+
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, message, string};
 use sha2::{Digest, Sha256};
@@ -24,16 +26,11 @@ pub const CUSTOM_NAME: &str = "llb.customname";
 pub const EMPTY: i64 = -1;
 
 /// The digest of `bytes` as vertices carry it: `sha256:` and lower-case hex.
-pub fn digest(bytes: &[u8]) -> String {
-    const ALGORITHM: &str = "sha256:";
-    let mut text = String::with_capacity(ALGORITHM.len() + 64);
-    text.push_str(ALGORITHM);
-    for byte in Sha256::digest(bytes) {
-        for digit in [byte >> 4, byte & 0xf] {
-            text.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
-        }
-    }
-    text
+pub fn digest<T: for<'a> From<Cow<'a, str>>>(bytes: &[u8]) -> T {
+    let mut text = *b"sha256:0000000000000000000000000000000000000000000000000000000000000000";
+    // The room is right: 64 digits.
+    let _ = hex::encode_to_slice(Sha256::digest(bytes), &mut text[7..]);
+    T::from(String::from_utf8_lossy(&text))
 }
 
 /// The canonical bytes of an operation, equal to what Go clients of LLB send: inputs, platform,
@@ -131,6 +128,9 @@ mod tests {
 
     #[test]
     fn digest_is_sha256_hex() {
-        assert_eq!(digest(b""), "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_eq!(
+            digest::<String>(b""),
+            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
     }
 }

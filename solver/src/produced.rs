@@ -1,7 +1,7 @@
 //! The results of one vertex together with what the key store knows of them. Shared by all builds
 //! that got them from the same run; keeps the results alive.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kiln_cache::{KeyChange, KeyRecord};
 use tokio::sync::OnceCell;
@@ -11,7 +11,8 @@ use crate::solver::Shared;
 
 pub(crate) struct Produced<R> {
     pub(crate) outputs: Vec<R>,
-    digests: Box<[OnceCell<Key>]>,
+    /// One for each output, once any was asked for.
+    digests: OnceLock<Box<[OnceCell<Key>]>>,
     recorded: Mutex<Recorded>,
 }
 
@@ -34,8 +35,11 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
     }
 
     fn new(outputs: Vec<R>, record: KeyRecord, keys: Vec<Key>) -> Self {
-        let digests = outputs.iter().map(|_| OnceCell::new()).collect();
-        Self { outputs, digests, recorded: Mutex::new(Recorded { record: Arc::new(record), keys }) }
+        Self {
+            outputs,
+            digests: OnceLock::new(),
+            recorded: Mutex::new(Recorded { record: Arc::new(record), keys }),
+        }
     }
 
     /// The content key that the record carries.
@@ -49,9 +53,13 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
     }
 
     /// What is to be stored so that the record is found under each of `keys`; from now on it counts as stored.
-    pub(crate) fn add_keys(&self, keys: &[Key], content_key: Option<Key>) -> Option<KeyChange> {
+    pub(crate) fn add_keys(
+        &self,
+        keys: impl IntoIterator<Item = Key>,
+        content_key: Option<Key>,
+    ) -> Option<KeyChange> {
         let mut recorded = self.lock();
-        let new: Vec<Key> = keys.iter().filter(|key| !recorded.keys.contains(key)).copied().collect();
+        let new: Vec<Key> = keys.into_iter().filter(|key| !recorded.keys.contains(key)).collect();
         if new.is_empty() {
             return None;
         }
@@ -68,7 +76,8 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
 
     /// The digest of an output, computed once for all who ask.
     pub(crate) async fn output_digest(&self, shared: &Shared<R>, output: usize) -> Result<Key, OpError> {
-        let (Some(cell), Some(result)) = (self.digests.get(output), self.outputs.get(output)) else {
+        let digests = self.digests.get_or_init(|| self.outputs.iter().map(|_| OnceCell::new()).collect());
+        let (Some(cell), Some(result)) = (digests.get(output), self.outputs.get(output)) else {
             return Err(no_such_output(output, self.outputs.len(), &self.name()));
         };
         cell.get_or_try_init(|| shared.results.output_digest(result)).await.copied()

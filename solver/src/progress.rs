@@ -1,5 +1,6 @@
 //! Progress of vertices, as the wire's status stream wants it: every event names its vertex by digest.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -18,15 +19,24 @@ pub enum Event {
     Warning(VertexWarning),
 }
 
-/// The whole state of one vertex.
+/// What a vertex is, whatever becomes of it.
 #[derive(Debug, Clone, Default)]
-pub struct VertexState {
+pub struct VertexInfo {
     /// Digest of the vertex.
     pub digest: Arc<str>,
     /// Digests of its inputs.
     pub inputs: Arc<[Arc<str>]>,
     /// Display name.
     pub name: Arc<str>,
+    /// Group in which clients collapse it.
+    pub group: Option<pb::ProgressGroup>,
+}
+
+/// The whole state of one vertex.
+#[derive(Debug, Clone, Default)]
+pub struct VertexState {
+    /// Which vertex it is.
+    pub info: Arc<VertexInfo>,
     /// Started and not completed means running.
     pub started: Option<SystemTime>,
     /// When it ended.
@@ -35,8 +45,20 @@ pub struct VertexState {
     pub cached: bool,
     /// Why it failed; empty if it did not.
     pub error: String,
-    /// Group in which clients collapse it.
-    pub group: Option<Arc<pb::ProgressGroup>>,
+}
+
+impl From<VertexInfo> for VertexState {
+    fn from(info: VertexInfo) -> Self {
+        Self { info: Arc::new(info), ..Self::default() }
+    }
+}
+
+impl Deref for VertexState {
+    type Target = VertexInfo;
+
+    fn deref(&self) -> &VertexInfo {
+        &self.info
+    }
 }
 
 /// A transfer or sub-step.

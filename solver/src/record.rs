@@ -3,9 +3,11 @@
 
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_cache::{KeyChange, KeyStorage};
+use rustc_hash::FxBuildHasher;
 use tokio::sync::Notify;
 
 use crate::op::Key;
@@ -25,6 +27,8 @@ pub(crate) struct Entry {
 pub(crate) struct Recorder {
     keys: Arc<dyn KeyStorage>,
     queue: Mutex<Queue>,
+    /// How many entries are queued.
+    waiting: AtomicUsize,
     recent: Mutex<Recent>,
     written: Notify,
 }
@@ -36,25 +40,41 @@ struct Queue {
     writing: bool,
 }
 
-/// Keys that were written of late. Tells without a read that a key which was not there is still not there.
+/// Keys that were queued of late. Tells without a read that a key which was not there is still not there.
 #[derive(Default)]
 struct Recent {
     generation: u64,
-    now: HashSet<u64>,
-    before: HashSet<u64>,
+    now: HashSet<u64, FxBuildHasher>,
+    before: HashSet<u64, FxBuildHasher>,
 }
 
 impl Recorder {
     pub(crate) fn new(keys: Arc<dyn KeyStorage>) -> Self {
-        Self { keys, queue: Mutex::default(), recent: Mutex::default(), written: Notify::new() }
+        Self {
+            keys,
+            queue: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            recent: Mutex::default(),
+            written: Notify::new(),
+        }
     }
 
-    /// Queues an entry. True if nobody is writing: then the caller sees to it that [`Self::write_out`] is called.
-    #[must_use]
-    pub(crate) fn push(&self, entry: Entry) -> bool {
+    /// Queues an entry, for whoever next calls [`Self::begin`].
+    pub(crate) fn push(&self, entry: Entry) {
+        lock(&self.recent).add(&entry.changes);
         let mut queue = lock(&self.queue);
         queue.entries.push(entry);
-        !std::mem::replace(&mut queue.writing, true)
+        self.waiting.store(queue.entries.len(), Ordering::Relaxed);
+    }
+
+    /// True if something is queued and nobody is writing: then the caller sees to it that [`Self::write_out`] is called.
+    #[must_use]
+    pub(crate) fn begin(&self) -> bool {
+        if self.waiting.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let mut queue = lock(&self.queue);
+        !queue.entries.is_empty() && !std::mem::replace(&mut queue.writing, true)
     }
 
     /// Writes until nothing is queued. Blocks on the store: for microseconds an entry, unless that stalls.
@@ -66,6 +86,7 @@ impl Recorder {
                     queue.writing = false;
                     return;
                 }
+                self.waiting.store(0, Ordering::Relaxed);
                 std::mem::take(&mut queue.entries)
             };
             let (changes, then): (Vec<_>, Vec<_>) =
@@ -73,11 +94,9 @@ impl Recorder {
             let changes: Vec<KeyChange> = changes.into_iter().flatten().collect();
             // A store that can't be written costs a later build time, but doesn't make this one wrong.
             if !changes.is_empty() {
-                match self.keys.write(&changes) {
-                    Ok(()) => lock(&self.recent).add(&changes),
-                    Err(error) => {
-                        tracing::warn!(records = changes.len(), %error, "results were not recorded")
-                    }
+                let records = changes.len();
+                if let Err(error) = self.keys.write(&changes) {
+                    tracing::warn!(records, %error, "results were not recorded");
                 }
             }
             for then in then.into_iter().flatten() {
@@ -94,7 +113,7 @@ impl Recorder {
     pub(crate) async fn room(&self) {
         loop {
             let written = self.written.notified();
-            if lock(&self.queue).entries.len() < FULL {
+            if !self.is_full() {
                 return;
             }
             written.await;
@@ -102,7 +121,7 @@ impl Recorder {
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        lock(&self.queue).entries.len() >= FULL
+        self.waiting.load(Ordering::Relaxed) >= FULL
     }
 
     /// A moment, for [`Self::may_have_come`].

@@ -11,7 +11,7 @@ use crate::build::{Build, BuildOptions};
 use crate::limit::Limiter;
 use crate::op::ResultStore;
 use crate::record::{Entry, Recorder};
-use crate::work::{After, InFlight};
+use crate::work::{self, After, InFlight};
 
 /// Settings of a [`Solver`].
 #[derive(Debug, Clone, Default)]
@@ -80,18 +80,32 @@ impl<R: Clone + Send + Sync + 'static> Shared<R> {
     /// A number for a build that begins; [`Self::build_ended`] is to be called for it.
     pub(crate) fn next_build(&self) -> u64 {
         self.builds.fetch_add(1, Ordering::Relaxed);
-        self.next_build.fetch_add(1, Ordering::Relaxed)
+        let build = self.next_build.fetch_add(1, Ordering::Relaxed);
+        self.after.build_began(build);
+        build
     }
 
-    /// Has an entry written; [`Solver::idle`] waits for that.
+    /// Has an entry written.
     pub(crate) fn record(self: &Arc<Self>, entry: Entry) {
-        if self.recorder.push(entry) {
-            let shared = self.clone();
+        self.recorder.push(entry);
+        self.record_queued();
+    }
+
+    /// Has what is queued written; [`Solver::idle`] waits for that.
+    pub(crate) fn record_queued(self: &Arc<Self>) {
+        if !self.recorder.begin() {
+            return;
+        }
+        let shared = self.clone();
+        if self.keys.blocks() {
+            self.tasks.spawn_blocking(move || shared.recorder.write_out());
+        } else {
             self.tasks.spawn(async move { shared.recorder.write_out() });
         }
     }
 
-    pub(crate) fn build_ended(&self) {
+    pub(crate) fn build_ended(self: &Arc<Self>, build: u64) {
+        work::build_ended(self, build);
         if self.builds.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.recorder.forget_recent();
         }

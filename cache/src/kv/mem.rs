@@ -26,6 +26,10 @@ impl MemKv {
 }
 
 impl Kv for MemKv {
+    fn blocks(&self) -> bool {
+        false
+    }
+
     fn get(&self, cf: Cf, key: &[u8]) -> Result<Option<Vec<u8>>> {
         Ok(self.lock().get(&(cf, key.to_vec())).cloned())
     }

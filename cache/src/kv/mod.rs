@@ -133,6 +133,11 @@ pub trait Kv: Send + Sync + 'static {
     /// Applies a batch and waits until it, and all before it, is on the disk.
     fn write_durable(&self, batch: Batch) -> Result<()>;
 
+    /// True if a write may take long.
+    fn blocks(&self) -> bool {
+        true
+    }
+
     /// Called now and then: gives back memory that many writes took.
     fn settle(&self) -> Result<()> {
         Ok(())

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kiln_proto::control;
-use kiln_solver::progress::{Event, ProgressSink, VertexState, VertexStatus};
+use kiln_solver::progress::{Event, ProgressSink, VertexInfo, VertexState, VertexStatus};
 use tokio::sync::watch;
 
 use limits::{Clip, LogLimits};
@@ -238,7 +238,8 @@ pub(crate) struct Step {
 impl Step {
     /// Announces and starts it.
     pub(crate) fn start(sink: Arc<dyn ProgressSink>, digest: &str, name: &str) -> Self {
-        let mut vertex = VertexState { digest: digest.into(), name: name.into(), ..VertexState::default() };
+        let info = VertexInfo { digest: digest.into(), name: name.into(), ..VertexInfo::default() };
+        let mut vertex = VertexState::from(info);
         sink.event(Event::Vertex(vertex.clone()));
         vertex.started = Some(SystemTime::now());
         sink.event(Event::Vertex(vertex.clone()));

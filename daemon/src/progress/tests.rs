@@ -1,13 +1,13 @@
 use super::*;
-use kiln_solver::progress::VertexLog;
+use kiln_solver::progress::{VertexInfo, VertexLog};
 
 fn vertex(digest: &str, inputs: &[&str]) -> VertexState {
-    VertexState {
+    VertexState::from(VertexInfo {
         digest: digest.into(),
         name: digest.into(),
         inputs: inputs.iter().map(|input| Arc::from(*input)).collect(),
-        ..VertexState::default()
-    }
+        group: None,
+    })
 }
 
 fn started(mut vertex: VertexState) -> VertexState {

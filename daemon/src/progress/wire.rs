@@ -68,7 +68,7 @@ fn vertex(state: &VertexState) -> control::Vertex {
         started: state.started.map(timestamp),
         completed: state.completed.map(timestamp),
         error: state.error.clone(),
-        progress_group: state.group.as_deref().cloned(),
+        progress_group: state.group.clone(),
     }
 }
 

@@ -128,7 +128,7 @@ fn print(out: &mut impl Write, definition: &pb::Definition) -> std::io::Result<(
     let graph = llb::load(definition).map_err(std::io::Error::other)?;
     let root = graph.root.map(|(vertex, _)| graph.vertices[vertex].digest.clone());
     for vertex in &graph.vertices {
-        let mut shown = llbjson::vertex(vertex, |input| &graph.vertices[input].digest);
+        let mut shown = llbjson::vertex(vertex);
         if root.as_ref() == Some(&vertex.digest) {
             shown["result"] = true.into();
         }

@@ -4,13 +4,11 @@ use kiln_proto::llb::LoadedVertex;
 use kiln_proto::pb;
 use serde_json::{Map, Value, json};
 
-/// One vertex; `digest_of` names the inputs.
-pub(crate) fn vertex<'a>(vertex: &LoadedVertex, digest_of: impl Fn(usize) -> &'a str) -> Value {
-    let inputs: Vec<Value> = vertex
-        .inputs
-        .iter()
-        .map(|(input, output)| json!({"digest": digest_of(*input), "index": output}))
-        .collect();
+/// One vertex.
+pub(crate) fn vertex(vertex: &LoadedVertex) -> Value {
+    let inputs = vertex.inputs.iter().zip(&*vertex.input_digests);
+    let inputs: Vec<Value> =
+        inputs.map(|((_, output), digest)| json!({"digest": &**digest, "index": output})).collect();
     let mut out = Map::new();
     out.insert("digest".into(), (*vertex.digest).into());
     out.insert("name".into(), (*vertex.name).into());
@@ -245,11 +243,7 @@ mod tests {
         let made = builder.add(&file, Default::default());
         let definition = builder.finish(&pb::Input { digest: made, index: 0 });
         let graph = llb::load(&definition).unwrap();
-        let ops: Vec<Value> = graph
-            .vertices
-            .iter()
-            .map(|loaded| vertex(loaded, |input| &graph.vertices[input].digest)["op"].clone())
-            .collect();
+        let ops: Vec<Value> = graph.vertices.iter().map(|loaded| vertex(loaded)["op"].clone()).collect();
         assert_eq!(
             ops,
             [

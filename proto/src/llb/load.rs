@@ -2,13 +2,17 @@
 //! ones. Linear in vertices and edges, without recursion; knows nothing of limits or policy.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use prost::Message;
+use rayon::prelude::*;
+use rustc_hash::FxBuildHasher;
 
 use super::{CUSTOM_NAME, EMPTY, default_name, digest};
 use crate::pb::{self, file_action::Action, op, user_opt};
+
+/// From this many operations on, work is spread over the processors: below, that takes longer than it saves.
+const MANY: usize = 2048;
 
 /// A definition after [`load`].
 #[derive(Debug, Clone, Default)]
@@ -32,6 +36,8 @@ pub struct LoadedVertex {
     pub metadata: Arc<pb::OpMetadata>,
     /// For each input: its index in [`Loaded::vertices`] and its output number.
     pub inputs: Vec<(usize, u32)>,
+    /// For each input: the digest of its vertex.
+    pub input_digests: Arc<[Arc<str>]>,
     /// Display name: the sender's, or the operation's default.
     pub name: Arc<str>,
 }
@@ -78,42 +84,24 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     if def.def.is_empty() {
         return Ok(Loaded { source, ..Default::default() });
     }
-    let mut all: Vec<Option<Parsed>> = Vec::with_capacity(def.def.len());
-    let mut inputs: Vec<Vec<(usize, u32)>> = Vec::with_capacity(def.def.len());
-    let mut by_digest: HashMap<Arc<str>, usize> = HashMap::with_capacity(def.def.len());
-    let mut last = 0;
-    for bytes in &def.def {
-        let op = pb::Op::decode(&bytes[..]).map_err(|e| LoadError::Decode(e.to_string()))?;
-        for (i, input) in op.inputs.iter().enumerate() {
-            if u32::try_from(input.index).is_err() {
-                return Err(LoadError::OutputIndex { input: i, index: input.index });
-            }
-        }
-        let digest: Arc<str> = digest(bytes).into();
-        last = match by_digest.entry(digest.clone()) {
-            Entry::Occupied(at) => *at.get(),
-            Entry::Vacant(slot) => {
-                slot.insert(all.len());
-                all.push(Some(Parsed { digest, op: Box::new(op), metadata: None }));
-                all.len() - 1
-            }
-        };
+    let all = each(&def.def, |bytes| Parsed::decode(bytes))?;
+    let mut by_digest: HashMap<&str, usize, FxBuildHasher> =
+        HashMap::with_capacity_and_hasher(all.len(), FxBuildHasher);
+    for (at, parsed) in all.iter().enumerate() {
+        by_digest.entry(&parsed.digest).or_insert(at);
     }
-    if all.len() < 2 {
-        return Err(LoadError::TooSmall(all.len()));
+    if by_digest.len() < 2 {
+        return Err(LoadError::TooSmall(by_digest.len()));
     }
-    for parsed in all.iter().flatten() {
-        inputs.push(resolve_inputs(&parsed.op, &by_digest)?);
-    }
-    let &(root, root_output) = inputs[last].first().ok_or(LoadError::NoResult)?;
-    let digest_at = |at: usize| all[at].as_ref().map_or_else(String::new, |parsed| parsed.digest.to_string());
-    let order = topological(&inputs, root).map_err(|at| LoadError::Cycle(digest_at(at)))?;
+    let mut inputs = each(&all, |parsed| resolve_inputs(&parsed.op, &all, &by_digest))?;
+    let last = inputs.last().and_then(|inputs| inputs.edges.first());
+    let &(root, root_output) = last.ok_or(LoadError::NoResult)?;
+    let order = topological(&inputs, root).map_err(|at| LoadError::Cycle(all[at].digest.to_string()))?;
     let no_metadata = Arc::new(pb::OpMetadata::default());
+    let mut all_metadata: HashMap<usize, Arc<pb::OpMetadata>> = HashMap::new();
     for (digest, metadata) in def.metadata.iter().filter(|(_, metadata)| **metadata != *no_metadata) {
-        if let Some(&at) = by_digest.get(digest.as_str())
-            && let Some(parsed) = &mut all[at]
-        {
-            parsed.metadata = Some(Arc::new(metadata.clone()));
+        if let Some(&at) = by_digest.get(digest.as_str()) {
+            all_metadata.insert(at, Arc::new(metadata.clone()));
         }
     }
     drop(by_digest);
@@ -123,49 +111,76 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
         place[old] = new;
     }
     let mut vertices: Vec<LoadedVertex> = Vec::with_capacity(order.len());
+    let mut all: Vec<Option<Parsed>> = all.into_iter().map(Some).collect();
     for &old in &order {
-        let Some(Parsed { digest, op, metadata }) = all[old].take() else {
-            continue;
-        };
+        let Some(Parsed { digest, op }) = all[old].take() else { continue };
+        let Inputs { mut edges, digests } = std::mem::take(&mut inputs[old]);
         validate(&op).map_err(|reason| LoadError::Invalid { digest: digest.to_string(), reason })?;
-        let mut inputs = std::mem::take(&mut inputs[old]);
-        for (vertex, _) in &mut inputs {
+        for (vertex, _) in &mut edges {
             *vertex = place[*vertex];
         }
-        let metadata = metadata.unwrap_or_else(|| no_metadata.clone());
+        let metadata = all_metadata.remove(&old).unwrap_or_else(|| no_metadata.clone());
         let name = match metadata.description.get(CUSTOM_NAME) {
             Some(name) => name.as_str().into(),
             None => {
-                let names: Vec<&str> = inputs.iter().map(|&(v, _)| &*vertices[v].name).collect();
-                default_name(&op, &names).into()
+                default_name(&op, |input| edges.get(input).map_or("", |&(at, _)| &vertices[at].name)).into()
             }
         };
-        vertices.push(LoadedVertex { digest, op, metadata, inputs, name });
+        vertices.push(LoadedVertex { digest, op, metadata, inputs: edges, input_digests: digests, name });
     }
     Ok(Loaded { vertices, root: Some((place[root], root_output)), source })
+}
+
+/// Maps each item, on all processors if there are many. Of several errors it gives any one.
+fn each<T: Sync, U: Send>(
+    items: &[T],
+    map: impl Fn(&T) -> Result<U, LoadError> + Send + Sync,
+) -> Result<Vec<U>, LoadError> {
+    match items.len() {
+        0..MANY => items.iter().map(map).collect(),
+        MANY.. => items.par_iter().with_min_len(MANY / 4).map(map).collect(),
+    }
 }
 
 /// An element of a definition that has no place in the order yet. An operation is large: it is not moved about.
 struct Parsed {
     digest: Arc<str>,
     op: Box<pb::Op>,
-    metadata: Option<Arc<pb::OpMetadata>>,
 }
 
-fn resolve_inputs(op: &pb::Op, by_digest: &HashMap<Arc<str>, usize>) -> Result<Vec<(usize, u32)>, LoadError> {
+impl Parsed {
+    fn decode(bytes: &[u8]) -> Result<Self, LoadError> {
+        let op = Box::new(pb::Op::decode(bytes).map_err(|e| LoadError::Decode(e.to_string()))?);
+        Ok(Self { digest: digest(bytes), op })
+    }
+}
+
+/// What an element needs, by place among all elements.
+#[derive(Default)]
+struct Inputs {
+    edges: Vec<(usize, u32)>,
+    digests: Arc<[Arc<str>]>,
+}
+
+fn resolve_inputs(
+    op: &pb::Op,
+    all: &[Parsed],
+    by_digest: &HashMap<&str, usize, FxBuildHasher>,
+) -> Result<Inputs, LoadError> {
     let resolve = |(i, input): (usize, &pb::Input)| {
-        let vertex = by_digest
-            .get(input.digest.as_str())
-            .ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
         let output = u32::try_from(input.index)
             .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
-        Ok((*vertex, output))
+        let vertex = by_digest.get(&*input.digest);
+        let vertex = *vertex.ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
+        Ok((vertex, output))
     };
-    op.inputs.iter().enumerate().map(resolve).collect()
+    let edges = op.inputs.iter().enumerate().map(resolve).collect::<Result<Vec<_>, _>>()?;
+    let digests = edges.iter().map(|&(at, _)| all[at].digest.clone()).collect();
+    Ok(Inputs { edges, digests })
 }
 
 /// What `root` needs, inputs first; `Err` names a vertex of a cycle.
-fn topological(inputs: &[Vec<(usize, u32)>], root: usize) -> Result<Vec<usize>, usize> {
+fn topological(inputs: &[Inputs], root: usize) -> Result<Vec<usize>, usize> {
     #[derive(Clone, Copy, PartialEq)]
     enum State {
         New,
@@ -177,7 +192,7 @@ fn topological(inputs: &[Vec<(usize, u32)>], root: usize) -> Result<Vec<usize>, 
     let mut stack = vec![(root, 0)];
     state[root] = State::Open;
     while let Some((at, next)) = stack.pop() {
-        let Some(&(input, _)) = inputs[at].get(next) else {
+        let Some(&(input, _)) = inputs[at].edges.get(next) else {
             state[at] = State::Done;
             order.push(at);
             continue;

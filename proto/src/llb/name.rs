@@ -7,8 +7,8 @@ use crate::pb::{self, file_action::Action, op};
 /// graph that uses inputs twice; longer names are cut here.
 const MAX_LEN: usize = 4096;
 
-/// The default name of `op`, given the names of its inputs (in the order of [`pb::Op::inputs`]).
-pub fn default_name(op: &pb::Op, inputs: &[&str]) -> String {
+/// The default name of `op`. `input` gives the name of each of its inputs, by its place in [`pb::Op::inputs`].
+pub fn default_name<'a>(op: &pb::Op, input: impl Fn(usize) -> &'a str) -> String {
     let name = match &op.op {
         Some(op::Op::Source(source)) => source.identifier.clone(),
         Some(op::Op::Exec(exec)) => exec.meta.as_ref().map(|m| m.args.join(" ")).unwrap_or_default(),
@@ -18,13 +18,16 @@ pub fn default_name(op: &pb::Op, inputs: &[&str]) -> String {
             names.join(", ")
         }
         Some(op::Op::Build(_)) => "build".to_string(),
-        Some(op::Op::Merge(_)) => format!("merge ({})", inputs.join(", ")),
+        Some(op::Op::Merge(_)) => {
+            let names: Vec<&str> = (0..op.inputs.len()).map(input).collect();
+            format!("merge ({})", names.join(", "))
+        }
         Some(op::Op::Diff(diff)) => {
-            let side = |input: Option<i64>| match input {
+            let side = |side: Option<i64>| match side {
                 Some(EMPTY) | None => "scratch".to_string(),
                 Some(i) => {
-                    let name = usize::try_from(i).ok().and_then(|i| inputs.get(i)).copied();
-                    format!("({})", name.unwrap_or_default())
+                    let at = usize::try_from(i).ok().filter(|&i| i < op.inputs.len());
+                    format!("({})", at.map(&input).unwrap_or_default())
                 }
             };
             let lower = side(diff.lower.as_ref().map(|l| l.input));

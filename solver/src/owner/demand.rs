@@ -1,13 +1,14 @@
 //! Who wants what. A vertex is worked on while a request or a consumer wants it; when the last one
 //! withdraws, what it has going on is cancelled and it may be wanted again later.
 
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use petgraph::graph::NodeIndex;
 use tokio::sync::oneshot;
 
-use super::graph::{Content, InputPart, Map, OutputDigest, Step, Tried};
+use super::arena::{Content, InputPart, Map, News, OutputDigest, Step, Tried};
 use super::report::MapProgress;
 use super::{Edge, Event, Owner, Request};
 use crate::error::SolveError;
@@ -62,17 +63,23 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     /// Asks all operations below for what they depend on.
     fn ask_maps(&mut self, root: NodeIndex) {
-        let mut worklist = vec![root];
-        while let Some(place) = worklist.pop() {
-            let vertex = &mut self.graph[place];
+        let mut asked = Vec::new();
+        let mut frontier = BinaryHeap::from([root]);
+        while let Some(place) = frontier.pop() {
             // Whatever was asked before had everything below it asked, too.
-            if !matches!(vertex.map, Map::Unasked) || vertex.is_settled() {
-                continue;
+            if self.graph[place].is_unasked() && asked.last() != Some(&place) {
+                asked.push(place);
+                let below = self.graph[place].inputs.iter().map(|edge| edge.vertex);
+                frontier.extend(below.filter(|&below| self.graph[below].is_unasked()));
             }
+        }
+        self.unranked.extend_from_slice(&asked);
+        // In the order of the arena, so that inputs come before who uses them: those find the keys below them there,
+        // and nobody above was asked earlier, so nobody needs to be told.
+        for place in asked.into_iter().rev() {
+            let vertex = &mut self.graph[place];
             let progress = Arc::new(MapProgress::new(vertex.state.clone(), self.options.progress.clone()));
             vertex.map = Map::Asked(progress.clone());
-            worklist.extend(vertex.inputs.iter().map(|edge| edge.vertex));
-            self.unranked.push(place);
             let context = OpContext {
                 progress: VertexProgress::new(vertex.state.digest.clone(), progress),
                 ignore_cache: vertex.ignore_cache,
@@ -83,8 +90,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 Event::Mapped { vertex: place, map }
             };
             // Taken in at once: for a large graph the answers would fill the queue.
-            if let Some(event) = self.spawn_unless_ready(event) {
-                self.handle(event);
+            if let Some(Event::Mapped { vertex, map }) = self.spawn_unless_ready(event) {
+                let _ = self.mapped(vertex, map);
+                self.consider(vertex);
             }
         }
     }
@@ -128,7 +136,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let count = inputs.len();
         let vertex = &mut self.graph[place];
         vertex.inputs_wanted = true;
-        vertex.inputs_missing = missing;
+        vertex.inputs_missing = missing as u32;
         for input in 0..count {
             self.want(self.graph[place].inputs[input].vertex);
         }
@@ -178,7 +186,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             });
         } else if below.content.is_none() && map.persistent {
             match self.output_digests.get(&edge) {
-                Some(&OutputDigest::Known(digest)) => self.know_part(place, input, Part::Output(digest)),
+                Some(&OutputDigest::Known(digest)) => {
+                    self.know_part(place, input, InputPart::Digest(Box::new(Part::Output(digest))));
+                }
                 _ => self.ask_output_digest(edge),
             }
         }
@@ -210,16 +220,16 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         vertex.step = Step::Done(produced.clone());
         self.release_inputs(place);
         if learned.is_some() {
-            self.spread_content(place);
+            self.spread(place, News { definition: false, content: true });
         }
 
         let keys = self.recorded_under(place);
         let content = self.graph[place].content.filter(|content| content.distinct).map(|content| content.key);
-        if let Some(change) = produced.add_keys(&keys, content) {
-            self.shared.record(Entry { changes: vec![change], then: None });
+        if let Some(change) = produced.add_keys(keys, content) {
+            self.shared.recorder.push(Entry { changes: vec![change], then: None });
         }
-        let mut uses = self.uses(place);
-        while let Some((above, input)) = self.next_use(&mut uses) {
+        let mut uses = self.graph.uses(place);
+        while let Some((above, input)) = self.graph.next_use(&mut uses) {
             let vertex = &mut self.graph[above];
             if vertex.inputs_wanted && !vertex.is_settled() {
                 vertex.inputs_missing -= 1;
@@ -251,8 +261,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             vertex.epoch += 1;
             vertex.step = Step::Failed(error.clone());
             self.release_inputs(place);
-            let mut uses = self.uses(place);
-            while let Some((above, _)) = self.next_use(&mut uses) {
+            let mut uses = self.graph.uses(place);
+            while let Some((above, _)) = self.graph.next_use(&mut uses) {
                 if unmapped || self.graph[above].inputs_wanted {
                     worklist.push(above);
                 }

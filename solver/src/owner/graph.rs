@@ -1,173 +1,24 @@
-//! The arena: vertices, how definitions enter it, and how keys spread upwards from the sources.
+//! How definitions enter the arena, and how keys spread upwards from the sources.
 //! Everything is a worklist: no recursion over the graph.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_proto::llb;
-use petgraph::Direction;
-use petgraph::graph::{DefaultIx, NodeIndex, WalkNeighbors};
+use petgraph::graph::NodeIndex;
 
-use super::report::{MapProgress, Watched};
+use super::arena::{Content, Definition, InputPart, Map, News, Step, Tried, Vertex};
 use super::{Edge, Owner};
 use crate::error::SolveError;
-use crate::explain::{KeyKind, Lookup};
 use crate::keys::{CONTENT_KEY, DEFINITION_KEY, Part, vertex_key};
-use crate::op::{CacheMap, Key, Op, OpError, OpVertex};
-use crate::produced::Produced;
-use crate::progress::{Event as ProgressEvent, VertexState};
-
-/// A vertex of a build. What is known of it only grows; [`Step`] is where it stands while wanted.
-pub(super) struct Vertex<R> {
-    pub(super) op: Arc<dyn Op<R>>,
-    pub(super) inputs: Vec<Edge>,
-    pub(super) ignore_cache: bool,
-    /// It or something below it must run anew: its definition key says nothing about its result.
-    pub(super) fresh: bool,
-    /// Who it is, and what the progress stream says of it.
-    pub(super) state: VertexState,
-    /// Another vertex with the same digest.
-    namesake: Option<NodeIndex>,
-    pub(super) announced: bool,
-    /// Everything below was reported as done.
-    pub(super) reported_below: bool,
-
-    pub(super) map: Map,
-    pub(super) definition: Definition,
-    definition_missing: usize,
-    pub(super) content: Option<Content>,
-    /// For each input, what it contributes to the content key.
-    pub(super) parts: Vec<InputPart>,
-    content_missing: usize,
-    pub(super) output_key: Option<Key>,
-
-    pub(super) step: Step<R>,
-    /// Counts steps taken back, to tell answers that are no longer waited for.
-    pub(super) epoch: u64,
-    pub(super) tried: Tried,
-    /// The recorder's moment before the first look-up of this attempt.
-    pub(super) looked_up: u64,
-    /// How many consumers and requests want the result.
-    pub(super) wanted: usize,
-    pub(super) inputs_wanted: bool,
-    pub(super) inputs_missing: usize,
-    pub(super) outputs_missing: usize,
-    /// Longest path from its start to the end of the build, once ranked; until then, the
-    /// longest below its consumers.
-    pub(super) remaining: Duration,
-    pub(super) lookups: Vec<Lookup>,
-}
-
-/// What the operation says it depends on.
-pub(super) enum Map {
-    Unasked,
-    Asked(Arc<MapProgress>),
-    Known(Arc<CacheMap>),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Definition {
-    Unknown,
-    /// Something below has no identity beyond this build.
-    Absent,
-    Known(Key),
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Content {
-    pub(super) key: Key,
-    /// It may recognise what the definition key does not.
-    pub(super) distinct: bool,
-    /// Something that it stands for must run anew.
-    pub(super) fresh: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum InputPart {
-    Unknown,
-    Asked,
-    Known(Part),
-}
-
-/// The digest of a done vertex's output, once it was asked for.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum OutputDigest {
-    Asked,
-    Known(Key),
-    Failed,
-}
-
-pub(super) enum Step<R> {
-    /// It isn't wanted, or waits for keys, inputs or digests.
-    Waiting,
-    /// A record was found; its results are being loaded.
-    Opening,
-    /// Somebody is at it.
-    Working(Watched<R>),
-    Done(Arc<Produced<R>>),
-    Failed(Arc<SolveError>),
-}
-
-/// Which keys were looked up.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Tried {
-    pub(super) definition: bool,
-    pub(super) content: bool,
-    pub(super) output: bool,
-}
-
-impl Tried {
-    pub(super) fn set(&mut self, kind: KeyKind) {
-        *self.of(kind) = true;
-    }
-
-    pub(super) fn clear(&mut self, kind: KeyKind) {
-        *self.of(kind) = false;
-    }
-
-    fn of(&mut self, kind: KeyKind) -> &mut bool {
-        match kind {
-            KeyKind::Definition => &mut self.definition,
-            KeyKind::Content => &mut self.content,
-            KeyKind::Output => &mut self.output,
-        }
-    }
-}
-
-impl<R> Vertex<R> {
-    pub(super) fn map(&self) -> Option<&Arc<CacheMap>> {
-        match &self.map {
-            Map::Known(map) => Some(map),
-            Map::Unasked | Map::Asked(_) => None,
-        }
-    }
-
-    pub(super) fn produced(&self) -> Option<&Arc<Produced<R>>> {
-        match &self.step {
-            Step::Done(produced) => Some(produced),
-            _ => None,
-        }
-    }
-
-    /// True if the operation reads a part of this input whose content stands for it.
-    pub(super) fn reads_part(&self, input: usize) -> bool {
-        self.map().is_some_and(|map| map.inputs.get(input).is_some_and(|input| input.content.is_some()))
-    }
-
-    pub(super) fn is_settled(&self) -> bool {
-        matches!(self.step, Step::Done(_) | Step::Failed(_))
-    }
-
-    pub(super) fn error(&self, error: OpError) -> SolveError {
-        SolveError { vertex: Some(self.state.digest.clone()), name: self.state.name.clone(), error }
-    }
-}
+use crate::op::{CacheMap, OpError, OpVertex};
+use crate::progress::{Event as ProgressEvent, VertexInfo, VertexState};
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
     pub(super) fn load(&mut self, loaded: llb::Loaded) -> Result<Option<Edge>, SolveError> {
         let mut places: Vec<NodeIndex> = Vec::with_capacity(loaded.vertices.len());
-        self.graph.reserve_exact_nodes(loaded.vertices.len());
+        self.graph.reserve(loaded.vertices.len());
         self.by_digest.reserve(loaded.vertices.len());
         for vertex in loaded.vertices {
             let refused =
@@ -207,13 +58,12 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     fn add(&mut self, vertex: llb::LoadedVertex, inputs: Vec<Edge>) -> Result<NodeIndex, SolveError> {
         let ignore_cache = vertex.metadata.ignore_cache;
         let (digest, name) = (vertex.digest.clone(), vertex.name.clone());
-        let state = VertexState {
+        let state = VertexState::from(VertexInfo {
             digest: digest.clone(),
-            inputs: inputs.iter().map(|edge| self.graph[edge.vertex].state.digest.clone()).collect(),
+            inputs: vertex.input_digests,
             name: name.clone(),
-            group: vertex.metadata.progress_group.clone().map(Arc::new),
-            ..VertexState::default()
-        };
+            group: vertex.metadata.progress_group.clone(),
+        });
         let vertex =
             OpVertex { digest: vertex.digest, op: vertex.op, metadata: vertex.metadata, name: vertex.name };
         let op = self
@@ -229,8 +79,6 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             _ => None,
         });
         let fresh = ignore_cache || inputs.iter().any(|edge| below(edge).fresh);
-        let absent = inputs.iter().any(|edge| below(edge).definition == Definition::Absent);
-        let missing = inputs.iter().filter(|edge| below(edge).definition == Definition::Unknown).count();
         let node = Vertex {
             op,
             ignore_cache,
@@ -240,11 +88,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             announced: false,
             reported_below: false,
             map: Map::Unasked,
-            definition: if absent { Definition::Absent } else { Definition::Unknown },
-            definition_missing: missing,
+            definition: Definition::Unknown,
+            definition_missing: 0,
             content: None,
             parts: vec![InputPart::Unknown; inputs.len()],
-            content_missing: inputs.len(),
+            content_missing: 0,
             output_key: None,
             step: hopeless.map_or(Step::Waiting, Step::Failed),
             epoch: 0,
@@ -258,52 +106,41 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             lookups: Vec::new(),
             inputs,
         };
-        let place = self.graph.add_node(node);
-        for position in 0..self.graph[place].inputs.len() {
-            let below = self.graph[place].inputs[position].vertex;
-            self.graph.add_edge(place, below, position as u32);
-        }
+        let place = self.graph.add(node);
         self.graph[place].namesake = self.by_digest.insert(digest, place);
         Ok(place)
     }
 
-    /// The uses of a vertex, to be walked with [`Self::next_use`].
-    pub(super) fn uses(&self, vertex: NodeIndex) -> WalkNeighbors<DefaultIx> {
-        self.graph.neighbors_directed(vertex, Direction::Incoming).detach()
-    }
-
-    /// The next use: by whom, and as which of its inputs.
-    pub(super) fn next_use(&self, uses: &mut WalkNeighbors<DefaultIx>) -> Option<(NodeIndex, usize)> {
-        let (edge, above) = uses.next(&self.graph)?;
-        Some((above, self.graph[edge] as usize))
-    }
-
-    /// Takes in what an operation depends on and spreads the keys that follow from it.
-    pub(super) fn know_map(&mut self, place: NodeIndex, map: CacheMap) {
-        let vertex = &mut self.graph[place];
+    /// Takes in what an operation depends on and makes the keys for which that suffices. The caller tells those above.
+    #[must_use]
+    pub(super) fn know_map(&mut self, place: NodeIndex, map: CacheMap) -> News {
         let persistent = map.persistent;
-        vertex.map = Map::Known(Arc::new(map));
-        if vertex.definition == Definition::Unknown {
-            if !persistent {
-                vertex.definition = Definition::Absent;
-                self.spread_definition(place);
-            } else if vertex.definition_missing == 0 {
-                self.make_definition(place);
-                self.spread_definition(place);
+        let count = self.graph[place].inputs.len();
+        self.graph[place].map = Map::Known(Arc::new(map));
+        let (mut absent, mut missing, mut unknown) = (!persistent, 0, 0);
+        for input in 0..count {
+            let vertex = &self.graph[place];
+            let below = &self.graph[vertex.inputs[input].vertex];
+            match below.definition {
+                Definition::Unknown => missing += 1,
+                Definition::Absent => absent = true,
+                Definition::Known(_) => {}
+            }
+            if below.content.is_some() && !vertex.reads_part(input) {
+                self.graph[place].parts[input] = InputPart::Edge;
+            } else {
+                unknown += 1;
             }
         }
-        for input in 0..self.graph[place].inputs.len() {
-            let below = self.graph[place].inputs[input];
-            if !self.graph[place].reads_part(input)
-                && let Some(content) = self.graph[below.vertex].content
-            {
-                self.know_part(place, input, Part::Edge(content.key, below.output));
-            }
+        let vertex = &mut self.graph[place];
+        vertex.definition_missing = missing;
+        vertex.content_missing = unknown;
+        if absent {
+            vertex.definition = Definition::Absent;
+        } else if missing == 0 {
+            self.make_definition(place);
         }
-        if self.graph[place].inputs.is_empty() {
-            self.make_content(place);
-            self.spread_content(place);
-        }
+        News { definition: absent || missing == 0, content: unknown == 0 && self.make_content(place) }
     }
 
     fn make_definition(&mut self, place: NodeIndex) {
@@ -318,48 +155,34 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         self.graph[place].definition = Definition::Known(key);
     }
 
-    /// `place` just got its definition key, or was found to have none: tells all above.
-    fn spread_definition(&mut self, place: NodeIndex) {
-        let mut worklist = vec![place];
-        while let Some(place) = worklist.pop() {
-            self.ready.insert(place);
-            let absent = self.graph[place].definition == Definition::Absent;
-            let mut uses = self.uses(place);
-            while let Some((above, _)) = self.next_use(&mut uses) {
-                let vertex = &mut self.graph[above];
-                if vertex.definition != Definition::Unknown {
-                    continue;
-                }
-                if absent {
-                    vertex.definition = Definition::Absent;
-                    worklist.push(above);
-                    continue;
-                }
-                vertex.definition_missing -= 1;
-                if vertex.definition_missing == 0 && vertex.map().is_some() {
-                    self.make_definition(above);
-                    worklist.push(above);
-                }
-            }
-        }
-    }
-
     /// Takes in what an input contributes to a content key; the first answer counts.
-    pub(super) fn know_part(&mut self, place: NodeIndex, input: usize, part: Part) {
+    pub(super) fn know_part(&mut self, place: NodeIndex, input: usize, part: InputPart) {
         if self.set_part(place, input, part) {
-            self.spread_content(place);
+            self.spread(place, News { definition: false, content: true });
         }
     }
 
     /// True if that completed the content key.
-    fn set_part(&mut self, place: NodeIndex, input: usize, part: Part) -> bool {
+    fn set_part(&mut self, place: NodeIndex, input: usize, part: InputPart) -> bool {
         let vertex = &mut self.graph[place];
-        if matches!(vertex.parts[input], InputPart::Known(_)) {
+        if matches!(vertex.parts[input], InputPart::Edge | InputPart::Digest(_)) {
             return false;
         }
-        vertex.parts[input] = InputPart::Known(part);
+        vertex.parts[input] = part;
         vertex.content_missing -= 1;
         vertex.content_missing == 0 && self.make_content(place)
+    }
+
+    /// What an input counts by in the content key, once that is known.
+    pub(super) fn part(&self, vertex: &Vertex<R>, input: usize) -> Option<Part> {
+        match &vertex.parts[input] {
+            InputPart::Unknown | InputPart::Asked => None,
+            InputPart::Edge => {
+                let edge = vertex.inputs[input];
+                self.graph[edge.vertex].content.map(|content| Part::Edge(content.key, edge.output))
+            }
+            InputPart::Digest(part) => Some(**part),
+        }
     }
 
     fn make_content(&mut self, place: NodeIndex) -> bool {
@@ -368,45 +191,69 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         if !map.persistent || vertex.content.is_some() {
             return false;
         }
-        let parts = vertex.parts.iter().enumerate().filter_map(|(i, part)| match part {
-            InputPart::Known(part) => {
-                Some((*part, map.inputs.get(i).and_then(|input| input.selector.as_deref())))
-            }
-            InputPart::Unknown | InputPart::Asked => None,
-        });
-        let key = vertex_key(CONTENT_KEY, &map.digest, parts);
-        let mut content = Content { key, distinct: false, fresh: vertex.ignore_cache };
+        let (mut distinct, mut fresh) = (false, vertex.ignore_cache);
         for (edge, part) in vertex.inputs.iter().zip(&vertex.parts) {
-            let below = self.graph[edge.vertex].content;
-            match part {
-                InputPart::Known(Part::Edge(..)) => {
-                    content.distinct |= below.is_some_and(|below| below.distinct);
-                    content.fresh |= below.is_some_and(|below| below.fresh);
+            match (part, self.graph[edge.vertex].content) {
+                (InputPart::Edge, Some(below)) => {
+                    distinct |= below.distinct;
+                    fresh |= below.fresh;
                 }
-                _ => content.distinct = true,
+                _ => distinct = true,
             }
         }
-        self.graph[place].content = Some(content);
+        let key = match vertex.definition {
+            // It says the same.
+            Definition::Known(key) if !distinct => key,
+            _ => {
+                let selector =
+                    |input: usize| map.inputs.get(input).and_then(|input| input.selector.as_deref());
+                let parts = (0..vertex.inputs.len())
+                    .filter_map(|input| Some((self.part(vertex, input)?, selector(input))));
+                vertex_key(CONTENT_KEY, &map.digest, parts)
+            }
+        };
+        self.graph[place].content = Some(Content { key, distinct, fresh });
         true
     }
 
-    /// `place` just got its content key: tells those above that count it by that.
-    pub(super) fn spread_content(&mut self, place: NodeIndex) {
-        let mut worklist = vec![place];
-        while let Some(place) = worklist.pop() {
-            let Some(content) = self.graph[place].content else { continue };
-            self.ready.insert(place);
-            let mut uses = self.uses(place);
-            while let Some((above, input)) = self.next_use(&mut uses) {
-                let vertex = &self.graph[above];
-                if vertex.map().is_none() || vertex.reads_part(input) {
+    /// Tells those above of keys of `place`. Who doesn't know yet what their own operation depends on ask for
+    /// the keys below them when they do.
+    pub(super) fn spread(&mut self, place: NodeIndex, news: News) {
+        let mut worklist = vec![(place, news)];
+        while let Some((place, news)) = worklist.pop() {
+            self.consider(place);
+            let absent = self.graph[place].definition == Definition::Absent;
+            let mut uses = self.graph.uses(place);
+            while let Some((above, input)) = self.graph.next_use(&mut uses) {
+                let vertex = &mut self.graph[above];
+                if vertex.map().is_none() {
                     continue;
                 }
-                let output = vertex.inputs[input].output;
-                if self.set_part(above, input, Part::Edge(content.key, output)) {
-                    worklist.push(above);
+                let mut made = News::default();
+                if news.definition && vertex.definition == Definition::Unknown {
+                    vertex.definition_missing -= 1;
+                    made.definition = absent || vertex.definition_missing == 0;
+                    if absent {
+                        vertex.definition = Definition::Absent;
+                    } else if made.definition {
+                        self.make_definition(above);
+                    }
+                }
+                if news.content && !self.graph[above].reads_part(input) {
+                    made.content = self.set_part(above, input, InputPart::Edge);
+                }
+                if made.definition || made.content {
+                    worklist.push((above, made));
                 }
             }
+        }
+    }
+
+    /// Has a vertex that somebody wants go on with what is known by now.
+    pub(super) fn consider(&mut self, place: NodeIndex) {
+        let vertex = &self.graph[place];
+        if vertex.wanted > 0 && matches!(vertex.step, Step::Waiting) {
+            self.ready.insert(place);
         }
     }
 }

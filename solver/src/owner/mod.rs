@@ -9,6 +9,7 @@
 //! Point reads of the key store are made in place: they take microseconds, less than a hop to
 //! another task. Everything longer runs beside the loop.
 
+mod arena;
 mod demand;
 mod graph;
 mod probe;
@@ -21,19 +22,19 @@ use std::time::SystemTime;
 
 use futures::FutureExt;
 use kiln_proto::llb;
-use petgraph::graph::{DiGraph, NodeIndex};
+use petgraph::graph::NodeIndex;
+use rustc_hash::FxBuildHasher;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::build::BuildOptions;
 use crate::error::SolveError;
 use crate::explain::{self, InputExplanation, KeyKind, VertexExplanation};
-use crate::keys::Part;
 use crate::op::{CacheMap, Key, OpError};
 use crate::produced::Opened;
 use crate::solver::Shared;
 use crate::work::Outcome;
-use graph::{Definition, InputPart, OutputDigest, Step, Vertex};
+use arena::{Arena, Definition, OutputDigest, Step, Vertex};
 
 /// After this many events in a row the loop lets other tasks run.
 const EVENTS_PER_TURN: usize = 128;
@@ -91,13 +92,11 @@ struct Owner<R> {
     options: BuildOptions<R>,
     /// Number of this build, for fairness between builds.
     id: u64,
-    /// An edge of the graph leads from a vertex to one of its inputs and weighs its position.
-    /// Inputs are always added first, so the order of indices is topological.
-    graph: DiGraph<Vertex<R>, u32>,
-    by_digest: HashMap<Arc<str>, NodeIndex>,
+    graph: Arena<R>,
+    by_digest: HashMap<Arc<str>, NodeIndex, FxBuildHasher>,
     requests: HashMap<u64, Request<R>>,
-    requested: HashMap<NodeIndex, Vec<u64>>,
-    output_digests: HashMap<Edge, OutputDigest>,
+    requested: HashMap<NodeIndex, Vec<u64>, FxBuildHasher>,
+    output_digests: HashMap<Edge, OutputDigest, FxBuildHasher>,
     /// Vertices that may be able to go on. Consumers go first: what they find, their inputs need
     /// not look for.
     ready: BTreeSet<NodeIndex>,
@@ -119,11 +118,11 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         id: shared.next_build(),
         shared: shared.clone(),
         options,
-        graph: DiGraph::new(),
-        by_digest: HashMap::new(),
+        graph: Arena::new(),
+        by_digest: HashMap::default(),
         requests: HashMap::new(),
-        requested: HashMap::new(),
-        output_digests: HashMap::new(),
+        requested: HashMap::default(),
+        output_digests: HashMap::default(),
         ready: BTreeSet::new(),
         unranked: Vec::new(),
         local: VecDeque::new(),
@@ -162,6 +161,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let Some(vertex) = self.ready.pop_last() else { break };
                 self.advance(vertex);
             }
+            shared.record_queued();
             while self.tasks.try_join_next().is_some() {}
             turn += 1;
             if turn % EVENTS_PER_TURN == 0 {
@@ -172,7 +172,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // taken down before the build counts as gone.
         self.tasks.shutdown().await;
         self.report_end();
-        shared.build_ended();
+        shared.build_ended(self.id);
     }
 
     fn handle(&mut self, event: Event<R>) {
@@ -182,7 +182,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             Event::Request { id, edge, reply } => self.request(id, edge, reply),
             Event::Withdraw { id } => self.withdraw(id),
-            Event::Mapped { vertex, map } => self.mapped(vertex, map),
+            Event::Mapped { vertex, map } => {
+                let news = self.mapped(vertex, map);
+                self.spread(vertex, news);
+            }
             Event::Opened { vertex, epoch, found, result } => self.opened(vertex, epoch, found, result),
             Event::ContentDigest { vertex, input, digest } => self.content_digest(vertex, input, digest),
             Event::OutputDigest { edge, digest } => self.output_digest(edge, digest),
@@ -217,13 +220,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     fn explain(&self) -> Vec<VertexExplanation> {
-        let input = |edge: &Edge, part: &InputPart| InputExplanation {
-            vertex: edge.vertex.index(),
-            output: edge.output,
-            content: match part {
-                InputPart::Known(Part::Query(digest)) => Some(*digest),
-                _ => None,
-            },
+        let input = |vertex: &Vertex<R>, at: usize| InputExplanation {
+            vertex: vertex.inputs[at].vertex.index(),
+            output: vertex.inputs[at].output,
+            content: vertex.content_read(at),
         };
         let explain = |vertex: &Vertex<R>| VertexExplanation {
             vertex: vertex.state.digest.clone(),
@@ -241,9 +241,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 Definition::Unknown | Definition::Absent => None,
             },
             content: vertex.content.map(|content| content.key),
-            inputs: vertex.inputs.iter().zip(&vertex.parts).map(|(edge, part)| input(edge, part)).collect(),
-            lookups: vertex.lookups.clone(),
+            inputs: (0..vertex.inputs.len()).map(|at| input(vertex, at)).collect(),
+            lookups: vertex.all_lookups(),
         };
-        self.graph.node_weights().map(explain).collect()
+        self.graph.vertices().iter().map(explain).collect()
     }
 }

@@ -5,38 +5,38 @@ use std::sync::{Arc, OnceLock};
 
 use petgraph::graph::NodeIndex;
 
-use super::graph::{Definition, InputPart, OutputDigest, Step};
+use super::arena::{Definition, InputPart, News, OutputDigest, Step, Vertex};
 use super::report::{BuildWatcher, Watched};
 use super::{Event, Owner, RecordFound};
 use crate::explain::{Found, KeyKind, Lookup};
 use crate::keys::{OUTPUT_KEY, Part, vertex_key};
 use crate::op::{CacheMap, Key, OpError};
 use crate::produced::{Opened, open};
-use crate::work::{self, Job, JobInput, Outcome, Work, guarded};
+use crate::work::{self, Job, JobInput, Outcome, Started, Work, guarded};
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
-    pub(super) fn mapped(&mut self, place: NodeIndex, map: Result<CacheMap, OpError>) {
+    /// An operation said what it depends on; the answer says which keys that gave.
+    pub(super) fn mapped(&mut self, place: NodeIndex, map: Result<CacheMap, OpError>) -> News {
         self.report_mapped(place, map.as_ref().err());
         match map {
             Ok(_) if self.graph[place].is_settled() => {}
             Err(error) if self.graph[place].is_settled() => self.report_failed(place, &error.message),
-            Ok(map) => {
-                self.know_map(place, map);
-                self.ready.insert(place);
-            }
+            Ok(map) => return self.know_map(place, map),
             Err(mut error) => {
                 error.message = format!("failed to load cache key: {}", error.message);
                 self.fail_op(place, error);
             }
         }
+        News::default()
     }
 
     pub(super) fn advance(&mut self, place: NodeIndex) {
         let vertex = &self.graph[place];
-        let Some(map) = vertex.map().cloned() else { return };
+        let Some(map) = vertex.map() else { return };
         if vertex.wanted == 0 || !matches!(vertex.step, Step::Waiting) {
             return;
         }
+        let persistent = map.persistent;
         if !vertex.tried.definition {
             let definition = vertex.definition;
             self.graph[place].looked_up = self.shared.recorder.moment();
@@ -67,64 +67,59 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             return;
         }
         let vertex = &self.graph[place];
-        if vertex.inputs_missing > 0 || (map.persistent && vertex.content.is_none()) {
+        if vertex.inputs_missing > 0 || (persistent && vertex.content.is_none()) {
             return;
         }
-        if vertex.tried.output || self.try_output_key(place, &map) {
-            self.run_vertex(place, &map);
+        if vertex.tried.output || self.try_output_key(place) {
+            self.run_vertex(place);
         }
     }
 
     /// Looks for what an earlier build made of inputs that came out the same, where one might
     /// have; false if there is something to wait for.
-    fn try_output_key(&mut self, place: NodeIndex, map: &CacheMap) -> bool {
-        if self.graph[place].outputs_missing > 0 {
+    fn try_output_key(&mut self, place: NodeIndex) -> bool {
+        let vertex = &self.graph[place];
+        let Some(map) = vertex.map() else { return false };
+        if vertex.outputs_missing > 0 {
             return false;
         }
-        let vertex = &self.graph[place];
-        let whole: Vec<_> = (0..vertex.inputs.len())
-            .filter(|&input| !vertex.reads_part(input))
-            .map(|input| vertex.inputs[input])
-            .collect();
-        if whole.is_empty() || !map.persistent || vertex.ignore_cache {
-            self.graph[place].tried.set(KeyKind::Output);
-            return true;
-        }
+        let reads_whole = |input: &usize| !vertex.reads_part(*input);
+        let mut whole =
+            (0..vertex.inputs.len()).filter(reads_whole).map(|input| vertex.inputs[input]).peekable();
+        let mut possible = whole.peek().is_some() && map.persistent && !vertex.ignore_cache;
         let mut missing = Vec::new();
-        let mut failed = false;
         for edge in whole {
             match self.output_digests.get(&edge) {
                 Some(OutputDigest::Known(_)) => {}
                 Some(OutputDigest::Asked) | None => missing.push(edge),
-                Some(OutputDigest::Failed) => failed = true,
+                Some(OutputDigest::Failed) => possible = false,
             }
         }
         let expected = || {
             let known = self.shared.keys.op(map.digest.as_bytes());
             known.is_ok_and(|known| known.is_some_and(|known| known.follows_outputs))
         };
-        if failed || (!missing.is_empty() && !expected()) {
+        if !possible || (!missing.is_empty() && !expected()) {
             self.graph[place].tried.set(KeyKind::Output);
             return true;
         }
         if !missing.is_empty() {
-            self.graph[place].outputs_missing = missing.len();
+            self.graph[place].outputs_missing = missing.len() as u32;
             for edge in missing {
                 self.ask_output_digest(edge);
             }
             return false;
         }
-        let key = self.make_output_key(place, map);
+        let key = self.make_output_key(vertex, map);
         self.graph[place].output_key = Some(key);
         !self.look_up(place, KeyKind::Output, key)
     }
 
-    fn make_output_key(&self, place: NodeIndex, map: &CacheMap) -> Key {
-        let vertex = &self.graph[place];
+    fn make_output_key(&self, vertex: &Vertex<R>, map: &CacheMap) -> Key {
         let parts = vertex.inputs.iter().enumerate().filter_map(|(input, edge)| {
-            let part = match vertex.parts[input] {
-                InputPart::Known(part @ Part::Query(_)) => part,
-                _ => match self.output_digests.get(edge) {
+            let part = match vertex.content_read(input) {
+                Some(digest) => Part::Query(digest),
+                None => match self.output_digests.get(edge) {
                     Some(OutputDigest::Known(digest)) => Part::Output(*digest),
                     _ => return None,
                 },
@@ -159,10 +154,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 self.local.extend(opened);
                 true
             }
-            Ok(None) => {
-                self.note(place, kind, key, Found::Nothing);
-                false
-            }
+            Ok(None) => false,
             Err(error) => {
                 tracing::warn!(vertex = &*self.graph[place].state.digest, %error, "a key could not be looked up");
                 self.note(place, kind, key, Found::Unreadable(error.to_string()));
@@ -213,7 +205,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         match digest {
             _ if self.graph[place].is_settled() => {}
             Ok(digest) => {
-                self.know_part(place, input, Part::Query(digest));
+                self.know_part(place, input, InputPart::Digest(Box::new(Part::Query(digest))));
                 self.ready.insert(place);
             }
             Err(mut error) => {
@@ -227,15 +219,17 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let known = digest.as_ref().map_or(OutputDigest::Failed, |digest| OutputDigest::Known(*digest));
         self.output_digests.insert(edge, known);
         let counts_by_output = self.graph[edge.vertex].content.is_none();
-        let mut uses = self.uses(edge.vertex);
-        while let Some((above, input)) = self.next_use(&mut uses) {
+        let mut uses = self.graph.uses(edge.vertex);
+        while let Some((above, input)) = self.graph.next_use(&mut uses) {
             let vertex = &self.graph[above];
             if vertex.inputs[input] != edge || vertex.reads_part(input) || vertex.map().is_none() {
                 continue;
             }
             if counts_by_output {
                 match &digest {
-                    Ok(digest) => self.know_part(above, input, Part::Output(*digest)),
+                    Ok(digest) => {
+                        self.know_part(above, input, InputPart::Digest(Box::new(Part::Output(*digest))));
+                    }
                     Err(error) if self.graph[above].inputs_wanted => {
                         let message = format!("failed to compute cache key: {}", error.message);
                         self.fail_op(above, OpError { message, ..error.clone() });
@@ -250,31 +244,28 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     /// The keys under which the result of a vertex is remembered.
-    pub(super) fn recorded_under(&self, place: NodeIndex) -> Vec<Key> {
+    pub(super) fn recorded_under(&self, place: NodeIndex) -> impl Iterator<Item = Key> + use<R> {
         let vertex = &self.graph[place];
         let definition = match vertex.definition {
             Definition::Known(key) => Some(key),
             Definition::Unknown | Definition::Absent => None,
         };
         let content = vertex.content.filter(|content| content.distinct).map(|content| content.key);
-        definition.into_iter().chain(content).chain(vertex.output_key).collect()
+        definition.into_iter().chain(content).chain(vertex.output_key)
     }
 
-    fn run_vertex(&mut self, place: NodeIndex, map: &CacheMap) {
+    fn run_vertex(&mut self, place: NodeIndex) {
         let priority = self.priority(place);
-        let keys = self.recorded_under(place);
+        let keys: Vec<Key> = self.recorded_under(place).collect();
         let vertex = &self.graph[place];
+        let Some(map) = vertex.map() else { return };
         let mut inputs = Vec::with_capacity(vertex.inputs.len());
         for (input, edge) in vertex.inputs.iter().enumerate() {
             let Some(produced) = self.graph[edge.vertex].produced() else { return };
             inputs.push(JobInput {
                 produced: produced.clone(),
-                output: edge.output as usize,
-                part: match vertex.parts[input] {
-                    InputPart::Known(part) => Some(part),
-                    InputPart::Unknown | InputPart::Asked => None,
-                },
-                selector: map.inputs.get(input).and_then(|input| input.selector.clone()),
+                output: edge.output,
+                content: vertex.content_read(input).map(Box::new),
             });
         }
         let reads_whole = (0..vertex.inputs.len()).any(|input| !vertex.reads_part(input));
@@ -295,7 +286,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             vertex: vertex.state.digest.clone(),
             name: vertex.state.name.clone(),
             op: vertex.op.clone(),
-            op_digest: map.digest,
+            map: map.clone(),
             ignore_cache: vertex.ignore_cache,
             inputs,
             shared_by,
@@ -306,8 +297,20 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             priority,
             looked_up: vertex.looked_up,
         };
-        let (work, starter) = work::start(&self.shared, job);
-        self.work_on(place, work, starter);
+        match work::start(&self.shared, job) {
+            Started::Begun(work) => self.work_on(place, work, true),
+            Started::Joined(work) => self.work_on(place, work, false),
+            Started::Ended { told: (began, events), outcome } => {
+                if let Some(at) = began {
+                    self.note_started(place, at);
+                    self.report(place, |_| {});
+                }
+                for event in events {
+                    self.options.progress.event(event);
+                }
+                self.ended(place, true, outcome);
+            }
+        }
     }
 
     fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
@@ -333,10 +336,17 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     pub(super) fn worked(&mut self, place: NodeIndex, epoch: u64, outcome: Outcome<R>) {
-        let ours = match &self.graph[place].step {
-            Step::Working(watched) if self.graph[place].epoch == epoch => watched.asker.is_starter(),
-            _ => return,
-        };
+        match &self.graph[place].step {
+            Step::Working(watched) if self.graph[place].epoch == epoch => {
+                let ours = watched.asker.is_starter();
+                self.ended(place, ours, outcome);
+            }
+            _ => {}
+        }
+    }
+
+    /// Work for a vertex ended; `ours` if it was this build's.
+    fn ended(&mut self, place: NodeIndex, ours: bool, outcome: Outcome<R>) {
         match outcome.result {
             Ok(produced) => {
                 if outcome.cached {

@@ -1,13 +1,13 @@
 //! What a build's progress stream is told about its vertices, and when.
 
-use std::collections::HashSet;
+use std::collections::{BinaryHeap, HashSet};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use petgraph::graph::NodeIndex;
 use tokio::sync::mpsc;
 
-use super::graph::{Map, Step};
+use super::arena::{Map, Step};
 use super::{Event, Owner};
 use crate::op::OpError;
 use crate::progress::{Event as ProgressEvent, ProgressSink, VertexState};
@@ -85,7 +85,7 @@ impl ProgressSink for MapProgress {
 }
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
-    fn report(&mut self, place: NodeIndex, change: impl FnOnce(&mut VertexState)) {
+    pub(super) fn report(&mut self, place: NodeIndex, change: impl FnOnce(&mut VertexState)) {
         let state = &mut self.graph[place].state;
         change(state);
         self.options.progress.event(ProgressEvent::Vertex(state.clone()));
@@ -187,8 +187,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn report_skipped(&mut self, root: NodeIndex) {
         let mut skipped = Vec::new();
         let mut failed = HashSet::new();
-        let mut worklist = vec![(root, false)];
-        while let Some((place, below_done)) = worklist.pop() {
+        // In the order of the arena, backwards: large graphs are read faster so than strewn about.
+        let mut frontier = BinaryHeap::from([(root, false)]);
+        while let Some((place, below_done)) = frontier.pop() {
             let vertex = &mut self.graph[place];
             let below_done = match vertex.step {
                 _ if vertex.reported_below => continue,
@@ -204,17 +205,16 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 }
             };
             vertex.reported_below = below_done;
-            worklist.extend(vertex.inputs.iter().map(|edge| (edge.vertex, below_done)));
+            frontier.extend(vertex.inputs.iter().map(|edge| (edge.vertex, below_done)));
         }
-        skipped.sort_unstable();
-        for place in skipped {
+        for place in skipped.into_iter().rev() {
             self.report_cached(place);
         }
     }
 
     /// The build ends: nothing stays shown as running.
     pub(super) fn report_end(&mut self) {
-        for place in self.graph.node_indices() {
+        for place in self.graph.places() {
             self.leave_work(place);
             let state = &self.graph[place].state;
             if state.started.is_some() && state.completed.is_none() {

@@ -1,7 +1,7 @@
 //! What is worked out once nobody waits for it: the output keys of finished work, by which builds
 //! find it whose inputs are made in another way but come out the same.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use kiln_cache::KeyChange;
 use super::JobInput;
 use super::run::guarded;
 use crate::keys::{OUTPUT_KEY, Part, vertex_key};
-use crate::op::Key;
+use crate::op::CacheMap;
 use crate::produced::Produced;
 use crate::record::Entry;
 use crate::solver::Shared;
@@ -24,8 +24,10 @@ const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Finished work without its output key.
 pub(super) struct Unkeyed<R> {
+    /// The build for which the work was done.
+    pub(super) build: u64,
     pub(super) produced: Arc<Produced<R>>,
-    pub(super) op_digest: Key,
+    pub(super) map: Arc<CacheMap>,
     pub(super) inputs: Vec<JobInput<R>>,
 }
 
@@ -37,15 +39,21 @@ pub(crate) struct After<R> {
 struct State<R> {
     queue: VecDeque<Unkeyed<R>>,
     runners: usize,
+    /// What was made by builds that are still going on: its turn comes after them.
+    waiting: HashMap<u64, Vec<Unkeyed<R>>>,
 }
 
 impl<R> Default for After<R> {
     fn default() -> Self {
-        Self { state: Mutex::new(State { queue: VecDeque::new(), runners: 0 }) }
+        Self { state: Mutex::new(State { queue: VecDeque::new(), runners: 0, waiting: HashMap::new() }) }
     }
 }
 
 impl<R> After<R> {
+    pub(crate) fn build_began(&self, build: u64) {
+        self.lock().waiting.insert(build, Vec::new());
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<R>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,16 +70,27 @@ impl<R> After<R> {
     }
 }
 
+/// What is left of a build that ended.
+pub(crate) fn build_ended<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, build: u64) {
+    let waiting = shared.after.lock().waiting.remove(&build);
+    start(shared, waiting.unwrap_or_default());
+}
+
+/// Has the output key made once the build is over for which the work was done.
 pub(super) fn key_later<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, unkeyed: Unkeyed<R>) {
-    {
-        let mut state = shared.after.lock();
-        state.queue.push_back(unkeyed);
-        if state.runners >= RUNNERS {
-            return;
-        }
-        state.runners += 1;
+    if let Some(waiting) = shared.after.lock().waiting.get_mut(&unkeyed.build) {
+        return waiting.push(unkeyed);
     }
-    shared.tasks.spawn(run(shared.clone()));
+    start(shared, vec![unkeyed]);
+}
+
+fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, unkeyed: Vec<Unkeyed<R>>) {
+    let mut state = shared.after.lock();
+    state.queue.extend(unkeyed);
+    while state.runners < RUNNERS.min(state.queue.len()) {
+        state.runners += 1;
+        shared.tasks.spawn(run(shared.clone()));
+    }
 }
 
 async fn run<R: Clone + Send + Sync + 'static>(shared: Arc<Shared<R>>) {
@@ -81,8 +100,8 @@ async fn run<R: Clone + Send + Sync + 'static>(shared: Arc<Shared<R>>) {
         let next = shared.after.next();
         if changes.len() >= GROUP || next.is_none() || (!changes.is_empty() && since.elapsed() > PATIENCE) {
             let entry = Entry { changes: std::mem::take(&mut changes), then: None };
-            if !entry.changes.is_empty() && shared.recorder.push(entry) {
-                shared.recorder.write_out();
+            if !entry.changes.is_empty() {
+                shared.record(entry);
             }
             tokio::task::yield_now().await;
         }
@@ -98,12 +117,12 @@ async fn output_key<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     unkeyed: Unkeyed<R>,
 ) -> Option<KeyChange> {
-    let Unkeyed { produced, op_digest, inputs } = unkeyed;
+    let Unkeyed { produced, map, inputs, .. } = unkeyed;
     let mut parts = Vec::with_capacity(inputs.len());
-    for input in &inputs {
-        let part = match input.part {
-            Some(part @ Part::Query(_)) => part,
-            _ => match guarded(input.produced.output_digest(shared, input.output)).await {
+    for (at, input) in inputs.iter().enumerate() {
+        let part = match &input.content {
+            Some(digest) => Part::Query(**digest),
+            None => match guarded(input.produced.output_digest(shared, input.output as usize)).await {
                 Ok(digest) => Part::Output(digest),
                 Err(error) => {
                     tracing::warn!(vertex = &*produced.name(), %error, "an output digest could not be computed");
@@ -111,8 +130,8 @@ async fn output_key<R: Clone + Send + Sync + 'static>(
                 }
             },
         };
-        parts.push((part, input.selector.as_deref()));
+        parts.push((part, map.inputs.get(at).and_then(|input| input.selector.as_deref())));
     }
-    let key = vertex_key(OUTPUT_KEY, &op_digest, parts.into_iter());
-    produced.add_keys(&[key], None)
+    let key = vertex_key(OUTPUT_KEY, &map.digest, parts.into_iter());
+    produced.add_keys([key], None)
 }

@@ -48,7 +48,7 @@ struct State<R> {
     started: Option<SystemTime>,
     starter_left: bool,
     outcome: Option<Outcome<R>>,
-    replay: Replay,
+    replay: Option<Box<Replay>>,
 }
 
 impl<R> Board<R> {
@@ -59,7 +59,7 @@ impl<R> Board<R> {
             started: None,
             starter_left: false,
             outcome: None,
-            replay: Replay::default(),
+            replay: None,
         };
         Self { vertex, state: Mutex::new(state) }
     }
@@ -73,7 +73,7 @@ impl<R> Board<R> {
         if let Some(at) = state.started {
             watcher.started(at);
         }
-        for event in state.replay.events() {
+        for event in state.replay.iter().flat_map(|replay| replay.events()) {
             watcher.progress(self.seen_by(&*watcher, event));
         }
         let id = state.next;
@@ -83,6 +83,12 @@ impl<R> Board<R> {
             None => state.watchers.push((id, watcher)),
         }
         id
+    }
+
+    /// When it began, and all that is kept of what it said.
+    pub(super) fn told(&self) -> (Option<SystemTime>, Vec<Event>) {
+        let state = self.lock();
+        (state.started, state.replay.iter().flat_map(|replay| replay.events()).collect())
     }
 
     pub(super) fn leave(&self, watcher: u64, starter: bool) {
@@ -116,11 +122,12 @@ impl<R> Board<R> {
     /// different operations share the work.
     fn seen_by(&self, watcher: &dyn Watcher<R>, mut event: Event) -> Event {
         let digest = match &mut event {
-            Event::Vertex(e) if *e.digest == *self.vertex => {
-                e.digest = watcher.vertex().clone();
+            Event::Vertex(e) => {
+                if e.digest == self.vertex && *watcher.vertex() != self.vertex {
+                    Arc::make_mut(&mut e.info).digest = watcher.vertex().clone();
+                }
                 return event;
             }
-            Event::Vertex(_) => return event,
             Event::Status(e) => &mut e.vertex,
             Event::Log(e) => &mut e.vertex,
             Event::Warning(e) => &mut e.vertex,
@@ -142,7 +149,7 @@ impl<R: Send + Sync> ProgressSink for Board<R> {
         for (_, watcher) in &state.watchers {
             watcher.progress(self.seen_by(&**watcher, event.clone()));
         }
-        state.replay.keep(event);
+        state.replay.get_or_insert_default().keep(event);
     }
 }
 

@@ -6,21 +6,21 @@ mod board;
 mod run;
 
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Slot;
 use futures::FutureExt;
 use tokio::task::AbortHandle;
 
-pub(crate) use after::After;
+pub(crate) use after::{After, build_ended};
 pub(crate) use board::{Outcome, Watcher};
 pub(crate) use run::guarded;
 
-use crate::keys::Part;
-use crate::op::{Key, Op, OpClass};
+use crate::op::{CacheMap, Key, Op, OpClass};
 use crate::produced::Produced;
+use crate::progress::Event;
 use crate::record::Entry;
 use crate::solver::Shared;
 use board::Board;
@@ -31,7 +31,7 @@ pub(crate) struct Job<R> {
     pub(crate) vertex: Arc<str>,
     pub(crate) name: Arc<str>,
     pub(crate) op: Arc<dyn Op<R>>,
-    pub(crate) op_digest: Key,
+    pub(crate) map: Arc<CacheMap>,
     pub(crate) ignore_cache: bool,
     pub(crate) inputs: Vec<JobInput<R>>,
     /// Keys under which the result is recorded; none for a result without lasting identity.
@@ -50,17 +50,16 @@ pub(crate) struct Job<R> {
 
 pub(crate) struct JobInput<R> {
     pub(crate) produced: Arc<Produced<R>>,
-    pub(crate) output: usize,
-    /// What the input counts by in the content key.
-    pub(crate) part: Option<Part>,
-    pub(crate) selector: Option<String>,
+    pub(crate) output: u32,
+    /// Digest of the content that the operation reads, if it says what that is.
+    pub(crate) content: Option<Box<Key>>,
 }
 
 /// An execution that is queued or running.
 pub(crate) struct Work<R> {
     board: Arc<Board<R>>,
     table: InFlight<R>,
-    claims: Mutex<Vec<[u8; 32]>>,
+    claims: OnceLock<Vec<[u8; 32]>>,
     task: OnceLock<AbortHandle>,
 }
 
@@ -69,9 +68,8 @@ impl<R> Drop for Work<R> {
         if let Some(task) = self.task.get() {
             task.abort();
         }
-        let claims = std::mem::take(self.claims.get_mut().unwrap_or_else(PoisonError::into_inner));
-        for key in claims {
-            self.table.map.remove_if(&key, |_, work| work.strong_count() == 0);
+        for key in self.claims.get().into_iter().flatten() {
+            self.table.map.remove_if(key, |_, work| work.strong_count() == 0);
         }
     }
 }
@@ -167,25 +165,37 @@ impl<R> InFlight<R> {
         }
     }
 
-    fn release(&self, claims: &[[u8; 32]], work: &Weak<Work<R>>) {
-        for key in claims {
-            self.map.remove_if(key, |_, holder| holder.ptr_eq(work));
+    fn release(&self, work: &Arc<Work<R>>) {
+        for key in work.claims.get().into_iter().flatten() {
+            self.map.remove_if(key, |_, holder| std::ptr::eq(holder.as_ptr(), Arc::as_ptr(work)));
         }
     }
 }
 
-/// Starts the job, or joins who is at it under one of its keys. The flag says whether it is ours.
+/// What became of a job.
+pub(crate) enum Started<R> {
+    /// It is queued or running.
+    Begun(Arc<Work<R>>),
+    /// Somebody else was at it already.
+    Joined(Arc<Work<R>>),
+    /// It is done.
+    Ended {
+        /// When it began, and what it said.
+        told: (Option<SystemTime>, Vec<Event>),
+        /// How it ended.
+        outcome: Outcome<R>,
+    },
+}
+
+/// Starts the job, or joins who is at it under one of its keys.
 ///
 /// Keys are claimed in their byte order. Work that holds some keys and finds a later one taken
 /// follows its holder, so whoever waits holds smaller keys than whom it waits for: no circle.
-pub(crate) fn start<R: Clone + Send + Sync + 'static>(
-    shared: &Arc<Shared<R>>,
-    job: Job<R>,
-) -> (Arc<Work<R>>, bool) {
+pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, job: Job<R>) -> Started<R> {
     let work = Arc::new(Work {
         board: Arc::new(Board::new(job.vertex.clone())),
         table: shared.in_flight.clone(),
-        claims: Mutex::default(),
+        claims: OnceLock::new(),
         task: OnceLock::new(),
     });
     let mut wanted: Vec<[u8; 32]> = job.shared_by.iter().map(|key| *key.as_bytes()).collect();
@@ -196,17 +206,16 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
     for key in wanted {
         match shared.in_flight.claim(key, &work) {
             None => claims.push(key),
-            Some(other) if claims.is_empty() => return (other, false),
+            Some(other) if claims.is_empty() => return Started::Joined(other),
             Some(other) => {
                 leader = Some(other);
                 break;
             }
         }
     }
-    *work.claims.lock().unwrap_or_else(PoisonError::into_inner) = claims.clone();
+    let _ = work.claims.set(claims);
 
-    let done =
-        Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work), claims };
+    let done = Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work) };
     let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
     let (of_task, board) = (shared.clone(), work.board.clone());
     let mut running = Box::pin(async move {
@@ -215,25 +224,25 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
             None => run::run(&of_task, &board, job).await,
         }
     });
-    // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record.
+    // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record: the owner has
+    // that written with others.
     if at_once && let Some(end) = (&mut running).now_or_never() {
         done.board.finish(end.outcome.clone());
+        let ended = Started::Ended { told: done.board.told(), outcome: end.outcome.clone() };
         if let Some(entry) = done.entry(end) {
-            shared.record(entry);
+            shared.recorder.push(entry);
         }
-        return (work, true);
+        return ended;
     }
     let of_task = shared.clone();
     let task = shared.tasks.spawn(async move {
-        if let Some(entry) = done.entry(running.await)
-            && of_task.recorder.push(entry)
-        {
-            of_task.recorder.write_out();
+        if let Some(entry) = done.entry(running.await) {
+            of_task.record(entry);
         }
     });
     // The task can't be cancelled before this: `work` is still held here.
     let _ = work.task.set(task.abort_handle());
-    (work, true)
+    Started::Begun(work)
 }
 
 /// What remains to be done when work has ended.
@@ -241,20 +250,20 @@ struct Done<R> {
     shared: Arc<Shared<R>>,
     board: Arc<Board<R>>,
     work: Weak<Work<R>>,
-    claims: Vec<[u8; 32]>,
 }
 
 impl<R: Clone + Send + Sync + 'static> Done<R> {
     /// Askers hear of it when it is recorded, or at once where there is nothing to record.
     fn entry(self, end: End<R>) -> Option<Entry> {
-        let Self { shared, board, work, claims } = self;
+        let Self { shared, board, work } = self;
         let End { outcome, changes, unkeyed } = end;
         // Askers may leave before it is recorded; until then others must find it here.
-        let held = if changes.is_empty() { None } else { work.upgrade() };
+        let held = work.upgrade();
         let then = move || {
             // What can be found in the store is there by now, so no key is unclaimed and unknown.
-            shared.in_flight.release(&claims, &work);
-            drop(held);
+            if let Some(work) = held {
+                shared.in_flight.release(&work);
+            }
             board.finish(outcome);
             if let Some(unkeyed) = unkeyed {
                 // Not part of the work: it goes on when all askers have their answer and left.

@@ -13,7 +13,6 @@ use tokio::sync::oneshot;
 use super::after::Unkeyed;
 use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
-use crate::keys::Part;
 use crate::op::{OpClass, OpContext, OpError};
 use crate::produced::{Opened, Produced, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
@@ -92,26 +91,24 @@ async fn execute<R: Clone + Send + Sync + 'static>(
         progress: VertexProgress::new(board.vertex().clone(), sink),
         ignore_cache: job.ignore_cache,
     };
-    let inputs = job.inputs.iter().map(|input| input.produced.outputs[input.output].clone()).collect();
+    let inputs =
+        job.inputs.iter().map(|input| input.produced.outputs[input.output as usize].clone()).collect();
     let outputs = guarded(job.op.execute(&context, inputs)).await?;
     drop(permit);
     let duration = began.elapsed();
     let record = KeyRecord {
         results: outputs.iter().map(|output| shared.results.id(output)).collect(),
-        vertex: job.vertex,
         name: job.name,
-        created: SystemTime::now(),
-        duration,
         content_key: job.content_key.map(|key| *key.as_bytes()),
     };
     let produced = Arc::new(Produced::executed(outputs, record));
     let mut end = End::new(Ok(produced.clone()), false);
-    if let Some(change) = produced.add_keys(&job.keys, None) {
+    if let Some(change) = produced.add_keys(job.keys, None) {
         let follows_outputs = job.inputs.iter().any(JobInput::counts_by_output);
         let record = OpRecord { duration, follows_outputs };
-        end.changes = vec![change, KeyChange::Op { digest: *job.op_digest.as_bytes(), record }];
+        end.changes = vec![change, KeyChange::Op { digest: *job.map.digest.as_bytes(), record }];
         if job.output_key_pending {
-            end.unkeyed = Some(Unkeyed { produced, op_digest: job.op_digest, inputs: job.inputs });
+            end.unkeyed = Some(Unkeyed { build: job.build, produced, map: job.map, inputs: job.inputs });
         }
     }
     Ok(end)
@@ -119,7 +116,7 @@ async fn execute<R: Clone + Send + Sync + 'static>(
 
 impl<R> JobInput<R> {
     fn counts_by_output(&self) -> bool {
-        !matches!(self.part, Some(Part::Query(_)))
+        self.content.is_none()
     }
 }
 

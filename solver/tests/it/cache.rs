@@ -271,6 +271,9 @@ impl KeyStorage for Faulty {
         self.check(&self.reads)?;
         self.inner.op(digest)
     }
+    fn blocks(&self) -> bool {
+        self.inner.blocks()
+    }
     fn write(&self, changes: &[KeyChange]) -> kiln_cache::Result<()> {
         self.check(&self.writes)?;
         self.inner.write(changes)
