@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kiln_proto::llb;
 use kiln_proto::pb;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::SolveError;
 use crate::explain::VertexExplanation;
-use crate::op::{OpError, OpFactory};
+use crate::op::OpFactory;
 use crate::owner::{self, Edge, Event};
+use crate::prepare::prepare;
 use crate::progress::ProgressSink;
 use crate::solver::Shared;
 
@@ -31,6 +31,7 @@ pub struct Build<R> {
 
 struct Inner<R> {
     events: mpsc::UnboundedSender<Event<R>>,
+    factory: Arc<dyn OpFactory<R>>,
     next_request: AtomicU64,
 }
 
@@ -48,8 +49,9 @@ impl<R> Clone for Build<R> {
 
 impl<R: Clone + Send + Sync + 'static> Build<R> {
     pub(crate) fn start(shared: Arc<Shared<R>>, options: BuildOptions<R>) -> Self {
-        let events = owner::start(shared, options);
-        Self { inner: Arc::new(Inner { events, next_request: AtomicU64::new(0) }) }
+        let BuildOptions { factory, progress } = options;
+        let events = owner::start(shared, progress);
+        Self { inner: Arc::new(Inner { events, factory, next_request: AtomicU64::new(0) }) }
     }
 
     /// Loads a definition and builds its result; `None` for the empty definition (scratch).
@@ -60,15 +62,9 @@ impl<R: Clone + Send + Sync + 'static> Build<R> {
 
     /// Checks a definition, adds it to the build's graph and announces its vertices; builds nothing.
     pub async fn load(&self, definition: &pb::Definition) -> Result<LoadedHandle<R>, SolveError> {
-        let loaded = llb::load(definition).map_err(|error| {
-            let vertex = match &error {
-                llb::LoadError::Invalid { digest, .. } => Some(digest.as_str()),
-                _ => None,
-            };
-            SolveError::load(vertex, "", OpError::new(error.to_string()))
-        })?;
+        let prepared = prepare(definition, &*self.inner.factory)?;
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Load { loaded: Box::new(loaded), reply })?;
+        self.send(Event::Load { prepared, reply })?;
         let edge = answer.await.map_err(|_| SolveError::canceled())??;
         Ok(LoadedHandle { build: self.clone(), edge })
     }

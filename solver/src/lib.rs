@@ -11,6 +11,7 @@ mod keys;
 mod limit;
 pub mod op;
 mod owner;
+mod prepare;
 mod produced;
 pub mod progress;
 mod record;

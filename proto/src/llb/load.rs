@@ -30,7 +30,7 @@ pub struct Loaded {
 pub struct LoadedVertex {
     /// `sha256:…` of the bytes as received.
     pub digest: Arc<str>,
-    /// The decoded operation.
+    /// The decoded operation; but the digests of its inputs are in [`Self::input_digests`].
     pub op: Box<pb::Op>,
     /// Its metadata; empty if none was sent.
     pub metadata: Arc<pb::OpMetadata>,
@@ -84,19 +84,22 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     if def.def.is_empty() {
         return Ok(Loaded { source, ..Default::default() });
     }
-    let all = each(&def.def, |bytes| Parsed::decode(bytes))?;
-    let mut by_digest: HashMap<&str, usize, FxBuildHasher> =
-        HashMap::with_capacity_and_hasher(all.len(), FxBuildHasher);
-    for (at, parsed) in all.iter().enumerate() {
-        by_digest.entry(&parsed.digest).or_insert(at);
+    let many = def.def.len() >= MANY;
+    let parsed = each(many, &def.def, |bytes| Parsed::decode(bytes))?;
+    let mut by_digest: ByDigest = HashMap::with_capacity_and_hasher(parsed.len(), FxBuildHasher);
+    for (at, parsed) in parsed.iter().enumerate() {
+        by_digest.entry(parsed.digest.clone()).or_insert(at);
     }
     if by_digest.len() < 2 {
         return Err(LoadError::TooSmall(by_digest.len()));
     }
-    let mut inputs = each(&all, |parsed| resolve_inputs(&parsed.op, &all, &by_digest))?;
-    let last = inputs.last().and_then(|inputs| inputs.edges.first());
-    let &(root, root_output) = last.ok_or(LoadError::NoResult)?;
-    let order = topological(&inputs, root).map_err(|at| LoadError::Cycle(all[at].digest.to_string()))?;
+    let mut all = each(many, parsed, |parsed| parsed.resolve(&by_digest).map(Some))?;
+    let &(root, root_output) = all
+        .last()
+        .and_then(Option::as_ref)
+        .and_then(|last| last.inputs.first())
+        .ok_or(LoadError::NoResult)?;
+    let order = topological(&all, root)?;
     let no_metadata = Arc::new(pb::OpMetadata::default());
     let mut all_metadata: HashMap<usize, Arc<pb::OpMetadata>> = HashMap::new();
     for (digest, metadata) in def.metadata.iter().filter(|(_, metadata)| **metadata != *no_metadata) {
@@ -111,41 +114,60 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
         place[old] = new;
     }
     let mut vertices: Vec<LoadedVertex> = Vec::with_capacity(order.len());
-    let mut all: Vec<Option<Parsed>> = all.into_iter().map(Some).collect();
     for &old in &order {
-        let Some(Parsed { digest, op }) = all[old].take() else { continue };
-        let Inputs { mut edges, digests } = std::mem::take(&mut inputs[old]);
-        validate(&op).map_err(|reason| LoadError::Invalid { digest: digest.to_string(), reason })?;
-        for (vertex, _) in &mut edges {
+        let Some(Resolved { digest, op, mut inputs, input_digests, name, valid }) = all[old].take() else {
+            continue;
+        };
+        valid.map_err(|reason| LoadError::Invalid { digest: digest.to_string(), reason })?;
+        for (vertex, _) in &mut inputs {
             *vertex = place[*vertex];
         }
         let metadata = all_metadata.remove(&old).unwrap_or_else(|| no_metadata.clone());
-        let name = match metadata.description.get(CUSTOM_NAME) {
-            Some(name) => name.as_str().into(),
-            None => {
-                default_name(&op, |input| edges.get(input).map_or("", |&(at, _)| &vertices[at].name)).into()
+        let name = match (metadata.description.get(CUSTOM_NAME), name) {
+            (Some(name), _) => name.as_str().into(),
+            (None, Some(name)) => name,
+            (None, None) => {
+                default_name(&op, |input| inputs.get(input).map_or("", |&(at, _)| &vertices[at].name)).into()
             }
         };
-        vertices.push(LoadedVertex { digest, op, metadata, inputs: edges, input_digests: digests, name });
+        vertices.push(LoadedVertex { digest, op, metadata, inputs, input_digests, name });
     }
     Ok(Loaded { vertices, root: Some((place[root], root_output)), source })
 }
 
-/// Maps each item, on all processors if there are many. Of several errors it gives any one.
-fn each<T: Sync, U: Send>(
-    items: &[T],
-    map: impl Fn(&T) -> Result<U, LoadError> + Send + Sync,
-) -> Result<Vec<U>, LoadError> {
-    match items.len() {
-        0..MANY => items.iter().map(map).collect(),
-        MANY.. => items.par_iter().with_min_len(MANY / 4).map(map).collect(),
+type ByDigest = HashMap<Arc<str>, usize, FxBuildHasher>;
+
+/// Maps each item, on all processors if there are `many`. Of several errors it gives any one.
+fn each<I, U: Send>(
+    many: bool,
+    items: I,
+    map: impl Fn(<I as IntoIterator>::Item) -> Result<U, LoadError> + Send + Sync,
+) -> Result<Vec<U>, LoadError>
+where
+    I: IntoIterator + IntoParallelIterator<Item = <I as IntoIterator>::Item, Iter: IndexedParallelIterator>,
+{
+    match many {
+        true => items.into_par_iter().with_min_len(MANY / 4).map(map).collect(),
+        false => items.into_iter().map(map).collect(),
     }
 }
 
-/// An element of a definition that has no place in the order yet. An operation is large: it is not moved about.
+/// An element of a definition. An operation is large: it is not moved about.
 struct Parsed {
     digest: Arc<str>,
     op: Box<pb::Op>,
+}
+
+/// An element that has no place in the order yet.
+struct Resolved {
+    digest: Arc<str>,
+    op: Box<pb::Op>,
+    /// What it needs, by place among all elements.
+    inputs: Vec<(usize, u32)>,
+    input_digests: Arc<[Arc<str>]>,
+    /// Its default name, where that says nothing of its inputs.
+    name: Option<Arc<str>>,
+    valid: Result<(), String>,
 }
 
 impl Parsed {
@@ -153,46 +175,45 @@ impl Parsed {
         let op = Box::new(pb::Op::decode(bytes).map_err(|e| LoadError::Decode(e.to_string()))?);
         Ok(Self { digest: digest(bytes), op })
     }
+
+    fn resolve(self, by_digest: &ByDigest) -> Result<Resolved, LoadError> {
+        let Self { digest, mut op } = self;
+        let mut inputs = Vec::with_capacity(op.inputs.len());
+        let mut input_digests = Vec::with_capacity(op.inputs.len());
+        for (i, input) in op.inputs.iter_mut().enumerate() {
+            let output = u32::try_from(input.index)
+                .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
+            let named = std::mem::take(&mut input.digest);
+            let Some((digest, &at)) = by_digest.get_key_value(named.as_str()) else {
+                return Err(LoadError::MissingInput(named));
+            };
+            inputs.push((at, output));
+            input_digests.push(digest.clone());
+        }
+        let name = match &op.op {
+            Some(op::Op::Merge(_) | op::Op::Diff(_)) => None,
+            _ => Some(default_name(&op, |_| "").into()),
+        };
+        let valid = validate(&op);
+        Ok(Resolved { digest, op, inputs, input_digests: input_digests.into(), name, valid })
+    }
 }
 
-/// What an element needs, by place among all elements.
-#[derive(Default)]
-struct Inputs {
-    edges: Vec<(usize, u32)>,
-    digests: Arc<[Arc<str>]>,
-}
-
-fn resolve_inputs(
-    op: &pb::Op,
-    all: &[Parsed],
-    by_digest: &HashMap<&str, usize, FxBuildHasher>,
-) -> Result<Inputs, LoadError> {
-    let resolve = |(i, input): (usize, &pb::Input)| {
-        let output = u32::try_from(input.index)
-            .map_err(|_| LoadError::OutputIndex { input: i, index: input.index })?;
-        let vertex = by_digest.get(&*input.digest);
-        let vertex = *vertex.ok_or_else(|| LoadError::MissingInput(input.digest.clone()))?;
-        Ok((vertex, output))
-    };
-    let edges = op.inputs.iter().enumerate().map(resolve).collect::<Result<Vec<_>, _>>()?;
-    let digests = edges.iter().map(|&(at, _)| all[at].digest.clone()).collect();
-    Ok(Inputs { edges, digests })
-}
-
-/// What `root` needs, inputs first; `Err` names a vertex of a cycle.
-fn topological(inputs: &[Inputs], root: usize) -> Result<Vec<usize>, usize> {
+/// What `root` needs, inputs first.
+fn topological(all: &[Option<Resolved>], root: usize) -> Result<Vec<usize>, LoadError> {
     #[derive(Clone, Copy, PartialEq)]
     enum State {
         New,
         Open,
         Done,
     }
-    let mut state = vec![State::New; inputs.len()];
+    let mut state = vec![State::New; all.len()];
     let mut order = Vec::new();
     let mut stack = vec![(root, 0)];
     state[root] = State::Open;
     while let Some((at, next)) = stack.pop() {
-        let Some(&(input, _)) = inputs[at].edges.get(next) else {
+        let vertex = all[at].as_ref();
+        let Some(&(input, _)) = vertex.and_then(|vertex| vertex.inputs.get(next)) else {
             state[at] = State::Done;
             order.push(at);
             continue;
@@ -200,7 +221,10 @@ fn topological(inputs: &[Inputs], root: usize) -> Result<Vec<usize>, usize> {
         stack.push((at, next + 1));
         match state[input] {
             State::Done => {}
-            State::Open => return Err(input),
+            State::Open => {
+                let digest = all[input].as_ref().map_or_else(String::new, |vertex| vertex.digest.to_string());
+                return Err(LoadError::Cycle(digest));
+            }
             State::New => {
                 state[input] = State::Open;
                 stack.push((input, 0));

@@ -78,7 +78,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // and nobody above was asked earlier, so nobody needs to be told.
         for place in asked.into_iter().rev() {
             let vertex = &mut self.graph[place];
-            let progress = Arc::new(MapProgress::new(vertex.state.clone(), self.options.progress.clone()));
+            let progress = Arc::new(MapProgress::new(vertex.state.info.clone(), self.progress.clone()));
             vertex.map = Map::Asked(progress.clone());
             let context = OpContext {
                 progress: VertexProgress::new(vertex.state.digest.clone(), progress),

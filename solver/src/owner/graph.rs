@@ -4,50 +4,50 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_proto::llb;
 use petgraph::graph::NodeIndex;
 
 use super::arena::{Content, Definition, InputPart, Map, News, Step, Tried, Vertex};
 use super::{Edge, Owner};
 use crate::error::SolveError;
 use crate::keys::{CONTENT_KEY, DEFINITION_KEY, Part, vertex_key};
-use crate::op::{CacheMap, OpError, OpVertex};
-use crate::progress::{Event as ProgressEvent, VertexInfo, VertexState};
+use crate::op::{CacheMap, OpError};
+use crate::prepare::{Prepared, PreparedVertex};
+use crate::progress::{Event as ProgressEvent, VertexState};
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
-    pub(super) fn load(&mut self, loaded: llb::Loaded) -> Result<Option<Edge>, SolveError> {
-        let mut places: Vec<NodeIndex> = Vec::with_capacity(loaded.vertices.len());
-        self.graph.reserve(loaded.vertices.len());
-        self.by_digest.reserve(loaded.vertices.len());
-        for vertex in loaded.vertices {
-            let refused =
-                |text: &str| SolveError::load(Some(&vertex.digest), &vertex.name, OpError::new(text));
+    pub(super) fn load(&mut self, prepared: Prepared<R>) -> Result<Option<Edge>, SolveError> {
+        let mut places: Vec<NodeIndex> = Vec::with_capacity(prepared.vertices.len());
+        self.graph.reserve(prepared.vertices.len());
+        self.by_digest.reserve(prepared.vertices.len());
+        for vertex in prepared.vertices {
+            let info = &vertex.info;
+            let refused = |text: &str| SolveError::load(Some(&info.digest), &info.name, OpError::new(text));
             let edge =
                 |&(input, output): &(usize, u32)| places.get(input).map(|&vertex| Edge { vertex, output });
             let inputs = vertex.inputs.iter().map(edge).collect::<Option<Vec<Edge>>>();
             let inputs = inputs.ok_or_else(|| refused("invalid LLB: an input follows its consumer"))?;
             let place = match self.find(&vertex, &inputs) {
                 Some(place) => place,
-                None => self.add(vertex, inputs)?,
+                None => self.add(vertex, inputs),
             };
             places.push(place);
         }
         for &place in &places {
             let vertex = &mut self.graph[place];
             if !std::mem::replace(&mut vertex.announced, true) {
-                self.options.progress.event(ProgressEvent::Vertex(vertex.state.clone()));
+                self.progress.event(ProgressEvent::Vertex(vertex.state.clone()));
             }
         }
-        Ok(loaded.root.and_then(|(root, output)| Some(Edge { vertex: *places.get(root)?, output })))
+        Ok(prepared.root.and_then(|(root, output)| Some(Edge { vertex: *places.get(root)?, output })))
     }
 
     /// The same operation on the same inputs with the same options.
-    fn find(&self, vertex: &llb::LoadedVertex, inputs: &[Edge]) -> Option<NodeIndex> {
-        let mut next = self.by_digest.get(&vertex.digest).copied();
+    fn find(&self, vertex: &PreparedVertex<R>, inputs: &[Edge]) -> Option<NodeIndex> {
+        let mut next = self.by_digest.get(&vertex.info.digest).copied();
         while let Some(place) = next {
             let known = &self.graph[place];
-            if known.ignore_cache == vertex.metadata.ignore_cache && known.inputs == inputs {
+            if known.ignore_cache == vertex.ignore_cache && known.inputs == inputs {
                 break;
             }
             next = known.namesake;
@@ -55,23 +55,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         next
     }
 
-    fn add(&mut self, vertex: llb::LoadedVertex, inputs: Vec<Edge>) -> Result<NodeIndex, SolveError> {
-        let ignore_cache = vertex.metadata.ignore_cache;
-        let (digest, name) = (vertex.digest.clone(), vertex.name.clone());
-        let state = VertexState::from(VertexInfo {
-            digest: digest.clone(),
-            inputs: vertex.input_digests,
-            name: name.clone(),
-            group: vertex.metadata.progress_group.clone(),
-        });
-        let vertex =
-            OpVertex { digest: vertex.digest, op: vertex.op, metadata: vertex.metadata, name: vertex.name };
-        let op = self
-            .options
-            .factory
-            .op(&vertex)
-            .map_err(|error| SolveError::load(Some(&digest), &name, error))?;
-
+    fn add(&mut self, vertex: PreparedVertex<R>, inputs: Vec<Edge>) -> NodeIndex {
+        let PreparedVertex { info, op, ignore_cache, .. } = vertex;
+        let digest = info.digest.clone();
+        let state = VertexState { info, ..VertexState::default() };
         let below = |edge: &Edge| &self.graph[edge.vertex];
         // Without an input's keys none can be made here either.
         let hopeless = inputs.iter().find_map(|edge| match &below(edge).step {
@@ -108,7 +95,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         };
         let place = self.graph.add(node);
         self.graph[place].namesake = self.by_digest.insert(digest, place);
-        Ok(place)
+        place
     }
 
     /// Takes in what an operation depends on and makes the keys for which that suffices. The caller tells those above.

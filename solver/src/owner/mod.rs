@@ -21,17 +21,17 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures::FutureExt;
-use kiln_proto::llb;
 use petgraph::graph::NodeIndex;
 use rustc_hash::FxBuildHasher;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use crate::build::BuildOptions;
 use crate::error::SolveError;
 use crate::explain::{self, InputExplanation, KeyKind, VertexExplanation};
 use crate::op::{CacheMap, Key, OpError};
+use crate::prepare::Prepared;
 use crate::produced::Opened;
+use crate::progress::ProgressSink;
 use crate::solver::Shared;
 use crate::work::Outcome;
 use arena::{Arena, Definition, OutputDigest, Step, Vertex};
@@ -52,7 +52,7 @@ pub(crate) struct Edge {
 /// All that can happen to a build.
 pub(crate) enum Event<R> {
     /// A definition arrived.
-    Load { loaded: Box<llb::Loaded>, reply: oneshot::Sender<Result<Option<Edge>, SolveError>> },
+    Load { prepared: Prepared<R>, reply: oneshot::Sender<Result<Option<Edge>, SolveError>> },
     /// A result is wanted.
     Request { id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>> },
     /// It is no longer wanted.
@@ -89,7 +89,7 @@ struct Request<R> {
 
 struct Owner<R> {
     shared: Arc<Shared<R>>,
-    options: BuildOptions<R>,
+    progress: Arc<dyn ProgressSink>,
     /// Number of this build, for fairness between builds.
     id: u64,
     graph: Arena<R>,
@@ -111,13 +111,13 @@ struct Owner<R> {
 /// Starts the owner of a new build and answers how to reach it.
 pub(crate) fn start<R: Clone + Send + Sync + 'static>(
     shared: Arc<Shared<R>>,
-    options: BuildOptions<R>,
+    progress: Arc<dyn ProgressSink>,
 ) -> mpsc::UnboundedSender<Event<R>> {
     let (events, inbox) = mpsc::unbounded_channel();
     let owner = Owner {
         id: shared.next_build(),
         shared: shared.clone(),
-        options,
+        progress,
         graph: Arena::new(),
         by_digest: HashMap::default(),
         requests: HashMap::new(),
@@ -177,8 +177,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     fn handle(&mut self, event: Event<R>) {
         match event {
-            Event::Load { loaded, reply } => {
-                let _ = reply.send(self.load(*loaded));
+            Event::Load { prepared, reply } => {
+                let _ = reply.send(self.load(prepared));
             }
             Event::Request { id, edge, reply } => self.request(id, edge, reply),
             Event::Withdraw { id } => self.withdraw(id),

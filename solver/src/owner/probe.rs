@@ -306,7 +306,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                     self.report(place, |_| {});
                 }
                 for event in events {
-                    self.options.progress.event(event);
+                    self.progress.event(event);
                 }
                 self.ended(place, true, outcome);
             }
@@ -318,7 +318,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let started = Arc::new(OnceLock::new());
         let watcher = BuildWatcher {
             state: vertex.state.clone(),
-            sink: self.options.progress.clone(),
+            sink: self.progress.clone(),
             events: self.events.clone(),
             place,
             epoch: vertex.epoch,

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::arena::{Map, Step};
 use super::{Event, Owner};
 use crate::op::OpError;
-use crate::progress::{Event as ProgressEvent, ProgressSink, VertexState};
+use crate::progress::{Event as ProgressEvent, ProgressSink, VertexInfo, VertexState};
 use crate::work::{Asker, Outcome, Watcher};
 
 /// The text that clients recognise as a cancelled step.
@@ -62,14 +62,14 @@ impl<R: Send + Sync> Watcher<R> for BuildWatcher<R> {
 
 /// Shows a vertex as running from the moment on at which its resolution has something to say.
 pub(super) struct MapProgress {
-    state: VertexState,
+    info: Arc<VertexInfo>,
     sink: Arc<dyn ProgressSink>,
     started: OnceLock<SystemTime>,
 }
 
 impl MapProgress {
-    pub(super) fn new(state: VertexState, sink: Arc<dyn ProgressSink>) -> Self {
-        Self { state, sink, started: OnceLock::new() }
+    pub(super) fn new(info: Arc<VertexInfo>, sink: Arc<dyn ProgressSink>) -> Self {
+        Self { info, sink, started: OnceLock::new() }
     }
 }
 
@@ -77,7 +77,8 @@ impl ProgressSink for MapProgress {
     fn event(&self, event: ProgressEvent) {
         self.started.get_or_init(|| {
             let now = SystemTime::now();
-            self.sink.event(ProgressEvent::Vertex(VertexState { started: Some(now), ..self.state.clone() }));
+            let state = VertexState { info: self.info.clone(), started: Some(now), ..VertexState::default() };
+            self.sink.event(ProgressEvent::Vertex(state));
             now
         });
         self.sink.event(event);
@@ -88,7 +89,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn report(&mut self, place: NodeIndex, change: impl FnOnce(&mut VertexState)) {
         let state = &mut self.graph[place].state;
         change(state);
-        self.options.progress.event(ProgressEvent::Vertex(state.clone()));
+        self.progress.event(ProgressEvent::Vertex(state.clone()));
     }
 
     pub(super) fn note_started(&mut self, place: NodeIndex, at: SystemTime) {
