@@ -6,6 +6,7 @@ mod errors;
 mod large;
 mod model;
 mod progress;
+mod reference;
 mod schedule;
 mod sharing;
 mod simulation;

@@ -1,13 +1,8 @@
-//! Random graphs, random changes, builds at the same time and builds that give up, held against
-//! a naive evaluator that knows no cache.
-
-use std::collections::{BTreeSet, HashMap};
-use std::time::Duration;
+//! Small graphs that a test can draw at random and change, and a naive evaluator that knows no cache.
 
 use kiln_proto::pb;
-use proptest::prelude::*;
 
-use crate::world::{Files, Graph, Recipe, World, recipe};
+use crate::world::{Files, Graph, Recipe, recipe};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Node {
@@ -33,55 +28,69 @@ impl Node {
     pub(crate) fn fails(&self) -> bool {
         self.fragile && self.version + 1 == Self::VERSIONS
     }
+
+    /// Its inputs, and whether it reads only a part of each.
+    pub(crate) fn uses(&self) -> impl Iterator<Item = (usize, bool)> + Clone {
+        self.inputs.iter().copied().zip(self.narrow.iter().copied())
+    }
 }
 
-fn node(index: usize) -> impl Strategy<Value = Node> {
-    let inputs = prop::collection::vec(0..index.max(1), 0..=index.min(3));
-    let flags = (any::<bool>(), prop::bool::weighted(0.3), prop::bool::weighted(0.1));
-    (inputs, prop::collection::vec(any::<bool>(), 3), flags, 0..Node::VERSIONS, 0..4usize).prop_map(
-        move |(inputs, narrow, (coarse, ephemeral, ignore_cache), version, yields)| Node {
-            ephemeral: ephemeral && inputs.is_empty(),
-            inputs,
-            narrow,
-            coarse,
-            version,
-            yields,
-            ignore_cache,
-            fragile: false,
-            io: false,
-        },
-    )
-}
+/// SplitMix64: the same everywhere, for ever.
+pub(crate) struct Random(pub(crate) u64);
 
-fn nodes() -> impl Strategy<Value = Vec<Node>> {
-    (2..10usize).prop_flat_map(|count| (0..count).map(node).collect::<Vec<_>>())
-}
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
 
-#[derive(Debug, Clone)]
-struct Round {
-    /// New versions of some nodes.
-    changes: Vec<(prop::sample::Index, u8)>,
-    /// Roots that are built at the same time, and which of them give up after how many turns.
-    builds: Vec<(prop::sample::Index, Option<usize>)>,
-}
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % limit as u64).unwrap()
+    }
 
-fn round() -> impl Strategy<Value = Round> {
-    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..Node::VERSIONS), 0..3);
-    let builds =
-        prop::collection::vec((any::<prop::sample::Index>(), prop::option::weighted(0.3, 0..40usize)), 1..4);
-    (changes, builds).prop_map(|(changes, builds)| Round { changes, builds })
+    pub(crate) fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    pub(crate) fn version(&mut self) -> u8 {
+        u8::try_from(self.below(Node::VERSIONS.into())).unwrap()
+    }
+
+    /// A graph.
+    pub(crate) fn nodes(&mut self) -> Vec<Node> {
+        let mut nodes = Vec::new();
+        for index in 0..2 + self.below(8) {
+            let count = if index == 0 { 0 } else { self.below(index.min(3) + 1) };
+            let inputs: Vec<usize> = (0..count).map(|_| self.below(index)).collect();
+            nodes.push(Node {
+                ephemeral: inputs.is_empty() && self.chance(30),
+                inputs,
+                narrow: (0..3).map(|_| self.chance(50)).collect(),
+                coarse: self.chance(50),
+                version: self.version(),
+                yields: self.below(4),
+                ignore_cache: self.chance(10),
+                fragile: self.chance(15),
+                io: self.chance(20),
+            });
+        }
+        nodes
+    }
 }
 
 /// The file that readers of a part read.
-const PART: &str = "/part";
+pub(crate) const PART: &str = "/part";
 
 pub(crate) fn node_recipe(index: usize, node: &Node, session: usize) -> Recipe {
     let identity = if node.ephemeral { format!("session {session}") } else { String::new() };
     let text = format!("{index} v{} {identity}", node.version);
     let mut made = recipe(&text).yields(node.yields);
-    for (input, narrow) in node.narrow.iter().enumerate().take(node.inputs.len()) {
-        if *narrow {
-            made = made.reads(input, PART);
+    for (position, (_, narrow)) in node.uses().enumerate() {
+        if narrow {
+            made = made.reads(position, PART);
         }
     }
     if node.ephemeral {
@@ -129,143 +138,4 @@ pub(crate) fn evaluate(nodes: &[Node]) -> Vec<Option<Files>> {
         results.push(inputs.filter(|_| !node.fails()).map(made));
     }
     results
-}
-
-pub(crate) fn below(nodes: &[Node], root: usize) -> BTreeSet<usize> {
-    let mut seen = BTreeSet::from([root]);
-    let mut worklist = vec![root];
-    while let Some(at) = worklist.pop() {
-        worklist.extend(nodes[at].inputs.iter().filter(|&&input| seen.insert(input)));
-    }
-    seen
-}
-
-async fn play(mut nodes: Vec<Node>, rounds: Vec<Round>) -> Result<(), TestCaseError> {
-    let world = World::new();
-    let solver = world.limited_solver(2);
-    for (session, round) in rounds.iter().enumerate() {
-        for (which, version) in &round.changes {
-            let at = which.index(nodes.len());
-            nodes[at].version = *version;
-        }
-        for (i, node) in nodes.iter().enumerate() {
-            world.set(&name(i), node_recipe(i, node, session));
-        }
-        let expected = evaluate(&nodes);
-        let mut wanted = BTreeSet::new();
-        let builds: Vec<_> = round
-            .builds
-            .iter()
-            .map(|(which, patience)| {
-                let root = which.index(nodes.len());
-                wanted.extend(below(&nodes, root));
-                let (build, record) = world.build(&solver);
-                let definition = definition(&nodes, root);
-                let solving = async move {
-                    let solving = build.solve(&definition);
-                    let patience = async {
-                        match patience {
-                            Some(turns) => {
-                                for _ in 0..*turns {
-                                    tokio::task::yield_now().await;
-                                }
-                            }
-                            None => std::future::pending().await,
-                        }
-                    };
-                    tokio::select! {
-                        result = solving => Some(result),
-                        () = patience => None,
-                    }
-                };
-                async move { (root, solving.await, record) }
-            })
-            .collect();
-        let settled = tokio::time::timeout(Duration::from_secs(20), futures::future::join_all(builds)).await;
-        let Ok(settled) = settled else {
-            return Err(TestCaseError::fail(format!(
-                "a build hangs in round {session}; running: {:?}",
-                world.running()
-            )));
-        };
-        let gave_up = settled.iter().any(|(_, result, _)| result.is_none());
-        for (root, result, _) in &settled {
-            if let Some(result) = result {
-                let tree = result.as_ref().map_err(|e| TestCaseError::fail(e.to_string()))?.as_ref();
-                prop_assert_eq!(
-                    Some(&*tree.expect("not scratch").files),
-                    expected[*root].as_ref(),
-                    "node {}",
-                    root
-                );
-            }
-        }
-        solver.idle().await;
-        prop_assert!(world.running().is_empty());
-
-        // Nothing ran that nobody wanted; and nothing twice, unless it was forced or given up.
-        let mut counts: HashMap<String, usize> = HashMap::new();
-        for run in world.take_runs() {
-            *counts.entry(run).or_default() += 1;
-        }
-        for (i, node) in nodes.iter().enumerate() {
-            let count = counts.get(&name(i)).copied().unwrap_or(0);
-            prop_assert!(count == 0 || wanted.contains(&i), "{} ran, but nothing needs it", i);
-            let forced = below(&nodes, i).iter().any(|&input| nodes[input].ignore_cache);
-            if !gave_up && !forced && !node.ephemeral {
-                prop_assert!(count <= 1, "node {} ran {} times", i, count);
-            }
-        }
-        // Every vertex that was shown as running was also shown as ended.
-        for (_, _, record) in &settled {
-            for i in 0..nodes.len() {
-                prop_assert!(
-                    !record.shows_running(&name(i)),
-                    "node {} is shown as running: {:?}",
-                    i,
-                    record.words(&name(i))
-                );
-            }
-        }
-        // Once more: only forced vertices and sources without identity run.
-        for (which, _) in &round.builds {
-            let root = which.index(nodes.len());
-            world
-                .run(&solver, &definition(&nodes, root))
-                .await
-                .map_err(|e| TestCaseError::fail(e.to_string()))?;
-            world.take_runs();
-            let files = world
-                .run(&solver, &definition(&nodes, root))
-                .await
-                .map_err(|e| TestCaseError::fail(e.to_string()))?;
-            prop_assert_eq!(Some(&files), expected[root].as_ref());
-            for run in world.take_runs() {
-                let at: usize = run[1..].parse().expect("a node");
-                let allowed = nodes[at].ephemeral || nodes[at].ignore_cache;
-                prop_assert!(allowed, "{} ran again though nothing changed", run);
-            }
-        }
-    }
-    Ok(())
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn builds_agree_with_a_naive_evaluator(nodes in nodes(), rounds in prop::collection::vec(round(), 1..4)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(play(nodes, rounds))?;
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn so_they_do_on_several_threads(nodes in nodes(), rounds in prop::collection::vec(round(), 1..4)) {
-        let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        runtime.worker_threads(3).enable_all().build().expect("a runtime").block_on(play(nodes, rounds))?;
-    }
 }

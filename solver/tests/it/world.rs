@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use kiln_cache::kv::MemKv;
-use kiln_cache::{KeyStorage, KeyStore};
+use kiln_cache::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
     CacheMap, ContentPath, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex,
@@ -162,6 +162,7 @@ pub(crate) struct World {
     pub(crate) recipes: Mutex<HashMap<String, Recipe>>,
     pub(crate) keys: Arc<dyn KeyStorage>,
     stored: Mutex<HashMap<String, Arc<Files>>>,
+    made: AtomicUsize,
     /// Names of the vertices that ran, in the order in which they started.
     runs: Mutex<Vec<String>>,
     /// For each vertex that is running now: its name.
@@ -170,6 +171,9 @@ pub(crate) struct World {
     pub(crate) loads: AtomicUsize,
     pub(crate) content_digests: AtomicUsize,
     pub(crate) output_digests: AtomicUsize,
+    /// How many turns cache maps, loads and digests take at most.
+    pub(crate) delays: AtomicUsize,
+    delayed: AtomicUsize,
     /// Every result is gone.
     pub(crate) forgetful: AtomicBool,
     changed: tokio::sync::Notify,
@@ -185,12 +189,15 @@ impl World {
             recipes: Mutex::default(),
             keys,
             stored: Mutex::default(),
+            made: AtomicUsize::new(0),
             runs: Mutex::default(),
             running: Mutex::default(),
             most_running: AtomicUsize::new(0),
             loads: AtomicUsize::new(0),
             content_digests: AtomicUsize::new(0),
             output_digests: AtomicUsize::new(0),
+            delays: AtomicUsize::new(0),
+            delayed: AtomicUsize::new(0),
             forgetful: AtomicBool::new(false),
             changed: tokio::sync::Notify::new(),
         })
@@ -251,16 +258,75 @@ impl World {
     }
 
     fn keep(&self, files: Files) -> Tree {
-        let mut stored = self.stored.lock().unwrap();
-        let id = format!("r{}", stored.len());
+        let id = format!("r{}", self.made.fetch_add(1, Ordering::Relaxed));
         let files = Arc::new(files);
-        stored.insert(id.clone(), files.clone());
+        self.stored.lock().unwrap().insert(id.clone(), files.clone());
         Tree { id, files }
+    }
+
+    /// The files of a result.
+    pub(crate) fn files(&self, id: &str) -> Option<Arc<Files>> {
+        self.stored.lock().unwrap().get(id).cloned()
+    }
+
+    /// Takes its time: up to [`World::delays`] turns, another number each time.
+    async fn delay(&self) {
+        let delays = self.delays.load(Ordering::Relaxed);
+        for _ in 0..self.delayed.fetch_add(1, Ordering::Relaxed) % (delays + 1) {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Sets what the vertex of this name does.
     pub(crate) fn set(&self, name: &str, recipe: Recipe) {
         self.recipes.lock().unwrap().insert(name.to_owned(), recipe);
+    }
+}
+
+/// A key store whose content a test can see.
+#[derive(Default)]
+pub(crate) struct OpenKeys {
+    records: Mutex<HashMap<[u8; 32], KeyRecord>>,
+    ops: Mutex<HashMap<[u8; 32], OpRecord>>,
+}
+
+impl OpenKeys {
+    pub(crate) fn records(&self) -> HashMap<[u8; 32], KeyRecord> {
+        self.records.lock().unwrap().clone()
+    }
+}
+
+impl KeyStorage for OpenKeys {
+    fn get(&self, key: &[u8; 32]) -> kiln_cache::Result<Option<KeyRecord>> {
+        Ok(self.records.lock().unwrap().get(key).cloned())
+    }
+
+    fn op(&self, digest: &[u8; 32]) -> kiln_cache::Result<Option<OpRecord>> {
+        Ok(self.ops.lock().unwrap().get(digest).copied())
+    }
+
+    fn write(&self, changes: &[KeyChange]) -> kiln_cache::Result<()> {
+        let mut records = self.records.lock().unwrap();
+        for change in changes {
+            match change {
+                KeyChange::Record { keys, record } => {
+                    records.extend(keys.iter().map(|key| (*key, KeyRecord::clone(record))));
+                }
+                KeyChange::Op { digest, record } => {
+                    self.ops.lock().unwrap().insert(*digest, *record);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&self, key: &[u8; 32], results: &[String]) -> kiln_cache::Result<bool> {
+        let mut records = self.records.lock().unwrap();
+        if records.get(key).is_some_and(|record| record.results != results) {
+            return Ok(false);
+        }
+        records.remove(key);
+        Ok(true)
     }
 }
 
@@ -274,6 +340,7 @@ impl ResultStore<Tree> for Store {
     fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Tree>, OpError>> {
         async move {
             self.0.loads.fetch_add(1, Ordering::Relaxed);
+            self.0.delay().await;
             if self.0.forgetful.load(Ordering::Relaxed) {
                 return Ok(None);
             }
@@ -290,6 +357,7 @@ impl ResultStore<Tree> for Store {
     ) -> BoxFuture<'a, Result<Key, OpError>> {
         async move {
             self.0.content_digests.fetch_add(1, Ordering::Relaxed);
+            self.0.delay().await;
             let mut hasher = blake3::Hasher::new();
             for path in &query.paths {
                 match result.files.get(&path.path) {
@@ -308,6 +376,7 @@ impl ResultStore<Tree> for Store {
     fn output_digest<'a>(&'a self, result: &'a Tree) -> BoxFuture<'a, Result<Key, OpError>> {
         async move {
             self.0.output_digests.fetch_add(1, Ordering::Relaxed);
+            self.0.delay().await;
             Ok(blake3::hash(format!("{:?}", result.files).as_bytes()))
         }
         .boxed()
@@ -366,6 +435,7 @@ impl Drop for Running<'_> {
 impl Op<Tree> for FakeOp {
     fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
         async move {
+            self.world.delay().await;
             if let Some(gate) = &self.recipe.map_gate {
                 gate.acquire().await.expect("open").forget();
             }
