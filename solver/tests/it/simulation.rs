@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kiln_cache::KeyRecord;
 use kiln_solver::Solver;
 use kiln_solver::explain::{Found, KeyKind, Outcome, VertexExplanation};
 use tokio::runtime::{Builder, Runtime};
@@ -105,7 +106,7 @@ struct Life {
     nodes: Vec<Node>,
     reference: Reference,
     dictionary: Dictionary,
-    /// What is in `keys`.
+    /// What is in `keys` and can be loaded.
     known: HashSet<Symbol>,
     tally: Tally,
 }
@@ -246,6 +247,22 @@ impl Life {
         }
     }
 
+    /// What is remembered, without records of results that are gone: those are found out when somebody asks.
+    fn records(&self) -> HashMap<[u8; 32], KeyRecord> {
+        let mut records = self.keys.records();
+        records.retain(|_, record| record.results.iter().all(|id| self.world.files(id).is_some()));
+        records
+    }
+
+    /// Some results are collected.
+    fn collect(&mut self, random: &mut Random) {
+        for _ in 0..1 + random.below(3) {
+            self.world.collect(random.below(usize::MAX));
+        }
+        let records = self.records();
+        self.known.retain(|symbol| records.contains_key(&self.dictionary.keys[symbol]));
+    }
+
     fn check(&mut self, session: &Session<'_>) {
         self.check_results(session);
         self.check_runs(session);
@@ -326,7 +343,7 @@ impl Life {
     /// Nothing was forgotten, what should be was remembered, and nothing else.
     fn check_keys(&mut self, session: &Session<'_>) {
         let seed = self.seed;
-        let records = self.keys.records();
+        let records = self.records();
         let known = |key| self.dictionary.symbols.get(key).copied();
         let after: Option<HashSet<Symbol>> = records.keys().map(known).collect();
         let after = after
@@ -410,6 +427,9 @@ fn live(seed: u64, threaded: bool) -> Tally {
         }
         for (at, node) in life.nodes.iter().enumerate() {
             life.world.set(&name(at), node_recipe(at, node, session));
+        }
+        if random.chance(20) {
+            life.collect(&mut random);
         }
         life.reference = Reference::new(&life.nodes);
         life.learn_keys(session);

@@ -161,7 +161,7 @@ impl Recipe {
 pub(crate) struct World {
     pub(crate) recipes: Mutex<HashMap<String, Recipe>>,
     pub(crate) keys: Arc<dyn KeyStorage>,
-    stored: Mutex<HashMap<String, Arc<Files>>>,
+    stored: Mutex<BTreeMap<String, Arc<Files>>>,
     made: AtomicUsize,
     /// Names of the vertices that ran, in the order in which they started.
     runs: Mutex<Vec<String>>,
@@ -267,6 +267,13 @@ impl World {
     /// The files of a result.
     pub(crate) fn files(&self, id: &str) -> Option<Arc<Files>> {
         self.stored.lock().unwrap().get(id).cloned()
+    }
+
+    /// Collects a result, whichever `random` names.
+    pub(crate) fn collect(&self, random: usize) {
+        let mut stored = self.stored.lock().unwrap();
+        let id = stored.keys().nth(random % stored.len().max(1)).cloned();
+        id.and_then(|id| stored.remove(&id));
     }
 
     /// Takes its time: up to [`World::delays`] turns, another number each time.
