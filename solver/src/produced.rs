@@ -28,9 +28,13 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
         Self::new(outputs, record, Vec::new())
     }
 
-    /// Results of an earlier build, found under `key`.
-    pub(crate) fn opened(outputs: Vec<R>, record: KeyRecord, key: &Key) -> Self {
-        let keys = [Some(*key), record.content_key.map(Key::from)].into_iter().flatten().collect();
+    /// Results of an earlier build, found under `key`. Where that is the definition key, the content key is taken to be
+    /// stored, too; whoever came another way may have found that missing.
+    pub(crate) fn opened(outputs: Vec<R>, record: KeyRecord, key: &Key, by_definition: bool) -> Self {
+        let keys = [Some(*key), record.content_key.map(Key::from).filter(|_| by_definition)]
+            .into_iter()
+            .flatten()
+            .collect();
         Self::new(outputs, record, keys)
     }
 
@@ -104,6 +108,7 @@ pub(crate) async fn open<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     key: &Key,
     record: KeyRecord,
+    by_definition: bool,
 ) -> Result<Opened<R>, OpError> {
     let mut outputs = Vec::with_capacity(record.results.len());
     for id in &record.results {
@@ -112,5 +117,5 @@ pub(crate) async fn open<R: Clone + Send + Sync + 'static>(
             None => return Ok(Opened::Gone(record.results)),
         }
     }
-    Ok(Opened::Found(Produced::opened(outputs, record, key)))
+    Ok(Opened::Found(Produced::opened(outputs, record, key, by_definition)))
 }

@@ -15,6 +15,7 @@ use crate::keys::Part;
 use crate::op::{CacheMap, Key, Op, OpError};
 use crate::produced::Produced;
 use crate::progress::VertexState;
+use crate::work::Work;
 
 /// The vertices of a build. Inputs are always added first, so the order of indices is topological.
 pub(super) struct Arena<R> {
@@ -172,8 +173,9 @@ pub(super) enum OutputDigest {
 pub(super) enum Step<R> {
     /// It isn't wanted, or waits for keys, inputs or digests.
     Waiting,
-    /// A record was found; its results are being loaded.
-    Opening,
+    /// A record was found; its results are being loaded. What was at work below waits for the outcome: if they are
+    /// gone, it is needed.
+    Opening(Vec<Arc<Work<R>>>),
     /// Somebody is at it.
     Working(Watched<R>),
     Done(Arc<Produced<R>>),

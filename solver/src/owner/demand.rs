@@ -17,7 +17,7 @@ use crate::op::{OpClass, OpContext, OpError};
 use crate::produced::{Produced, no_such_output};
 use crate::progress::VertexProgress;
 use crate::record::Entry;
-use crate::work::guarded;
+use crate::work::{Work, guarded};
 
 /// How long an operation that never ran is taken to last.
 const UNKNOWN_RUN: Duration = Duration::from_secs(1);
@@ -53,7 +53,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                     vertex.error(no_such_output(output, produced.outputs.len(), &vertex.state.name))
                 }),
                 Step::Failed(error) => Err(SolveError::clone(error)),
-                Step::Waiting | Step::Opening | Step::Working(..) => Err(SolveError::canceled()),
+                Step::Waiting | Step::Opening(_) | Step::Working(..) => Err(SolveError::canceled()),
             };
             self.report_skipped(place);
             let _ = reply.send(answer);
@@ -105,7 +105,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    fn release(&mut self, place: NodeIndex) {
+    /// One who wanted a vertex no longer does. Dropping the answer cancels the work that nobody else holds.
+    fn release(&mut self, place: NodeIndex) -> Vec<Arc<Work<R>>> {
+        let mut held = Vec::new();
         let mut worklist = vec![place];
         while let Some(place) = worklist.pop() {
             let vertex = &mut self.graph[place];
@@ -116,9 +118,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             if std::mem::take(&mut vertex.inputs_wanted) {
                 worklist.extend(vertex.inputs.iter().map(|edge| edge.vertex));
             }
+            if let Step::Working(watched) = &vertex.step {
+                held.push(watched.asker.work().clone());
+            }
             self.report_canceled(place);
             self.start_over(place);
         }
+        held
     }
 
     /// Forgets what was going on, but not what is known. Drops the hold on shared work.
@@ -148,7 +154,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                     return self.fail(place, error);
                 }
                 Step::Done(_) => self.input_arrived(place, input),
-                Step::Waiting | Step::Opening | Step::Working(..) => {}
+                Step::Waiting | Step::Opening(_) | Step::Working(..) => {}
             }
             if self.graph[place].is_settled() {
                 return;
@@ -156,12 +162,15 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    pub(super) fn release_inputs(&mut self, place: NodeIndex) {
+    /// Like [`Self::release`], for all inputs of a vertex.
+    pub(super) fn release_inputs(&mut self, place: NodeIndex) -> Vec<Arc<Work<R>>> {
+        let mut held = Vec::new();
         if std::mem::take(&mut self.graph[place].inputs_wanted) {
             for input in 0..self.graph[place].inputs.len() {
-                self.release(self.graph[place].inputs[input].vertex);
+                held.append(&mut self.release(self.graph[place].inputs[input].vertex));
             }
         }
+        held
     }
 
     /// An input of a vertex that waits for its inputs is there: has digested what the content key needs.

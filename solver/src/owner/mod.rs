@@ -33,7 +33,7 @@ use crate::prepare::Prepared;
 use crate::produced::Opened;
 use crate::progress::ProgressSink;
 use crate::solver::Shared;
-use crate::work::Outcome;
+use crate::work::{Outcome, Work};
 use arena::{Arena, Definition, OutputDigest, Step, Vertex};
 
 /// After this many events in a row the loop lets other tasks run.
@@ -102,6 +102,8 @@ struct Owner<R> {
     ready: BTreeSet<NodeIndex>,
     /// Wanted vertices without a priority yet.
     unranked: Vec<NodeIndex>,
+    /// Work to be joined again by vertices that are ready.
+    held: Vec<Arc<Work<R>>>,
     /// Events that arose in the loop itself.
     local: VecDeque<Event<R>>,
     events: mpsc::UnboundedSender<Event<R>>,
@@ -125,6 +127,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         output_digests: HashMap::default(),
         ready: BTreeSet::new(),
         unranked: Vec::new(),
+        held: Vec::new(),
         local: VecDeque::new(),
         events: events.clone(),
         tasks: JoinSet::new(),
@@ -160,6 +163,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 }
                 let Some(vertex) = self.ready.pop_last() else { break };
                 self.advance(vertex);
+            }
+            if self.ready.is_empty() && self.local.is_empty() {
+                self.held.clear();
             }
             shared.record_queued();
             while self.tasks.try_join_next().is_some() {}

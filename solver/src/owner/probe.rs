@@ -142,13 +142,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         match self.shared.keys.get(key.as_bytes()) {
             Ok(Some(record)) => {
                 self.note(place, kind, key, Found::Record);
+                let below = self.release_inputs(place);
                 let vertex = &mut self.graph[place];
-                vertex.step = Step::Opening;
+                vertex.step = Step::Opening(below);
                 let epoch = vertex.epoch;
-                self.release_inputs(place);
                 let shared = self.shared.clone();
                 let opened = self.spawn_unless_ready(async move {
-                    let result = guarded(open(&shared, &key, record)).await;
+                    let result = guarded(open(&shared, &key, record, kind == KeyKind::Definition)).await;
                     Event::Opened { vertex: place, epoch, found: RecordFound { kind, key }, result }
                 });
                 self.local.extend(opened);
@@ -176,9 +176,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         found: RecordFound,
         result: Result<Opened<R>, OpError>,
     ) {
-        if self.graph[place].epoch != epoch || !matches!(self.graph[place].step, Step::Opening) {
+        let vertex = &mut self.graph[place];
+        if vertex.epoch != epoch || !matches!(vertex.step, Step::Opening(_)) {
             return;
         }
+        let opening = std::mem::replace(&mut vertex.step, Step::Waiting);
         match result {
             Ok(Opened::Found(produced)) => {
                 self.report_cached(place);
@@ -197,7 +199,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             Err(error) => self.note(place, found.kind, found.key, Found::Unreadable(error.message)),
         }
-        self.graph[place].step = Step::Waiting;
+        if let Step::Opening(below) = opening {
+            self.held.extend(below);
+        }
         self.ready.insert(place);
     }
 

@@ -88,6 +88,11 @@ impl<R> Drop for Asker<R> {
 }
 
 impl<R> Asker<R> {
+    /// What it holds.
+    pub(crate) fn work(&self) -> &Arc<Work<R>> {
+        &self.work
+    }
+
     /// True if the work was started for this vertex.
     pub(crate) fn is_starter(&self) -> bool {
         self.starter

@@ -64,7 +64,7 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
     for key in &job.shared_by {
         if shared.recorder.may_have_come(key, job.looked_up)
             && let Ok(Some(record)) = shared.keys.get(key.as_bytes())
-            && let Ok(Opened::Found(produced)) = guarded(open(shared, key, record)).await
+            && let Ok(Opened::Found(produced)) = guarded(open(shared, key, record, false)).await
         {
             return End::new(Ok(Arc::new(produced)), true);
         }
