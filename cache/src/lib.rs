@@ -41,7 +41,7 @@ pub use mutable::{MutableDir, MutableDirs, MutableKind};
 pub use scratch::ScratchDir;
 pub use snapshots::{LayerBlob, LazyLayer, RecordType, SnapshotMeta, SnapshotRef, Snapshots, Staged};
 pub use store::{Store, StoreOptions};
-pub use usage::UsageRecord;
+pub use usage::{STORE_RECORD, UsageRecord};
 pub use values::Values;
 
 /// The result of an operation: a snapshot, or nothing at all (`scratch`, the empty root).

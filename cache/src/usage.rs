@@ -55,6 +55,9 @@ pub(crate) enum Place {
     Store,
 }
 
+/// The type of records that stand for what the store needs for itself.
+pub const STORE_RECORD: &str = "kiln.store";
+
 /// What more than one record may hold; its bytes are free when none does.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Part {
@@ -303,7 +306,7 @@ impl Shared {
                 last_used: None,
                 usage_count: 0,
                 description: description.to_owned(),
-                record_type: RecordType::Internal.as_str().to_owned(),
+                record_type: STORE_RECORD.to_owned(),
                 shared: false,
             },
             place: Place::Store,

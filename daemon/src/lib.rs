@@ -18,6 +18,9 @@ mod server;
 mod services;
 mod workers;
 
+/// With this among the filters of a disk usage request, records for what the store needs for itself are listed, too.
+pub const STORE_RECORDS: &str = "type==kiln.store";
+
 pub use config::{
     Config, ConfigError, DiskSpace, DnsConfig, GcConfig, GcPolicy, HistoryConfig, HostConfig, NetworkMode,
     RegistryConfig, TlsFiles, default_root, default_socket,

@@ -56,7 +56,11 @@ impl Engine {
         request: &control::DiskUsageRequest,
     ) -> Result<Vec<control::UsageRecord>, BuildError> {
         let age = (request.age_limit > 0).then(|| duration(request.age_limit));
-        let records = self.store.usage(&request.filter, age).map_err(store_error)?;
+        let mut records = self.store.usage(&request.filter, age).map_err(store_error)?;
+        // Clients take each record for something that can go.
+        if !request.filter.iter().any(|filter| filter == crate::STORE_RECORDS) {
+            records.retain(|record| record.record_type != kiln_cache::STORE_RECORD);
+        }
         Ok(records.into_iter().map(record).collect())
     }
 

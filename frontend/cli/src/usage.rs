@@ -14,7 +14,13 @@ pub(crate) fn du(connection: &Connection, args: &DuArgs) -> Result<(), CliError>
     let stream = connect::connect(connection, Start::IfNeeded)?;
     connect::runtime()?.block_on(async {
         let mut control = connect::control(stream.channel()?);
-        let request = DiskUsageRequest { filter: args.filters.clone(), ..Default::default() };
+        let filter = match args.filters.is_empty() {
+            true => {
+                vec![kiln_daemon::STORE_RECORDS.to_owned(), kiln_daemon::STORE_RECORDS.replace("==", "!=")]
+            }
+            false => args.filters.clone(),
+        };
+        let request = DiskUsageRequest { filter, ..Default::default() };
         let mut records = control.disk_usage(request).await?.into_inner().record;
         records.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
         match args.format {

@@ -603,7 +603,7 @@ fn what_was_removed_is_told_with_its_rule() {
     fs::write(&config, text + policies).expect("configuration");
     kiln.start();
     wait_until("garbage to be collected", Duration::from_secs(20), || {
-        kiln.usage().iter().all(|record| record["recordType"] == "internal")
+        kiln.usage().iter().all(|record| record["recordType"] == "kiln.store")
     });
     kiln.build(context.path(), &[]).ok();
     let found = explained(&kiln);

@@ -60,7 +60,7 @@ fn du_and_prune_take_the_flags_of_buildctl() {
     kiln.start();
     fill(&kiln);
     let records = kiln.usage();
-    for kind in ["regular", "internal", "exec.cachemount", "source.local"] {
+    for kind in ["regular", "kiln.store", "exec.cachemount", "source.local"] {
         assert!(!of_type(&records, kind).is_empty(), "{kind}: {records:#?}");
     }
     let listed = kiln
@@ -98,7 +98,9 @@ fn du_and_prune_take_the_flags_of_buildctl() {
     assert!((4_000_000..12_000_000).contains(&size(&gone)), "{gone:#?}");
     prune(&["--all"]);
     let left = kiln.usage();
-    assert_eq!(of_type(&left, "internal").len(), left.len(), "only the store's own is left: {left:#?}");
+    assert_eq!(of_type(&left, "kiln.store").len(), left.len(), "only the store's own is left: {left:#?}");
+    let others = kiln.run(&["du", "--format", "json", "--filter", "type!=regular"]).ok();
+    assert_eq!(others.stdout.trim(), "[]", "who doesn't ask for them is not shown what can't go");
     assert_eq!(kiln.build(Context::new("FROM busybox\nRUN echo again\n").path(), &[]).ok().cached(), 0);
     kiln.stop();
 }
