@@ -18,7 +18,7 @@ use crate::progress::ProgressLog;
 pub(crate) const STATUS_WAIT: Duration = Duration::from_secs(6);
 /// How long a gateway call waits for a build to be registered.
 pub(crate) const BRIDGE_WAIT: Duration = Duration::from_secs(3);
-/// How long a finished job answers `Status` from memory.
+/// How long a finished job that the history does not have answers `Status` from memory.
 const LINGER: Duration = Duration::from_secs(10);
 
 /// One build.
@@ -116,6 +116,13 @@ impl Jobs {
     }
 }
 
+impl Jobs {
+    /// Forgets a job that ended: the history answers for it.
+    pub(crate) fn forget(&self, job: &Arc<Job>) {
+        self.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, job));
+    }
+}
+
 /// A running job. Dropping it ends the job.
 pub(crate) struct JobGuard {
     jobs: Arc<Jobs>,
@@ -146,9 +153,10 @@ impl Drop for JobGuard {
     fn drop(&mut self) {
         self.job.progress.close(self.succeeded);
         self.job.cancel.cancel();
-        let (jobs, job) = (self.jobs.clone(), self.job.clone());
+        // What is forgotten before holds no memory until then.
+        let (jobs, id, job) = (self.jobs.clone(), self.job.id.clone(), Arc::downgrade(&self.job));
         let forget = move || {
-            jobs.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, &job));
+            jobs.jobs.remove_if(&id, |_, current| std::ptr::eq(Arc::as_ptr(current), job.as_ptr()));
         };
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => {
