@@ -83,6 +83,11 @@ impl Jobs {
         self.jobs.get(id).map(|job| job.value().clone())
     }
 
+    /// Forgets a job that ended: the history answers for it.
+    pub(crate) fn forget(&self, job: &Arc<Job>) {
+        self.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, job));
+    }
+
     /// A job by its ref; waits for it to appear.
     pub(crate) async fn wait(&self, id: &str, limit: Duration) -> Result<Arc<Job>, BuildError> {
         self.wait_for(id, limit, |job| Some(job.clone())).await
@@ -113,13 +118,6 @@ impl Jobs {
         tokio::time::timeout(limit, search)
             .await
             .map_err(|_| BuildError::new(Code::NotFound, format!("no such job {id}")))
-    }
-}
-
-impl Jobs {
-    /// Forgets a job that ended: the history answers for it.
-    pub(crate) fn forget(&self, job: &Arc<Job>) {
-        self.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, job));
     }
 }
 
@@ -196,7 +194,12 @@ mod tests {
         let again = jobs.start("a").err().expect("the ref is taken");
         assert_eq!(again.message, "job ID a exists");
         drop(guard);
-        assert!(jobs.get("a").is_some(), "a finished job can still be asked about");
+        let job = jobs.get("a").expect("a finished job can still be asked about");
+        jobs.forget(&job);
+        assert!(jobs.get("a").is_none());
+        let _guard = jobs.start("a").expect("the ref is free");
+        jobs.forget(&job);
+        assert!(jobs.get("a").is_some(), "the other job of that ref stays");
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ mod tests;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use kiln_cache::contenthash::ContentChange;
@@ -247,7 +247,7 @@ impl Explanations {
     }
 
     fn store(&self, ended: Ended) -> Result<(), StoreError> {
-        let began = Instant::now();
+        let began = cpu_time();
         let Ended { id, project, vertices } = ended;
         let mut graph = Graph::new(&vertices);
         let missed = Missed::of(&vertices, &*self.engine);
@@ -284,7 +284,7 @@ impl Explanations {
             self.values.delete(OUTLINES, &id)?;
             state.loose.extend(record.graphs());
         }
-        tracing::debug!(build = id, time = ?began.elapsed(), graph = bytes.len(), "explained");
+        tracing::debug!(build = id, cpu = ?cpu_time().saturating_sub(began), graph = bytes.len(), "added");
         Ok(())
     }
 
@@ -344,6 +344,12 @@ impl Explanations {
         }
         self.engine.forget_contents(&contents)
     }
+}
+
+/// What this thread has taken of a processor.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Nanoseconds since 1970.
