@@ -57,10 +57,19 @@ impl Values {
 
     /// All names of a namespace with their values, in byte order.
     pub fn list(&self, namespace: &str) -> Result<Vec<(String, Vec<u8>)>> {
+        self.scan(namespace, |name, value| (name, value.to_vec()))
+    }
+
+    /// All names of a namespace, in byte order.
+    pub fn names(&self, namespace: &str) -> Result<Vec<String>> {
+        self.scan(namespace, |name, _| name)
+    }
+
+    fn scan<T>(&self, namespace: &str, each: impl Fn(String, &[u8]) -> T) -> Result<Vec<T>> {
         let prefix = key(b'n', namespace, "");
         let mut out = Vec::new();
         self.shared.kv.scan(Cf::Values, &prefix, &mut |key, value| {
-            out.push((String::from_utf8_lossy(&key[prefix.len()..]).into_owned(), value.to_vec()));
+            out.push(each(String::from_utf8_lossy(&key[prefix.len()..]).into_owned(), value));
             Ok(true)
         })?;
         Ok(out)

@@ -45,6 +45,10 @@ fn storage(error: impl std::fmt::Display) -> BuildError {
     BuildError::new(Code::Internal, format!("build history: {error}"))
 }
 
+fn not_found(id: &str) -> BuildError {
+    BuildError::new(Code::NotFound, format!("no such build {id}"))
+}
+
 impl History {
     /// Over the store's values.
     pub(crate) fn new(values: Values, explanations: Arc<Explanations>, config: HistoryConfig) -> Arc<Self> {
@@ -171,14 +175,21 @@ impl History {
     /// Pins, unpins or deletes a record.
     pub(crate) fn update(&self, request: &UpdateBuildHistoryRequest) -> Result<(), BuildError> {
         if request.delete {
-            return self.delete(&request.r#ref);
+            return match self.record(&request.r#ref)? {
+                Some(_) => self.delete(&request.r#ref),
+                None if self.active.contains_key(&request.r#ref) => {
+                    let text = format!("build {} is still running", request.r#ref);
+                    Err(BuildError::new(Code::FailedPrecondition, text))
+                }
+                None => Err(not_found(&request.r#ref)),
+            };
         }
         if request.finalize {
             // Records are whole when they appear.
             return Ok(());
         }
         let Some(mut record) = self.record(&request.r#ref)? else {
-            return Err(BuildError::new(Code::NotFound, format!("no such build {}", request.r#ref)));
+            return Err(not_found(&request.r#ref));
         };
         record.pinned = request.pinned;
         record.generation += 1;
@@ -203,7 +214,10 @@ impl History {
         let filter = Filter::parse(&request.filter).map_err(|error| invalid(error.to_string()))?;
         // Subscribed before looking, so that nothing falls between.
         let live = (!request.early_exit).then(|| self.events.subscribe());
-        let wanted = |record: &BuildHistoryRecord| request.r#ref.is_empty() || record.r#ref == request.r#ref;
+        let wanted = |record: &BuildHistoryRecord| {
+            (request.r#ref.is_empty() || record.r#ref == request.r#ref)
+                && filter.holds(&|name| field(record, name))
+        };
         let event = |kind: BuildHistoryEventType, record| BuildHistoryEvent {
             r#type: kind as i32,
             record: Some(record),
@@ -215,11 +229,7 @@ impl History {
             .map(|record| event(BuildHistoryEventType::Started, record.value().clone()))
             .collect();
         if !request.active_only {
-            let mut stored: Vec<BuildHistoryRecord> = self
-                .stored()?
-                .into_iter()
-                .filter(|record| wanted(record) && filter.holds(&|name| field(record, name)))
-                .collect();
+            let mut stored: Vec<BuildHistoryRecord> = self.stored()?.into_iter().filter(wanted).collect();
             if limit > 0 {
                 stored.sort_by_key(|record| std::cmp::Reverse(time(&record.created_at)));
                 stored.truncate(limit);

@@ -18,7 +18,7 @@ use crate::progress::ProgressLog;
 pub(crate) const STATUS_WAIT: Duration = Duration::from_secs(6);
 /// How long a gateway call waits for a build to be registered.
 pub(crate) const BRIDGE_WAIT: Duration = Duration::from_secs(3);
-/// How long a finished job answers `Status` from memory.
+/// How long a finished job that the history does not have answers `Status` from memory.
 const LINGER: Duration = Duration::from_secs(10);
 
 /// One build.
@@ -81,6 +81,11 @@ impl Jobs {
     /// A job by its ref, if it is there.
     pub(crate) fn get(&self, id: &str) -> Option<Arc<Job>> {
         self.jobs.get(id).map(|job| job.value().clone())
+    }
+
+    /// Forgets a job that ended: the history answers for it.
+    pub(crate) fn forget(&self, job: &Arc<Job>) {
+        self.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, job));
     }
 
     /// A job by its ref; waits for it to appear.
@@ -146,9 +151,10 @@ impl Drop for JobGuard {
     fn drop(&mut self) {
         self.job.progress.close(self.succeeded);
         self.job.cancel.cancel();
-        let (jobs, job) = (self.jobs.clone(), self.job.clone());
+        // What is forgotten before holds no memory until then.
+        let (jobs, id, job) = (self.jobs.clone(), self.job.id.clone(), Arc::downgrade(&self.job));
         let forget = move || {
-            jobs.jobs.remove_if(&job.id, |_, current| Arc::ptr_eq(current, &job));
+            jobs.jobs.remove_if(&id, |_, current| std::ptr::eq(Arc::as_ptr(current), job.as_ptr()));
         };
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => {
@@ -188,7 +194,12 @@ mod tests {
         let again = jobs.start("a").err().expect("the ref is taken");
         assert_eq!(again.message, "job ID a exists");
         drop(guard);
-        assert!(jobs.get("a").is_some(), "a finished job can still be asked about");
+        let job = jobs.get("a").expect("a finished job can still be asked about");
+        jobs.forget(&job);
+        assert!(jobs.get("a").is_none());
+        let _guard = jobs.start("a").expect("the ref is free");
+        jobs.forget(&job);
+        assert!(jobs.get("a").is_some(), "the other job of that ref stays");
     }
 
     #[tokio::test]

@@ -50,13 +50,17 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
         guard.succeed();
     }
     progress.close(outcome.is_ok());
+    let job = guard.job().clone();
     drop(guard);
     if let Some(recording) = recording {
         recording.finish(metadata, outcome.as_ref().err().cloned()).await;
-        // What the history does not keep needs no explanation.
-        if !vertices.is_empty() && matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
-            let project = project(daemon, &request).await;
-            daemon.explanations.add(explain::Ended { id: request.r#ref.clone(), project, vertices });
+        if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
+            daemon.jobs.forget(&job);
+            // What the history does not keep needs no explanation.
+            if !vertices.is_empty() {
+                let project = project(daemon, &request).await;
+                daemon.explanations.add(explain::Ended { id: request.r#ref.clone(), project, vertices });
+            }
         }
     }
     match &outcome {

@@ -1,6 +1,6 @@
-//! Why steps of finished builds were not cached. Each build is compared with the most similar one of
-//! the last ones when it has been answered, and leaves its own graph for those that come. Kept as
-//! long as the history keeps the build.
+//! Why steps of finished builds were not cached. When a build has been answered, its graph and what was not cached
+//! are kept, and which of the last builds is most similar; the two are compared when somebody asks. Kept as long as the
+//! history keeps the build.
 
 mod graph;
 mod pairing;
@@ -9,8 +9,9 @@ mod reasons;
 mod tests;
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use kiln_cache::contenthash::ContentChange;
@@ -24,16 +25,16 @@ use tonic::Code;
 use crate::engine::Engine;
 use crate::error::BuildError;
 use graph::Graph;
-use reasons::{Comparison, Facts};
+use reasons::{Comparison, Facts, Missed};
 
 /// Records of builds by ref.
 const RECORDS: &str = "explain-record";
 /// Graphs by digest.
 const GRAPHS: &str = "explain-graph";
-/// Explanations by ref.
-const RESULTS: &str = "explain-result";
+/// What was not cached, by ref.
+const OUTLINES: &str = "explain-outline";
 
-/// Graphs of so many builds are kept; of older ones only what was explained.
+/// Builds are compared with one of so many before them.
 const COMPARABLE: usize = 32;
 /// So much counts the same Dockerfile, target and directory, in hashes of a sketch.
 const SAME_PROJECT: usize = 8;
@@ -44,22 +45,29 @@ const SWEEP: usize = 16;
 pub(crate) struct Explanations {
     engine: Arc<Engine>,
     values: Values,
-    /// Builds whose explanation is being made.
+    /// Builds that are being added.
     pending: DashMap<String, watch::Receiver<()>>,
+    /// Never held while graphs are read, made or compared.
     state: Mutex<State>,
+    /// Read by who reads or adds graphs, written by who drops them. Taken before `state`.
+    graphs: RwLock<()>,
+    /// Graphs are about to be dropped.
+    dropping: AtomicBool,
 }
 
 struct State {
     /// In the order in which they ended; `None` until they are read.
     records: Option<Vec<(String, Record)>>,
+    /// Digests of graphs that may no longer be referred to.
+    loose: Vec<String>,
     /// How many graphs were dropped since the last sweep.
     dropped: usize,
 }
 
 impl Default for State {
-    /// What an earlier daemon dropped, or left when it was killed, was not counted: the first sweep comes at once.
+    /// What an earlier daemon dropped, or left when it was killed, was not counted: the first drop sweeps.
     fn default() -> Self {
-        Self { records: None, dropped: SWEEP }
+        Self { records: None, loose: Vec::new(), dropped: SWEEP }
     }
 }
 
@@ -68,16 +76,35 @@ impl Default for State {
 struct Record {
     #[prost(int64, tag = "1")]
     ended: i64,
-    /// Digest of its graph; empty when that was dropped.
+    /// Digest of its graph.
     #[prost(string, tag = "2")]
     graph: String,
     #[prost(fixed64, repeated, tag = "3")]
     sketch: Vec<u64>,
     #[prost(bytes = "vec", tag = "4")]
     project: Vec<u8>,
-    /// Fingerprint of the decisions.
-    #[prost(bytes = "vec", tag = "5")]
-    decisions: Vec<u8>,
+    /// Digest of the graph that it is compared with; empty if there is none.
+    #[prost(string, tag = "5")]
+    before: String,
+}
+
+impl Record {
+    fn graphs(self) -> impl Iterator<Item = String> {
+        [self.graph, self.before].into_iter().filter(|digest| !digest.is_empty())
+    }
+}
+
+/// An explanation but for the comparison.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Outline {
+    /// The most similar earlier build; empty if there is none.
+    #[prost(string, tag = "1")]
+    compared_with: String,
+    /// How many steps there were.
+    #[prost(uint32, tag = "2")]
+    total: u32,
+    #[prost(message, repeated, tag = "3")]
+    missed: Vec<Missed>,
 }
 
 /// A build that ended.
@@ -112,10 +139,17 @@ impl Explanations {
     /// Over the engine's values.
     pub(crate) fn new(engine: Arc<Engine>) -> Arc<Self> {
         let values = engine.values();
-        Arc::new(Self { engine, values, pending: DashMap::new(), state: Mutex::default() })
+        Arc::new(Self {
+            engine,
+            values,
+            pending: DashMap::new(),
+            state: Mutex::default(),
+            graphs: RwLock::default(),
+            dropping: AtomicBool::default(),
+        })
     }
 
-    /// Explains a build in the background. Who asks for it from now on waits until that is done.
+    /// Adds a build in the background. Who asks for it from now on waits until that is done.
     pub(crate) fn add(self: &Arc<Self>, ended: Ended) {
         let (done, waiting) = watch::channel(());
         self.pending.insert(ended.id.clone(), waiting);
@@ -131,7 +165,7 @@ impl Explanations {
         });
     }
 
-    /// Waits until all builds that ended are explained.
+    /// Waits until all builds that ended are added.
     pub(crate) async fn idle(&self) {
         let waiting: Vec<_> = self.pending.iter().map(|entry| entry.value().clone()).collect();
         for mut done in waiting {
@@ -148,27 +182,41 @@ impl Explanations {
             None => {}
         }
         let (this, id) = (self.clone(), id.to_owned());
-        let found = tokio::task::spawn_blocking(move || this.load(&id)).await;
+        let found = tokio::task::spawn_blocking(move || this.explain(&id)).await;
         found.map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
     }
 
-    fn load(&self, id: &str) -> Result<Explanation, BuildError> {
+    fn explain(&self, id: &str) -> Result<Explanation, BuildError> {
         let not_found = |text: String| BuildError::new(Code::NotFound, text);
-        let id = match id {
-            "" => {
-                let mut state = self.lock();
-                let last = self.records(&mut state).map_err(storage)?.last().map(|(id, _)| id.clone());
-                last.ok_or_else(|| not_found("no build is remembered".to_owned()))?
-            }
-            id => id.to_owned(),
+        let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
+        let found = {
+            let mut state = self.lock();
+            let records = self.records(&mut state).map_err(storage)?;
+            records.iter().rfind(|(other, _)| id.is_empty() || other == id).cloned()
         };
-        match self.values.get(RESULTS, &id).map_err(storage)? {
-            Some(bytes) => Explanation::decode(&bytes[..]).map_err(storage),
-            None => Err(not_found(format!("no explanation of build {id}"))),
-        }
+        let (id, record) = match found {
+            Some(found) => found,
+            None if id.is_empty() => return Err(not_found("no build is remembered".to_owned())),
+            None => return Err(not_found(format!("no explanation of build {id}"))),
+        };
+        let missing = || not_found(format!("no explanation of build {id}"));
+        let bytes = self.values.get(OUTLINES, &id).map_err(storage)?.ok_or_else(missing)?;
+        let Outline { compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
+        let steps = match missed.as_slice() {
+            [] => Vec::new(),
+            missed => {
+                let new = self.graph(&record.graph).map_err(storage)?.ok_or_else(missing)?;
+                let old = match compared_with.as_str() {
+                    "" => None,
+                    _ => Some(self.graph(&record.before).map_err(storage)?.ok_or_else(missing)?),
+                };
+                Comparison::new(&new, missed, old.as_ref(), &*self.engine).steps()
+            }
+        };
+        Ok(Explanation { r#ref: id, compared_with, total, steps })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -188,164 +236,126 @@ impl Explanations {
         Ok(state.records.get_or_insert_default())
     }
 
+    /// Digests of all graphs that are referred to.
+    fn wanted(&self, state: &mut State) -> Result<HashSet<String>, StoreError> {
+        Ok(self.records(state)?.iter().flat_map(|(_, record)| record.clone().graphs()).collect())
+    }
+
     fn graph(&self, digest: &str) -> Result<Option<Graph>, StoreError> {
         let Some(bytes) = self.values.get(GRAPHS, digest)? else { return Ok(None) };
         Ok(Graph::decode(&bytes[..]).ok().filter(Graph::is_sound))
     }
 
     fn store(&self, ended: Ended) -> Result<(), StoreError> {
-        let began = Instant::now();
+        let began = cpu_time();
         let Ended { id, project, vertices } = ended;
-        let decisions = fingerprint(&vertices);
-        let mut state = self.lock();
-        if !vertices.iter().any(reasons::is_missed)
-            && let Some(same) = self.records(&mut state)?.iter().rev().find(|(_, record)| {
-                record.decisions == decisions && record.project == project && !record.graph.is_empty()
-            })
-        {
-            // The usual build that changes nothing has nothing to add.
-            let total = vertices.iter().filter(|vertex| reasons::is_persistent(vertex)).count();
-            let (compared_with, record) = same.clone();
-            let explanation = Explanation {
-                r#ref: id.clone(),
-                compared_with,
-                total: u32::try_from(total).unwrap_or(u32::MAX),
-                steps: Vec::new(),
-            };
-            self.put(&mut state, id, Record { ended: now(), ..record }, &explanation)?;
-            return self.drop_surplus(&mut state);
-        }
         let mut graph = Graph::new(&vertices);
+        let missed = Missed::of(&vertices, &*self.engine);
+        drop(vertices);
         let sketch = graph.sketch();
-        let nearest = nearest(self.records(&mut state)?, &sketch, &project);
-        let mut compared = None;
+        let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
+        let nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        let (mut compared_with, mut before) = (String::new(), String::new());
         for (other, digest) in nearest {
             if let Some(earlier) = self.graph(&digest)? {
-                compared = Some((other, earlier));
+                graph.carry_over(&earlier);
+                (compared_with, before) = (other, digest);
                 break;
             }
         }
-        let pairs = compared.as_ref().map(|(_, earlier)| pairing::pair(earlier, &graph));
-        let old = compared.as_ref().zip(pairs.as_deref()).map(|((_, earlier), pairs)| (earlier, pairs));
-        let comparison = Comparison { vertices: &vertices, new: &graph, old, facts: &*self.engine };
-        let steps = comparison.steps();
-        if let Some((earlier, pairs)) = old {
-            carry_over(earlier, &mut graph, pairs);
-        }
-        let explanation = Explanation {
-            r#ref: id.clone(),
-            compared_with: compared.map(|(other, _)| other).unwrap_or_default(),
-            total: u32::try_from(graph.nodes.iter().filter(|node| node.persistent).count())
-                .unwrap_or(u32::MAX),
-            steps,
-        };
+        let total = u32::try_from(graph.persistent()).unwrap_or(u32::MAX);
+        let outline = Outline { compared_with, total, missed };
         let bytes = graph.encode_to_vec();
         let digest = blake3::hash(&bytes).to_hex().to_string();
-        let records = self.records(&mut state)?;
-        if !records.iter().any(|(_, record)| record.graph == digest) {
+        if before != digest {
             self.values.put(GRAPHS, &digest, &bytes)?;
         }
-        let record = Record { ended: now(), graph: digest, sketch, project, decisions };
-        tracing::debug!(build = id, time = ?began.elapsed(), graph = bytes.len(), "explained");
-        self.put(&mut state, id, record, &explanation)?;
-        self.drop_surplus(&mut state)
-    }
-
-    fn put(
-        &self,
-        state: &mut State,
-        id: String,
-        record: Record,
-        explanation: &Explanation,
-    ) -> Result<(), StoreError> {
-        self.values.put(RECORDS, &id, &record.encode_to_vec())?;
-        self.values.put(RESULTS, &id, &explanation.encode_to_vec())?;
-        let records = self.records(state)?;
-        records.retain(|(other, _)| *other != id);
-        records.push((id, record));
+        let record = Record { ended: now(), graph: digest, sketch, project, before };
+        self.values.put(OUTLINES, &id, &outline.encode_to_vec())?;
+        let mut state = self.lock();
+        let records = self.records(&mut state)?;
+        if self.pending.contains_key(&id) {
+            self.values.put(RECORDS, &id, &record.encode_to_vec())?;
+            let former = records.iter().position(|(other, _)| *other == id).map(|at| records.remove(at));
+            records.push((id.clone(), record));
+            state.loose.extend(former.into_iter().flat_map(|(_, record)| record.graphs()));
+        } else {
+            // Forgotten meanwhile.
+            self.values.delete(OUTLINES, &id)?;
+            state.loose.extend(record.graphs());
+        }
+        tracing::debug!(build = id, cpu = ?cpu_time().saturating_sub(began), graph = bytes.len(), "added");
         Ok(())
     }
 
     /// Forgets a build.
-    pub(crate) fn forget(&self, id: &str) -> Result<(), StoreError> {
+    pub(crate) fn forget(self: &Arc<Self>, id: &str) -> Result<(), StoreError> {
         let mut state = self.lock();
+        self.pending.remove(id);
         self.values.delete(RECORDS, id)?;
-        self.values.delete(RESULTS, id)?;
+        self.values.delete(OUTLINES, id)?;
         let records = self.records(&mut state)?;
         let Some(place) = records.iter().position(|(other, _)| other == id) else { return Ok(()) };
         let (_, record) = records.remove(place);
-        self.drop_graph(&mut state, &record.graph)?;
-        self.sweep(&mut state)
-    }
-
-    fn drop_surplus(&self, state: &mut State) -> Result<(), StoreError> {
-        let records = self.records(state)?;
-        let surplus = records.len().saturating_sub(COMPARABLE);
-        let mut graphs = Vec::new();
-        for (id, record) in records[..surplus].iter_mut().filter(|(_, record)| !record.graph.is_empty()) {
-            graphs.push(std::mem::take(&mut record.graph));
-            (record.sketch, record.decisions) = (Vec::new(), Vec::new());
-            self.values.put(RECORDS, id, &record.encode_to_vec())?;
-        }
-        for graph in graphs {
-            self.drop_graph(state, &graph)?;
-        }
-        self.sweep(state)
-    }
-
-    fn drop_graph(&self, state: &mut State, digest: &str) -> Result<(), StoreError> {
-        let shared = self.records(state)?.iter().any(|(_, record)| record.graph == digest);
-        if !shared && !digest.is_empty() {
-            self.values.delete(GRAPHS, digest)?;
-            state.dropped += 1;
+        state.loose.extend(record.graphs());
+        drop(state);
+        if !self.dropping.swap(true, Ordering::Relaxed) {
+            let this = self.clone();
+            tokio::task::spawn_blocking(move || match this.drop_loose() {
+                Ok(()) | Err(StoreError::Closed) => {}
+                Err(error) => tracing::warn!(%error, "graphs of forgotten builds are not dropped"),
+            });
         }
         Ok(())
     }
 
-    /// Drops what no graph refers to any more, now and then.
-    fn sweep(&self, state: &mut State) -> Result<(), StoreError> {
-        if state.dropped < SWEEP {
+    /// Drops graphs that nothing refers to any more and, now and then, what only they referred to.
+    fn drop_loose(&self) -> Result<(), StoreError> {
+        let _graphs = self.graphs.write().unwrap_or_else(PoisonError::into_inner);
+        self.dropping.store(false, Ordering::Relaxed);
+        let (wanted, loose, sweep) = {
+            let mut state = self.lock();
+            let wanted = self.wanted(&mut state)?;
+            let mut loose = std::mem::take(&mut state.loose);
+            loose.sort_unstable();
+            loose.dedup();
+            loose.retain(|digest| !wanted.contains(digest));
+            state.dropped += loose.len();
+            let sweep = state.dropped >= SWEEP;
+            if sweep {
+                state.dropped = 0;
+            }
+            (wanted, loose, sweep)
+        };
+        for digest in loose {
+            self.values.delete(GRAPHS, &digest)?;
+        }
+        if !sweep {
             return Ok(());
         }
-        state.dropped = 0;
-        let digests: HashSet<String> =
-            self.records(state)?.iter().map(|(_, record)| record.graph.clone()).collect();
-        for (digest, _) in self.values.list(GRAPHS)? {
-            if !digests.contains(&digest) {
+        for digest in self.values.names(GRAPHS)? {
+            if !wanted.contains(&digest) {
                 self.values.delete(GRAPHS, &digest)?;
             }
         }
-        let mut wanted = HashSet::new();
-        for digest in digests {
-            wanted.extend(self.graph(&digest)?.iter().flat_map(Graph::contents));
+        let mut contents = HashSet::new();
+        for digest in wanted {
+            contents.extend(self.graph(&digest)?.iter().flat_map(Graph::read_contents));
         }
-        self.engine.forget_contents(&wanted)
+        self.engine.forget_contents(&contents)
     }
+}
+
+/// What this thread has taken of a processor.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Nanoseconds since 1970.
 fn now() -> i64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// Equal for builds of which the same is known.
-fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
-    let mut hasher = blake3::Hasher::new();
-    for vertex in vertices.iter().filter(|vertex| reasons::is_persistent(vertex)) {
-        hasher.update(&(vertex.name.len() as u64).to_le_bytes()).update(vertex.name.as_bytes());
-        let keys = [vertex.map.as_ref().map(|map| map.digest), vertex.definition, vertex.content];
-        for key in keys.into_iter().chain(vertex.inputs.iter().map(|input| input.content)) {
-            match key {
-                Some(key) => hasher.update(&[1]).update(key.as_bytes()),
-                None => hasher.update(&[0]),
-            };
-        }
-        for input in &vertex.inputs {
-            hasher.update(&(input.vertex as u64).to_le_bytes()).update(&input.output.to_le_bytes());
-        }
-    }
-    hasher.finalize().as_bytes()[..16].to_vec()
 }
 
 /// The builds to compare with, most similar first, of equal ones the latest first.
@@ -361,28 +371,10 @@ fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<
     let mut found: Vec<_> = records
         .iter()
         .rev()
-        .filter(|(_, record)| !record.graph.is_empty())
+        .take(COMPARABLE)
         .map(|(id, record)| (score(record), id, &record.graph))
         .filter(|(score, ..)| *score > 0)
         .collect();
     found.sort_by_key(|(score, ..)| std::cmp::Reverse(*score));
     found.into_iter().map(|(_, id, graph)| (id.clone(), graph.clone())).collect()
-}
-
-/// What a build did not have to find out, because a step above was cached, is as the earlier build knew it.
-fn carry_over(old: &Graph, new: &mut Graph, pairs: &[Option<usize>]) {
-    for (node, pair) in new.nodes.iter_mut().zip(pairs) {
-        let Some(before) = pair.map(|pair| &old.nodes[pair]).filter(|before| node.is_like(before)) else {
-            continue;
-        };
-        node.done |= before.done;
-        if node.content.is_empty() {
-            node.content.clone_from(&before.content);
-        }
-        for (input, before) in node.inputs.iter_mut().zip(&before.inputs) {
-            if input.content.is_empty() {
-                input.content.clone_from(&before.content);
-            }
-        }
-    }
 }

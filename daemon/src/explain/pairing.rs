@@ -9,20 +9,17 @@ use super::graph::Graph;
 
 /// For each vertex of `new`, its counterpart in `old`.
 pub(super) fn pair(old: &Graph, new: &Graph) -> Vec<Option<usize>> {
-    let mut pairing =
-        Pairing { of_new: vec![None; new.nodes.len()], taken: vec![false; old.nodes.len()], old, new };
-    pairing.in_order(|graph, at| Some((plain(&graph.nodes[at].name), graph.kind(at))));
+    let mut pairing = Pairing { of_new: vec![None; new.len()], taken: vec![false; old.len()], old, new };
+    pairing.in_order(|graph, at| Some((plain(graph.name(at)), graph.kind(at))));
     pairing.in_order(|graph, at| {
-        let node = &graph.nodes[at];
-        (!node.op.is_empty()).then_some((stage(&node.name), node.op.as_slice()))
+        let op = graph.op(at);
+        (!op.is_empty()).then_some((stage(graph.name(at)), op))
     });
     pairing.upwards();
     pairing.downwards();
     // Sources that nothing known stands on.
-    pairing.in_order(|graph, at| {
-        let node = &graph.nodes[at];
-        node.inputs.is_empty().then(|| (stage(&node.name), graph.kind(at)))
-    });
+    pairing
+        .in_order(|graph, at| (graph.inputs(at).len() == 0).then(|| (stage(graph.name(at)), graph.kind(at))));
     pairing.upwards();
     pairing.of_new
 }
@@ -43,12 +40,12 @@ impl<'a> Pairing<'a> {
     /// Pairs what has the same key: the first with the first, the second with the second.
     fn in_order<K: Hash + Eq>(&mut self, key: impl Fn(&'a Graph, usize) -> Option<K>) {
         let mut left: HashMap<K, VecDeque<usize>> = HashMap::new();
-        for at in (0..self.old.nodes.len()).filter(|at| !self.taken[*at]) {
+        for at in (0..self.old.len()).filter(|at| !self.taken[*at]) {
             if let Some(key) = key(self.old, at) {
                 left.entry(key).or_default().push_back(at);
             }
         }
-        for at in 0..self.new.nodes.len() {
+        for at in 0..self.new.len() {
             if self.of_new[at].is_none()
                 && let Some(key) = key(self.new, at)
                 && let Some(old) = left.get_mut(&key).and_then(VecDeque::pop_front)
@@ -60,20 +57,20 @@ impl<'a> Pairing<'a> {
 
     /// Pairs what does a like thing on paired inputs.
     fn upwards(&mut self) {
-        let mut users: HashMap<(u32, &str, &str), VecDeque<usize>> = HashMap::new();
-        for (at, node) in self.old.nodes.iter().enumerate().filter(|(at, _)| !self.taken[*at]) {
-            for input in &node.inputs {
-                users.entry((input.vertex, self.old.kind(at), stage(&node.name))).or_default().push_back(at);
+        let mut users: HashMap<(usize, &str, &str), VecDeque<usize>> = HashMap::new();
+        for at in (0..self.old.len()).filter(|at| !self.taken[*at]) {
+            let (kind, stage) = (self.old.kind(at), stage(self.old.name(at)));
+            for input in self.old.inputs(at) {
+                users.entry((input.vertex, kind, stage)).or_default().push_back(at);
             }
         }
-        for at in 0..self.new.nodes.len() {
+        for at in 0..self.new.len() {
             if self.of_new[at].is_some() {
                 continue;
             }
-            let node = &self.new.nodes[at];
-            let found = node.inputs.iter().find_map(|input| {
-                let below = u32::try_from(self.of_new[input.vertex as usize]?).ok()?;
-                let users = users.get_mut(&(below, self.new.kind(at), stage(&node.name)))?;
+            let (kind, stage) = (self.new.kind(at), stage(self.new.name(at)));
+            let found = self.new.inputs(at).find_map(|input| {
+                let users = users.get_mut(&(self.of_new[input.vertex]?, kind, stage))?;
                 while let Some(user) = users.pop_front() {
                     if !self.taken[user] {
                         return Some(user);
@@ -89,10 +86,10 @@ impl<'a> Pairing<'a> {
 
     /// Pairs inputs of paired consumers.
     fn downwards(&mut self) {
-        for at in (0..self.new.nodes.len()).rev() {
+        for at in (0..self.new.len()).rev() {
             let Some(old) = self.of_new[at] else { continue };
-            for (input, before) in self.new.nodes[at].inputs.iter().zip(&self.old.nodes[old].inputs) {
-                let (input, before) = (input.vertex as usize, before.vertex as usize);
+            for (input, before) in self.new.inputs(at).zip(self.old.inputs(old)) {
+                let (input, before) = (input.vertex, before.vertex);
                 if self.of_new[input].is_none()
                     && !self.taken[before]
                     && self.new.kind(input) == self.old.kind(before)

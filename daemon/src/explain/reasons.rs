@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use kiln_cache::Eviction;
-use kiln_cache::contenthash::{ChangeKind, ContentChange, ContentQuery};
+use kiln_cache::contenthash::{ChangeKind, ContentChange};
 use kiln_proto::explain::{FileChange, Reason, Step};
 use kiln_proto::pattern;
 use kiln_solver::explain::{Found, Outcome, VertexExplanation};
 
-use super::graph::{Graph, Input};
+use super::graph::{Graph, Input, ReadPath};
+use super::pairing;
 
 /// So many reasons of one step are told.
 const REASONS: usize = 64;
@@ -27,13 +28,63 @@ pub(super) trait Facts {
     fn eviction(&self, result: &str) -> Option<Eviction>;
 }
 
+/// A vertex that could have been cached and was not: what is known of that beside the graph.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Missed {
+    /// Its place in the graph.
+    #[prost(uint32, tag = "1")]
+    at: u32,
+    #[prost(string, tag = "2")]
+    digest: String,
+    /// The build asked for a new run.
+    #[prost(bool, tag = "3")]
+    ignored: bool,
+    /// It had a result that is gone.
+    #[prost(message, optional, tag = "4")]
+    evicted: Option<Evicted>,
+}
+
+/// What removed a result; empty where that is no longer known.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Evicted {
+    #[prost(string, tag = "1")]
+    rule: String,
+    #[prost(string, tag = "2")]
+    at: String,
+}
+
+impl Missed {
+    /// Those of a build, in the order of its graph.
+    pub(super) fn of(vertices: &[VertexExplanation], facts: &dyn Facts) -> Vec<Self> {
+        let missed = vertices.iter().enumerate().filter(|(_, vertex)| is_missed(vertex));
+        let note = |(at, vertex): (usize, &VertexExplanation)| Self {
+            at: u32::try_from(at).unwrap_or(u32::MAX),
+            digest: vertex.vertex.to_string(),
+            ignored: vertex.ignore_cache,
+            evicted: evicted(vertex, facts),
+        };
+        missed.map(note).collect()
+    }
+}
+
+fn evicted(vertex: &VertexExplanation, facts: &dyn Facts) -> Option<Evicted> {
+    let mut gone = vertex.lookups.iter().filter_map(|lookup| match &lookup.found {
+        Found::Gone(results) => Some(results),
+        _ => None,
+    });
+    let first = gone.next()?;
+    let note = first.iter().chain(gone.flatten()).find_map(|result| facts.eviction(result));
+    Some(note.map_or_else(Evicted::default, |note| Evicted { rule: note.rule, at: timestamp(note.at) }))
+}
+
 /// Compares one build with an earlier one.
 pub(super) struct Comparison<'a> {
-    pub(super) vertices: &'a [VertexExplanation],
     pub(super) new: &'a Graph,
+    /// The vertices that were not cached.
+    missed: HashMap<usize, &'a Missed>,
     /// The earlier build, and for each vertex of the new one its counterpart there.
-    pub(super) old: Option<(&'a Graph, &'a [Option<usize>])>,
-    pub(super) facts: &'a dyn Facts,
+    old: Option<(&'a Graph, Vec<Option<usize>>)>,
+    facts: &'a dyn Facts,
 }
 
 /// A part by its name: where it stands in the list, its values before, and now.
@@ -72,18 +123,29 @@ struct Verdict {
     causes: Vec<usize>,
 }
 
-impl Comparison<'_> {
+impl<'a> Comparison<'a> {
+    pub(super) fn new(
+        new: &'a Graph,
+        missed: &'a [Missed],
+        old: Option<&'a Graph>,
+        facts: &'a dyn Facts,
+    ) -> Self {
+        let missed = missed.iter().map(|missed| (missed.at as usize, missed)).collect();
+        let old = old.map(|old| (old, pairing::pair(old, new)));
+        Self { new, missed, old, facts }
+    }
+
     /// The steps that were not cached, with reasons.
     pub(super) fn steps(&self) -> Vec<Step> {
-        let mut verdicts: Vec<Verdict> = Vec::with_capacity(self.vertices.len());
+        let mut verdicts: Vec<Verdict> = Vec::with_capacity(self.new.len());
         let mut steps = Vec::new();
-        for (at, vertex) in self.vertices.iter().enumerate() {
-            let missed = self.is_missed(at);
-            let verdict = match missed || self.differs(at) {
-                true => self.judge(at, &verdicts),
+        for at in 0..self.new.len() {
+            let missed = self.missed.get(&at).copied();
+            let verdict = match missed.is_some() || self.differs(at) {
+                true => self.judge(at, missed, &verdicts),
                 false => Verdict::default(),
             };
-            if missed {
+            if let Some(missed) = missed {
                 let mut reasons = verdict.own.clone();
                 for cause in &verdict.causes {
                     self.because(*cause, &verdicts[*cause], &mut reasons);
@@ -91,11 +153,12 @@ impl Comparison<'_> {
                 if reasons.is_empty() {
                     reasons.push(self.otherwise(at));
                 }
-                let was = self.counterpart(at).map(|(old, at)| old.nodes[at].name.clone());
+                let name = self.new.name(at);
+                let was = self.counterpart(at).map(|(old, at)| old.name(at));
                 steps.push(Step {
-                    vertex: vertex.vertex.to_string(),
-                    name: vertex.name.to_string(),
-                    was: was.filter(|was| **was != *vertex.name).unwrap_or_default(),
+                    vertex: missed.digest.clone(),
+                    name: name.to_owned(),
+                    was: was.filter(|was| *was != name).unwrap_or_default().to_owned(),
                     reasons,
                 });
             }
@@ -104,58 +167,58 @@ impl Comparison<'_> {
         steps
     }
 
-    fn counterpart(&self, at: usize) -> Option<(&Graph, usize)> {
-        let (old, pairs) = self.old?;
+    fn counterpart(&self, at: usize) -> Option<(&'a Graph, usize)> {
+        let (old, pairs) = self.old.as_ref()?;
         Some((old, (*pairs.get(at)?)?))
     }
 
     fn is_missed(&self, at: usize) -> bool {
-        is_missed(&self.vertices[at])
+        self.missed.contains_key(&at)
     }
 
     /// It is not what it was in the earlier build, whether cached or not.
     fn differs(&self, at: usize) -> bool {
-        self.counterpart(at).is_none_or(|(old, before)| !self.new.nodes[at].is_like(&old.nodes[before]))
+        self.counterpart(at).is_none_or(|(old, before)| !self.new.is_like(at, old, before))
     }
 
-    fn judge(&self, at: usize, below: &[Verdict]) -> Verdict {
-        let vertex = &self.vertices[at];
+    fn judge(&self, at: usize, missed: Option<&Missed>, below: &[Verdict]) -> Verdict {
         let own = |reason: Reason| Verdict { own: vec![reason], causes: Vec::new() };
-        let missed = self.is_missed(at);
-        if missed && vertex.ignore_cache {
-            return own(reason("no-cache"));
-        }
-        if missed && let Some(evicted) = self.evicted(vertex) {
-            return own(evicted);
+        match missed {
+            Some(missed) if missed.ignored => return own(reason("no-cache")),
+            Some(Missed { evicted: Some(Evicted { rule, at }), .. }) => {
+                return own(Reason { rule: rule.clone(), at: at.clone(), ..reason("evicted") });
+            }
+            _ => {}
         }
         let Some((old, before)) = self.counterpart(at) else {
             return own(reason("never-built"));
         };
         let mut verdict = Verdict::default();
-        if self.new.nodes[at].op != old.nodes[before].op {
+        if self.new.op(at) != old.op(before) {
             verdict.own = self.parts(at, old, before);
         }
-        let (inputs, former) = (&self.new.nodes[at].inputs, &old.nodes[before].inputs);
+        let (inputs, former): (Vec<_>, Vec<_>) =
+            (self.new.inputs(at).collect(), old.inputs(before).collect());
         let mut by_vertex = HashMap::new();
         if inputs.len() != former.len() {
-            for former in former {
-                by_vertex.entry(former.vertex as usize).or_insert(former);
+            for former in &former {
+                by_vertex.entry(former.vertex).or_insert(former);
             }
         }
         for (place, input) in inputs.iter().enumerate() {
             // Where there are more or fewer than before, places don't say which is which.
-            let paired = self.counterpart(input.vertex as usize).map(|(_, at)| at);
+            let paired = self.counterpart(input.vertex).map(|(_, at)| at);
             let former = match inputs.len() == former.len() {
                 true => former.get(place),
                 false => paired.and_then(|paired| by_vertex.get(&paired).copied()),
             };
             let Some(former) = former else { continue };
-            self.input(vertex, place, (input, former), old, below, &mut verdict);
+            self.input((input, former), old, below, &mut verdict);
         }
-        if verdict.own.is_empty() && verdict.causes.is_empty() && missed {
+        if verdict.own.is_empty() && verdict.causes.is_empty() && missed.is_some() {
             // All is as it was, but something below was made anew.
             for input in inputs.iter().filter(|input| input.content.is_empty()) {
-                self.blame(input.vertex as usize, below, &mut verdict);
+                self.blame(input.vertex, below, &mut verdict);
             }
         }
         verdict
@@ -164,25 +227,9 @@ impl Comparison<'_> {
     /// Why a vertex that is what it was had nothing to be found by.
     fn otherwise(&self, at: usize) -> Reason {
         match self.counterpart(at) {
-            Some((old, before)) if !old.nodes[before].done => reason("unfinished"),
+            Some((old, before)) if !old.is_done(before) => reason("unfinished"),
             _ => reason("lost"),
         }
-    }
-
-    fn evicted(&self, vertex: &VertexExplanation) -> Option<Reason> {
-        let results = vertex.lookups.iter().filter_map(|lookup| match &lookup.found {
-            Found::Gone(results) => Some(results),
-            _ => None,
-        });
-        let results: Vec<&String> = results.flatten().collect();
-        if !vertex.lookups.iter().any(|lookup| matches!(lookup.found, Found::Gone(_))) {
-            return None;
-        }
-        let note = results.into_iter().find_map(|result| self.facts.eviction(result));
-        Some(match note {
-            Some(note) => Reason { rule: note.rule, at: timestamp(note.at), ..reason("evicted") },
-            None => reason("evicted"),
-        })
     }
 
     /// What of an operation itself differs.
@@ -190,11 +237,10 @@ impl Comparison<'_> {
         let mut values: BTreeMap<&str, Changed<'_>> = BTreeMap::new();
         let all =
             old.parts(before).map(|part| (part, false)).chain(self.new.parts(at).map(|part| (part, true)));
-        for (order, (part, new)) in all.enumerate() {
-            let name = part.name.as_str();
+        for (order, ((name, value), new)) in all.enumerate() {
             let entry =
                 values.entry(name).or_insert(Changed { order, name, old: Vec::new(), new: Vec::new() });
-            if new { entry.new.push(&part.value) } else { entry.old.push(&part.value) }
+            if new { entry.new.push(value) } else { entry.old.push(value) }
         }
         // The whole that a detail belongs to: `mount /c` of `mount /c type`.
         let whole =
@@ -228,9 +274,7 @@ impl Comparison<'_> {
     /// Compares an input that was known in the earlier build.
     fn input(
         &self,
-        vertex: &VertexExplanation,
-        place: usize,
-        (input, former): (&Input, &Input),
+        (input, former): (&Input<'_>, &Input<'_>),
         old: &Graph,
         below: &[Verdict],
         verdict: &mut Verdict,
@@ -239,10 +283,10 @@ impl Comparison<'_> {
         if verdict.own.len() >= REASONS {
             return;
         }
-        let (at, before) = (input.vertex as usize, former.vertex as usize);
+        let (at, before) = (input.vertex, former.vertex);
         let paired = self.counterpart(at).map(|(_, at)| at);
         let instead = |how: &str, verdict: &mut Verdict| {
-            let (before, after) = (old.nodes[before].name.clone(), self.new.nodes[at].name.clone());
+            let (before, after) = (old.name(before).to_owned(), self.new.name(at).to_owned());
             verdict.own.push(Reason { name: how.to_owned(), before, after, ..reason("order") });
         };
         if !input.content.is_empty() && !former.content.is_empty() {
@@ -252,18 +296,19 @@ impl Comparison<'_> {
             if paired != Some(before) {
                 return instead("reads", verdict);
             }
-            if input.paths != former.paths {
+            if !input.paths().eq(former.paths()) {
                 if verdict.own.iter().all(|reason| reason.name != "source") {
-                    let (before, after): (Vec<_>, Vec<_>) =
-                        (former.paths.split('\n').collect(), input.paths.split('\n').collect());
+                    let (before, after): (Vec<_>, Vec<_>) = (
+                        former.paths().map(|read| read.path).collect(),
+                        input.paths().map(|read| read.path).collect(),
+                    );
                     verdict.own.push(part("source", &before, &after));
                 }
                 return;
             }
-            let query = vertex.map.as_ref().and_then(|map| map.inputs.get(place)?.content.as_ref());
-            return verdict.own.extend(self.files(query, input, former, old));
+            return verdict.own.extend(self.files(input, former, old));
         }
-        if self.new.nodes[at].is_like(&old.nodes[before]) && input.output == former.output {
+        if self.new.is_like(at, old, before) && input.output == former.output {
             return;
         }
         match paired {
@@ -292,7 +337,7 @@ impl Comparison<'_> {
 
     /// Names a cause. One that was cached, so that nothing else is said of it, comes with its reasons.
     fn because(&self, cause: usize, verdict: &Verdict, reasons: &mut Vec<Reason>) {
-        let step = self.new.nodes[cause].name.clone();
+        let step = self.new.name(cause).to_owned();
         if self.is_missed(cause) || verdict.own.is_empty() {
             reasons.push(Reason { step, ..reason("input") });
         } else {
@@ -304,10 +349,10 @@ impl Comparison<'_> {
     }
 
     /// Which files of an input changed, and the patterns that choose them.
-    fn files(&self, query: Option<&ContentQuery>, input: &Input, former: &Input, old: &Graph) -> Vec<Reason> {
-        let (at, before) = (input.vertex as usize, former.vertex as usize);
-        let step = self.new.nodes[at].name.clone();
-        let changes = self.facts.changes(&former.content, &input.content).unwrap_or_default();
+    fn files(&self, input: &Input<'_>, former: &Input<'_>, old: &Graph) -> Vec<Reason> {
+        let (at, before) = (input.vertex, former.vertex);
+        let step = self.new.name(at).to_owned();
+        let changes = self.facts.changes(former.content, input.content).unwrap_or_default();
         let mut reasons = Vec::new();
         if changes.iter().any(|change| matches!(change.kind, ChangeKind::Added | ChangeKind::Removed)) {
             for name in ["include", "exclude"] {
@@ -322,7 +367,7 @@ impl Comparison<'_> {
         reasons.push(Reason {
             step,
             count: u32::try_from(changes.len()).unwrap_or(u32::MAX),
-            changes: changes.iter().take(NAMED).map(|change| file(query, change)).collect(),
+            changes: changes.iter().take(NAMED).map(|change| file(input, change)).collect(),
             ..reason("files")
         });
         reasons
@@ -335,7 +380,7 @@ pub(super) fn is_persistent(vertex: &VertexExplanation) -> bool {
 }
 
 /// It could have been cached and was not.
-pub(super) fn is_missed(vertex: &VertexExplanation) -> bool {
+fn is_missed(vertex: &VertexExplanation) -> bool {
     is_persistent(vertex) && matches!(vertex.outcome, Outcome::Made | Outcome::Failed)
 }
 
@@ -376,10 +421,10 @@ fn alike<'a>(values: &[&'a str]) -> Vec<&'a str> {
     }
 }
 
-fn file(query: Option<&ContentQuery>, change: &ContentChange) -> FileChange {
-    let dir = query.and_then(|query| query.paths.get(change.part)).map_or(String::new(), |path| {
-        let parts: Vec<&str> = path.path.split('/').filter(|part| !part.is_empty()).collect();
-        let literal = match path.wildcard {
+fn file(input: &Input<'_>, change: &ContentChange) -> FileChange {
+    let dir = input.paths().nth(change.part).map_or(String::new(), |ReadPath { path, wildcard }| {
+        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let literal = match wildcard {
             true => parts.iter().take_while(|part| !pattern::has_wildcard(part)).count(),
             false => parts.len(),
         };

@@ -6,10 +6,10 @@ use kiln_cache::Eviction;
 use kiln_cache::contenthash::{ChangeKind, ContentChange};
 use kiln_solver::explain::{InputExplanation, Outcome, VertexExplanation};
 use kiln_solver::op::{CacheMap, InputMap};
+use prost::Message;
 
 use super::graph::Graph;
-use super::pairing;
-use super::reasons::{Comparison, Facts};
+use super::reasons::{Comparison, Facts, Missed};
 
 struct NoFacts;
 
@@ -69,10 +69,8 @@ fn compare(old: &[Made<'_>], new: &[Made<'_>]) -> Vec<String> {
             vertex.outcome = Outcome::Cached;
         }
     }
-    let (before, after) = (Graph::new(&old), Graph::new(&new));
-    let pairs = pairing::pair(&before, &after);
-    let comparison =
-        Comparison { vertices: &new, new: &after, old: Some((&before, &pairs)), facts: &NoFacts };
+    let (before, after, missed) = (Graph::new(&old), Graph::new(&new), Missed::of(&new, &NoFacts));
+    let comparison = Comparison::new(&after, &missed, Some(&before), &NoFacts);
     let say = |reason: &kiln_proto::explain::Reason| {
         let fields = [&reason.kind, &reason.step, &reason.name, &reason.before, &reason.after];
         fields.into_iter().filter(|field| !field.is_empty()).cloned().collect::<Vec<_>>().join(" ")
@@ -134,15 +132,65 @@ fn new_removed_and_moved_steps() {
 }
 
 #[test]
+fn a_graph_is_read_as_it_was_written_and_nothing_else_is_one() {
+    let graph = Graph::new(&vertices(BASE));
+    let bytes = graph.encode_to_vec();
+    let read = Graph::decode(&bytes[..]).expect("a graph");
+    assert!(read.is_sound());
+    assert_eq!(read, graph);
+    assert_eq!((read.len(), read.persistent(), read.name(2), read.kind(2)), (4, 4, BASE[2].0, "exec"));
+    assert_eq!(read.parts(3).collect::<Vec<_>>(), [("operation", "exec"), ("arg", "c")]);
+    assert_eq!(read.inputs(3).map(|input| input.vertex).collect::<Vec<_>>(), [2]);
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            let mut other = bytes.clone();
+            other[at] ^= 1 << bit;
+            // Whatever is taken for a graph can be read to its end.
+            if let Some(graph) = Graph::decode(&other[..]).ok().filter(Graph::is_sound) {
+                for vertex in 0..graph.len() {
+                    let _ = (graph.name(vertex), graph.kind(vertex), graph.op(vertex), graph.is_done(vertex));
+                    assert!(graph.parts(vertex).count() < 100);
+                    assert!(graph.inputs(vertex).all(|input| input.paths().count() < 100));
+                }
+                let _ = (graph.sketch(), graph.read_contents().count());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_not_looked_at_is_as_it_was() {
+    let first = vertices(BASE);
+    let key = |text: &str| Some(blake3::hash(text.as_bytes()));
+    let (mut known, mut cached) = (first.clone(), first);
+    for vertex in &mut known {
+        vertex.content = key(&vertex.name);
+        vertex.inputs.iter_mut().for_each(|input| input.content = key("read"));
+    }
+    // The same but for one step in front, so that nothing stands where it stood.
+    for vertex in &mut cached {
+        vertex.outcome = Outcome::NotReached;
+        vertex.inputs.iter_mut().for_each(|input| input.vertex += 1);
+    }
+    cached.splice(0..0, vertices(&[("[0/4] FROM z", "z", &[])]));
+    cached[0].outcome = Outcome::Failed;
+    let (known, mut graph) = (Graph::new(&known), Graph::new(&cached));
+    assert_eq!(graph.read_contents().count(), 0);
+    graph.carry_over(&known);
+    assert_eq!(graph.read_contents().collect::<Vec<_>>(), known.read_contents().collect::<Vec<_>>());
+    assert_eq!((0..5).map(|at| graph.is_done(at)).collect::<Vec<_>>(), [false, true, true, true, true]);
+    assert!((1..5).all(|at| graph.is_like(at, &known, at - 1)));
+    let mut again = Graph::new(&vertices(BASE));
+    again.carry_over(&known);
+    assert_eq!(again, known, "a build that changes nothing leaves nothing new");
+}
+
+#[test]
 fn what_was_the_same_and_not_found_is_called_lost() {
     let mut new = vertices(BASE);
     new.truncate(2);
     new[0].outcome = Outcome::Cached;
-    let before = Graph::new(&vertices(BASE));
-    let after = Graph::new(&new);
-    let pairs = pairing::pair(&before, &after);
-    let comparison =
-        Comparison { vertices: &new, new: &after, old: Some((&before, &pairs)), facts: &NoFacts };
-    let steps = comparison.steps();
+    let (before, after, missed) = (Graph::new(&vertices(BASE)), Graph::new(&new), Missed::of(&new, &NoFacts));
+    let steps = Comparison::new(&after, &missed, Some(&before), &NoFacts).steps();
     assert_eq!((steps.len(), steps[0].reasons[0].kind.as_str()), (1, "lost"));
 }

@@ -65,13 +65,16 @@ impl Control for ControlService {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<Self::StatusStream>, Status> {
         let id = request.into_inner().r#ref;
-        if self.0.jobs.get(&id).is_none() {
-            let (history, past) = (self.0.history.clone(), id.clone());
-            if let Some(log) = blocking(move || history.replay(&past)).await? {
-                return Ok(with_clock(stream::iter(log.into_iter().map(Ok)).boxed()));
+        let job = match self.0.jobs.get(&id) {
+            Some(job) => job,
+            None => {
+                let (history, past) = (self.0.history.clone(), id.clone());
+                if let Some(log) = blocking(move || history.replay(&past)).await? {
+                    return Ok(with_clock(stream::iter(log.into_iter().map(Ok)).boxed()));
+                }
+                self.0.jobs.wait(&id, STATUS_WAIT).await?
             }
-        }
-        let job = self.0.jobs.wait(&id, STATUS_WAIT).await?;
+        };
         let messages = stream::unfold(job.progress.read(), |mut reader| async move {
             let messages = reader.next().await?;
             Some((stream::iter(messages.into_iter().map(Ok)), reader))

@@ -350,8 +350,32 @@ pub(crate) struct HistoryArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum HistoryCommand {
+    /// List builds, running ones included
+    Ls(HistoryLsArgs),
+    /// Forget builds
+    Rm(HistoryRmArgs),
     /// Say why steps of a build were not cached
     Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryLsArgs {
+    /// Only matching builds, e.g. status==error (may be repeated; one must match)
+    #[arg(short, long = "filter", value_name = "FILTER")]
+    pub(crate) filters: Vec<String>,
+    /// Print the builds as json, one on each line
+    #[arg(long, value_name = "FORMAT", value_parser = record_format)]
+    pub(crate) format: Option<RecordFormat>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryRmArgs {
+    /// The builds
+    #[arg(value_name = "REF", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) references: Vec<String>,
+    /// All builds that ended
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, Args)]

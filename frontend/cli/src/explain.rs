@@ -7,14 +7,13 @@ use kiln_proto::explain::{ExplainRequest, Explanation, FileChange, Reason, Step}
 use kiln_session::MAX_MESSAGE_SIZE;
 use serde_json::json;
 
-use crate::args::{Connection, Format, HistoryCommand};
+use crate::args::{Connection, ExplainArgs, Format};
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::stdout;
 
-/// Runs one of the history commands.
-pub(crate) fn history(connection: &Connection, command: HistoryCommand) -> Result<(), CliError> {
-    let HistoryCommand::Explain(args) = command;
+/// Explains a build of the history.
+pub(crate) fn history(connection: &Connection, args: &ExplainArgs) -> Result<(), CliError> {
     let explanation = ask(connection, args.reference.as_deref().unwrap_or_default())?;
     match args.format {
         Format::Text => stdout::print(&text(&explanation)),

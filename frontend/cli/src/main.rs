@@ -13,6 +13,7 @@ mod debug;
 mod error;
 mod explain;
 mod failure;
+mod history;
 mod llbjson;
 mod outputs;
 mod progress;
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
         Command::Daemon(args) => daemon::main(&connection, args),
         Command::Du(args) => usage::du(&connection, &args),
         Command::Prune(args) => usage::prune(&connection, &args),
-        Command::History(args) => explain::history(&connection, args.command),
+        Command::History(args) => history::main(&connection, args.command),
         Command::Debug(args) => debug::main(&connection, args.command),
         Command::Shutdown => shutdown::main(&connection),
         Command::Version => {

@@ -677,3 +677,22 @@ fn secrets_and_proxies_are_no_reasons() {
     assert!(!all.contains("can4ry"), "{all}");
     assert_eq!(all.matches("\"kind\": \"part\"").count(), 1, "{all}");
 }
+
+#[test]
+fn a_step_that_was_stopped_because_another_failed_has_not_failed() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new(concat!(
+        "FROM busybox AS slow\nRUN sleep 600\nRUN echo after\n",
+        "FROM busybox AS bad\nRUN sleep 2 && exit 3\n",
+        "FROM busybox\nCOPY --from=slow /etc /a\nCOPY --from=bad /etc /b\n",
+    ));
+    kiln.build(context.path(), &[]).fails(&["exit code: 3"]);
+    let json = kiln.run(&["history", "explain", "--format", "json"]).ok().stdout;
+    let json: Value = serde_json::from_str(&json).expect("JSON");
+    let names: Vec<_> = json["steps"].as_array().expect("steps").iter().map(|step| &step["name"]).collect();
+    assert!(names.iter().any(|name| **name == "[bad 2/2] RUN sleep 2 && exit 3"), "{json:#}");
+    let stopped =
+        |name: &&&Value| name.as_str().is_some_and(|name| name.contains("[slow") || name.contains("COPY"));
+    assert_eq!(names.iter().find(stopped), None, "{json:#}");
+}

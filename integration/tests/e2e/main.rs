@@ -9,6 +9,7 @@ mod early_cutoff;
 mod errors;
 mod explain;
 mod garbage;
+mod history;
 mod metadata;
 mod outputs;
 mod solve;

@@ -1,0 +1,83 @@
+//! The builds that the daemon remembers: listed, and forgotten.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use kiln_integration::lab::wait_until;
+use kiln_integration::{Context, Kiln, Registry};
+use serde_json::Value;
+
+fn builds(kiln: &Kiln, args: &[&str]) -> Vec<Value> {
+    let all = [&["history", "ls", "--format", "json"], args].concat();
+    let listed = kiln.run(&all).ok().stdout;
+    listed.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn statuses(builds: &[Value]) -> Vec<&str> {
+    builds.iter().map(|build| build["status"].as_str().expect("status")).collect()
+}
+
+#[test]
+fn builds_are_listed_and_forgotten() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    assert_eq!(kiln.run(&["history", "ls"]).ok().stdout.lines().count(), 1, "only the heading");
+    let context = Context::new("FROM busybox AS app\nRUN echo 1\nFROM app AS bad\nRUN false\n");
+    kiln.build(context.path(), &["--target", "app"]).ok();
+    kiln.build(context.path(), &[]).fails(&["exit code: 1"]);
+
+    let found = builds(&kiln, &[]);
+    assert_eq!(statuses(&found), ["Error", "Completed"], "the latest first: {found:#?}");
+    let good = &found[1];
+    assert_eq!(good["name"], "Dockerfile (app)");
+    assert!(good["total_steps"].as_u64() >= Some(2), "{good:#}");
+    assert!(good["created_at"].as_str() < good["completed_at"].as_str(), "{good:#}");
+    let reference = good["ref"].as_str().expect("ref");
+    let table = kiln.run(&["history", "ls"]).ok().stdout;
+    let line = table.lines().find(|line| line.starts_with(reference)).expect("the build's line");
+    let row: Vec<&str> = line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
+    assert_eq!((row[1], row[2]), ("Dockerfile (app)", "Completed"), "{table}");
+    assert_eq!(statuses(&builds(&kiln, &["--filter", "status==error"])), ["Error"]);
+
+    kiln.run(&["history", "rm", reference]).ok();
+    assert_eq!(statuses(&builds(&kiln, &[])), ["Error"]);
+    kiln.run(&["history", "explain", reference]).fails(&["no explanation of build"]);
+    kiln.run(&["history", "rm", reference]).fails(&["no such build", reference]);
+    // What was compared with the forgotten build still is.
+    let explained = kiln.run(&["history", "explain"]).ok().stdout;
+    assert!(explained.contains(&format!("compared with build {reference}")), "{explained}");
+    assert!(explained.contains("RUN false: never built before"), "{explained}");
+    kiln.stop();
+    kiln.start();
+    assert_eq!(kiln.run(&["history", "explain"]).ok().stdout, explained);
+    kiln.run(&["history", "rm", "--all"]).ok();
+    assert!(builds(&kiln, &[]).is_empty());
+    kiln.run(&["history", "explain"]).fails(&["no build is remembered"]);
+}
+
+#[test]
+fn a_running_build_is_listed_and_stays() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let context = Context::new("FROM busybox\nRUN sleep 600\n");
+    let path = context.path().to_str().expect("a path in UTF-8");
+    let mut build = kiln
+        .command(&["build", "--progress", "plain", path])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("run kiln");
+    wait_until("the build to be listed", Duration::from_secs(20), || !builds(&kiln, &[]).is_empty());
+    let found = builds(&kiln, &[]);
+    assert_eq!(statuses(&found), ["Running"]);
+    assert!(found[0].get("completed_at").is_none(), "{found:#?}");
+    let reference = found[0]["ref"].as_str().expect("ref");
+    kiln.run(&["history", "rm", reference]).fails(&["is still running"]);
+    kiln.run(&["history", "rm", "--all"]).ok();
+    assert_eq!(statuses(&builds(&kiln, &[])), ["Running"]);
+    build.kill().expect("kill the build");
+    build.wait().expect("wait for the build");
+    wait_until("the build to end", Duration::from_secs(20), || statuses(&builds(&kiln, &[])) == ["Canceled"]);
+}
