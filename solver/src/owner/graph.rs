@@ -18,8 +18,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
     pub(super) fn load(&mut self, prepared: Prepared<R>) -> Result<Option<Edge>, SolveError> {
         let mut places: Vec<NodeIndex> = Vec::with_capacity(prepared.vertices.len());
-        self.graph.reserve(prepared.vertices.len());
-        self.by_digest.reserve(prepared.vertices.len());
+        if self.by_digest.is_empty() {
+            // Later definitions mostly repeat what the first brought.
+            self.graph.reserve(prepared.vertices.len());
+            self.by_digest.reserve(prepared.vertices.len());
+        }
         for vertex in prepared.vertices {
             let info = &vertex.info;
             let refused = |text: &str| SolveError::load(Some(&info.digest), &info.name, OpError::new(text));
