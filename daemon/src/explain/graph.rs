@@ -13,6 +13,8 @@ const VALUE: usize = 1024;
 const SHOWN: usize = 256;
 /// Bytes of a key that are kept: enough to tell two keys of one history apart.
 const KEY: usize = 16;
+/// What begins a value that is a digest, and how many of its hexadecimal digits are kept.
+const DIGEST: (&str, usize) = ("blake3:", 16);
 /// Bytes of a content digest, by which its manifest is found.
 const CONTENT: usize = 32;
 /// Numbers that describe an input: its vertex, its output, the text of its paths.
@@ -121,7 +123,14 @@ impl<'a> Texts<'a> {
     }
 
     fn value(&mut self, value: &'a str) -> u32 {
-        if value.len() <= VALUE { self.place(value) } else { self.add(&cut(value)) }
+        let digits = value.strip_prefix(DIGEST.0).filter(|digits| digits.len() == 2 * CONTENT);
+        if digits.is_some_and(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit())) {
+            self.place(&value[..DIGEST.0.len() + DIGEST.1])
+        } else if value.len() <= VALUE {
+            self.place(value)
+        } else {
+            self.add(&cut(value))
+        }
     }
 
     fn paths(&mut self, input: &InputMap, buffer: &mut String) -> u32 {
@@ -281,6 +290,11 @@ impl Graph {
         hashes.dedup();
         hashes.truncate(SIZE);
         hashes
+    }
+
+    /// The build made everything itself and knows all that there is to know.
+    pub(super) fn is_complete(&self) -> bool {
+        (0..self.len()).all(|at| self.is_done(at) && !self.content(at).is_empty())
     }
 
     /// What a build did not have to find out, because a step above was cached, is as the earlier build knew it.

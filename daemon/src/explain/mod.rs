@@ -17,7 +17,7 @@ use dashmap::DashMap;
 use kiln_cache::contenthash::ContentChange;
 use kiln_cache::{Eviction, StoreError, Values};
 use kiln_proto::explain::Explanation;
-use kiln_solver::explain::VertexExplanation;
+use kiln_solver::explain::{Outcome, VertexExplanation};
 use prost::Message;
 use tokio::sync::watch;
 use tonic::Code;
@@ -47,6 +47,8 @@ pub(crate) struct Explanations {
     values: Values,
     /// Builds that are being added.
     pending: DashMap<String, watch::Receiver<()>>,
+    /// The one of them that ended last.
+    last: Mutex<Option<watch::Receiver<()>>>,
     /// Never held while graphs are read, made or compared.
     state: Mutex<State>,
     /// Read by who reads or adds graphs, written by who drops them. Taken before `state`.
@@ -86,6 +88,9 @@ struct Record {
     /// Digest of the graph that it is compared with; empty if there is none.
     #[prost(string, tag = "5")]
     before: String,
+    /// Equal for builds of the same steps on the same sources.
+    #[prost(bytes = "vec", tag = "6")]
+    steps: Vec<u8>,
 }
 
 impl Record {
@@ -143,22 +148,30 @@ impl Explanations {
             engine,
             values,
             pending: DashMap::new(),
+            last: Mutex::default(),
             state: Mutex::default(),
             graphs: RwLock::default(),
             dropping: AtomicBool::default(),
         })
     }
 
-    /// Adds a build in the background. Who asks for it from now on waits until that is done.
+    /// Adds a build in the background, after those that ended before. Who asks for it from now on waits until that is
+    /// done.
     pub(crate) fn add(self: &Arc<Self>, ended: Ended) {
         let (done, waiting) = watch::channel(());
-        self.pending.insert(ended.id.clone(), waiting);
-        let this = self.clone();
-        tokio::task::spawn_blocking(move || {
-            let id = ended.id.clone();
-            match this.store(ended) {
-                Ok(()) | Err(StoreError::Closed) => {}
-                Err(error) => tracing::warn!(%error, build = id, "the build is not explained"),
+        self.pending.insert(ended.id.clone(), waiting.clone());
+        let before = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(waiting);
+        let (this, id) = (self.clone(), ended.id.clone());
+        tokio::spawn(async move {
+            if let Some(mut before) = before {
+                // The other end never sends; it goes.
+                let _ = before.changed().await;
+            }
+            let adding = this.clone();
+            match tokio::task::spawn_blocking(move || adding.store(ended)).await {
+                Ok(Ok(()) | Err(StoreError::Closed)) => {}
+                Ok(Err(error)) => tracing::warn!(%error, build = id, "the build is not explained"),
+                Err(error) => tracing::error!(%error, build = id, "the build is not explained"),
             }
             this.pending.remove(&id);
             drop(done);
@@ -169,7 +182,6 @@ impl Explanations {
     pub(crate) async fn idle(&self) {
         let waiting: Vec<_> = self.pending.iter().map(|entry| entry.value().clone()).collect();
         for mut done in waiting {
-            // The other end never sends; it goes.
             let _ = done.changed().await;
         }
     }
@@ -201,15 +213,18 @@ impl Explanations {
         };
         let missing = || not_found(format!("no explanation of build {id}"));
         let bytes = self.values.get(OUTLINES, &id).map_err(storage)?.ok_or_else(missing)?;
-        let Outline { compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
+        let Outline { mut compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
         let steps = match missed.as_slice() {
             [] => Vec::new(),
             missed => {
                 let new = self.graph(&record.graph).map_err(storage)?.ok_or_else(missing)?;
                 let old = match compared_with.as_str() {
                     "" => None,
-                    _ => Some(self.graph(&record.before).map_err(storage)?.ok_or_else(missing)?),
+                    _ => self.graph(&record.before).map_err(storage)?,
                 };
+                if old.is_none() {
+                    compared_with.clear();
+                }
                 Comparison::new(&new, missed, old.as_ref(), &*self.engine).steps()
             }
         };
@@ -249,28 +264,27 @@ impl Explanations {
     fn store(&self, ended: Ended) -> Result<(), StoreError> {
         let began = cpu_time();
         let Ended { id, project, vertices } = ended;
-        let mut graph = Graph::new(&vertices);
+        let steps = fingerprint(&vertices);
         let missed = Missed::of(&vertices, &*self.engine);
-        drop(vertices);
-        let sketch = graph.sketch();
         let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
-        let nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
-        let (mut compared_with, mut before) = (String::new(), String::new());
-        for (other, digest) in nearest {
-            if let Some(earlier) = self.graph(&digest)? {
-                graph.carry_over(&earlier);
-                (compared_with, before) = (other, digest);
-                break;
+        // The usual build that changes nothing has nothing to add.
+        let same = match missed.is_empty() {
+            true => {
+                let mut state = self.lock();
+                let mut records = self.records(&mut state)?.iter().rev();
+                records.find(|(_, record)| record.steps == steps && record.project == project).cloned()
             }
-        }
-        let total = u32::try_from(graph.persistent()).unwrap_or(u32::MAX);
-        let outline = Outline { compared_with, total, missed };
-        let bytes = graph.encode_to_vec();
-        let digest = blake3::hash(&bytes).to_hex().to_string();
-        if before != digest {
-            self.values.put(GRAPHS, &digest, &bytes)?;
-        }
-        let record = Record { ended: now(), graph: digest, sketch, project, before };
+            false => None,
+        };
+        let (outline, record) = match same {
+            Some((compared_with, record)) => {
+                let total = vertices.iter().filter(|vertex| reasons::is_persistent(vertex)).count();
+                let total = u32::try_from(total).unwrap_or(u32::MAX);
+                let record = Record { ended: now(), before: String::new(), ..record };
+                (Outline { compared_with, total, missed }, record)
+            }
+            None => self.add_graph(vertices, missed, project, steps)?,
+        };
         self.values.put(OUTLINES, &id, &outline.encode_to_vec())?;
         let mut state = self.lock();
         let records = self.records(&mut state)?;
@@ -284,8 +298,39 @@ impl Explanations {
             self.values.delete(OUTLINES, &id)?;
             state.loose.extend(record.graphs());
         }
-        tracing::debug!(build = id, cpu = ?cpu_time().saturating_sub(began), graph = bytes.len(), "added");
+        tracing::debug!(build = id, cpu = ?cpu_time().saturating_sub(began), "added");
         Ok(())
+    }
+
+    /// Keeps the graph of a build, with what the most similar one of the last builds knew of it.
+    fn add_graph(
+        &self,
+        vertices: Vec<VertexExplanation>,
+        missed: Vec<Missed>,
+        project: Vec<u8>,
+        steps: Vec<u8>,
+    ) -> Result<(Outline, Record), StoreError> {
+        let mut graph = Graph::new(&vertices);
+        drop(vertices);
+        let sketch = graph.sketch();
+        let nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        let (mut compared_with, mut before) = (String::new(), String::new());
+        for (other, digest) in nearest {
+            if !graph.is_complete() {
+                let Some(earlier) = self.graph(&digest)? else { continue };
+                graph.carry_over(&earlier);
+            }
+            (compared_with, before) = (other, digest);
+            break;
+        }
+        let total = u32::try_from(graph.persistent()).unwrap_or(u32::MAX);
+        let bytes = graph.encode_to_vec();
+        let digest = blake3::hash(&bytes).to_hex().to_string();
+        if before != digest {
+            self.values.put(GRAPHS, &digest, &bytes)?;
+        }
+        let record = Record { ended: now(), graph: digest, sketch, project, before, steps };
+        Ok((Outline { compared_with, total, missed }, record))
     }
 
     /// Forgets a build.
@@ -356,6 +401,38 @@ fn cpu_time() -> Duration {
 fn now() -> i64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Equal for builds of the same steps on the same sources, whether they had to look at all of them or not.
+fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(128 * vertices.len());
+    for vertex in vertices.iter().filter(|vertex| reasons::is_persistent(vertex)) {
+        bytes.extend_from_slice(&(vertex.name.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(vertex.name.as_bytes());
+        // What an earlier build did not finish is told.
+        bytes.push(u8::from(vertex.outcome == Outcome::Failed));
+        match &vertex.definition {
+            Some(key) => {
+                bytes.push(0);
+                bytes.extend_from_slice(key.as_bytes());
+            }
+            // What stands on a client's directory is known by content alone.
+            None => {
+                let op = vertex.map.as_ref().map(|map| map.digest);
+                let keys =
+                    [op, vertex.content].into_iter().chain(vertex.inputs.iter().map(|input| input.content));
+                for key in keys {
+                    bytes.push(1 + u8::from(key.is_some()));
+                    bytes.extend_from_slice(key.as_ref().map_or(&[], |key| key.as_bytes()));
+                }
+            }
+        }
+        for input in &vertex.inputs {
+            bytes.extend_from_slice(&(input.vertex as u64).to_le_bytes());
+            bytes.extend_from_slice(&input.output.to_le_bytes());
+        }
+    }
+    blake3::hash(&bytes).as_bytes()[..16].to_vec()
 }
 
 /// The builds to compare with, most similar first, of equal ones the latest first.
