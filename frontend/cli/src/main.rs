@@ -1,11 +1,12 @@
 //! The command line. It builds by talking to a daemon over the same API as every other client, and starts one in the
-//! background when none answers; `kiln daemon` is that daemon. Decides nothing about builds itself.
+//! background when none answers; `kiln daemon` is that daemon, and so is this binary under the name `buildkitd`. Decides nothing about builds itself.
 
 mod address;
 mod args;
 mod attach;
 mod auth;
 mod build;
+mod buildkitd;
 mod connect;
 mod csv;
 mod daemon;
@@ -23,6 +24,8 @@ mod start;
 mod stdout;
 mod usage;
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -37,9 +40,28 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     // The sandbox helper is this binary re-executed; it must take over before any thread exists.
     kiln_worker::sandbox::zygote::run_if_requested();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Interrupted(code)) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("ERROR: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), CliError> {
+    let mut args = std::env::args_os();
+    let called = args.next().unwrap_or_default();
+    if Path::new(&called).file_name() == Some(OsStr::new("buildkitd")) {
+        return buildkitd::main(args);
+    }
+    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new("buildkitd")) {
+        return buildkitd::main(args.skip(1));
+    }
     let cli = Cli::parse();
     let connection = cli.connection.without_empty();
-    let outcome = match cli.command {
+    match cli.command {
         Command::Build(args) => build::main(&connection, *args),
         Command::Solve(args) => solve::main(&connection, &args),
         Command::Daemon(args) => daemon::main(&connection, args),
@@ -51,14 +73,6 @@ fn main() -> ExitCode {
         Command::Version => {
             println!("kiln {}", env!("CARGO_PKG_VERSION"));
             Ok(())
-        }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(CliError::Interrupted(code)) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("ERROR: {error}");
-            ExitCode::FAILURE
         }
     }
 }
