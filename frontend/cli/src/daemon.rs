@@ -27,6 +27,9 @@ pub(crate) fn main(connection: &Connection, args: DaemonArgs) -> Result<(), CliE
     for address in &args.listen {
         config.addresses.push(Address::parse(Some(address))?.url());
     }
+    if let Some(tls) = connection.tls.server()? {
+        config.tls = Some(tls);
+    }
     if let Some(idle) = connection.idle_timeout {
         config.idle_exit = (!idle.is_zero()).then_some(idle);
     }

@@ -1,11 +1,13 @@
 //! The command line. It builds by talking to a daemon over the same API as every other client, and starts one in the
-//! background when none answers; `kiln daemon` is that daemon, and so is this binary under the name `buildkitd`. Decides nothing about builds itself.
+//! background when none answers; `kiln daemon` is that daemon, and so is this binary under the name
+//! `buildkitd`. Decides nothing about builds itself.
 
 mod address;
 mod args;
 mod attach;
 mod auth;
 mod build;
+mod buildctl;
 mod buildkitd;
 mod connect;
 mod csv;
@@ -22,7 +24,9 @@ mod shutdown;
 mod solve;
 mod start;
 mod stdout;
+mod tls;
 mod usage;
+mod workers;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -53,11 +57,13 @@ fn main() -> ExitCode {
 fn run() -> Result<(), CliError> {
     let mut args = std::env::args_os();
     let called = args.next().unwrap_or_default();
-    if Path::new(&called).file_name() == Some(OsStr::new("buildkitd")) {
-        return buildkitd::main(args);
-    }
-    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new("buildkitd")) {
-        return buildkitd::main(args.skip(1));
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    match (Path::new(&called).file_name().and_then(OsStr::to_str), first.to_str()) {
+        (Some("buildkitd"), _) => return buildkitd::main(args),
+        (Some("buildctl"), _) => return buildctl::main(args),
+        (_, Some("buildkitd")) => return buildkitd::main(args.skip(1)),
+        (_, Some("buildctl")) => return buildctl::main(args.skip(1)),
+        _ => {}
     }
     let cli = Cli::parse();
     let connection = cli.connection.without_empty();
