@@ -10,7 +10,8 @@ use kiln_proto::types;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::activation::ServiceManager;
+use crate::config::{Config, LogLevel};
 use crate::engine::{Engine, EngineError, TEAR_DOWN};
 use crate::explain::Explanations;
 use crate::history::History;
@@ -81,7 +82,9 @@ pub(crate) struct Daemon {
 /// # Errors
 /// The daemon could not start, or a listener failed.
 pub fn run(config: Config) -> Result<(), DaemonError> {
-    init_log(config.debug);
+    init_log(config.log_level);
+    config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    let manager = ServiceManager::from_environment();
     kiln_worker::sandbox::raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -91,7 +94,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let stop = CancellationToken::new();
     let outcome = runtime.block_on(async {
         tokio::spawn(watch_signals(stop.clone()));
-        serve(config, stop.clone()).await
+        serve_for(manager, config, stop.clone()).await
     });
     // Blocking reads that nobody waits for must not hold the process up.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -119,8 +122,14 @@ async fn watch_signals(stop: CancellationToken) {
     }
 }
 
-fn init_log(debug: bool) {
-    let default = if debug { "debug,h2=info,hyper=info,tower=info" } else { "info" };
+fn init_log(level: LogLevel) {
+    let default = match level {
+        LogLevel::Error => "error",
+        LogLevel::Warn => "warn",
+        LogLevel::Info => "info",
+        LogLevel::Debug => "debug,h2=info,hyper=info,tower=info",
+        LogLevel::Trace => "trace,h2=info,hyper=info,tower=info",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("KILN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     // Fails only if a subscriber is set already, which is then the one to use.
@@ -136,8 +145,16 @@ fn init_log(debug: bool) {
 /// # Errors
 /// As [`run`].
 pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+    serve_for(ServiceManager::default(), config, stop).await
+}
+
+async fn serve_for(
+    mut manager: ServiceManager,
+    config: Config,
+    stop: CancellationToken,
+) -> Result<(), DaemonError> {
     let shutdown = stop.child_token();
-    let listeners = server::parse(&config)?;
+    let listeners = server::parse(&config, &mut manager)?;
     for listener in &listeners {
         listener.refuse_if_running().await?;
     }
@@ -153,7 +170,7 @@ pub async fn serve(config: Config, stop: CancellationToken) -> Result<(), Daemon
         config,
     });
     let activity = Activity::new();
-    let outcome = listen(&daemon, listeners, &activity).await;
+    let outcome = listen(&daemon, listeners, &manager, &activity).await;
     shutdown.cancel();
     daemon.explanations.idle().await;
     let closed = daemon.engine.close().await;
@@ -183,6 +200,7 @@ async fn open(config: &Config) -> Result<Arc<Engine>, DaemonError> {
 async fn listen(
     daemon: &Arc<Daemon>,
     listeners: Vec<Listener>,
+    manager: &ServiceManager,
     activity: &Activity,
 ) -> Result<(), DaemonError> {
     let mut bound = Vec::new();
@@ -195,6 +213,7 @@ async fn listen(
         tracing::info!(address = socket.address(), root = %daemon.config.root.display(), "listening");
         servers.spawn(socket.serve(routes.clone(), activity.clone(), daemon.shutdown.clone()));
     }
+    manager.notify("READY=1");
     let idle = async {
         match daemon.config.idle_exit {
             Some(limit) => activity.idle(limit).await,
@@ -209,6 +228,7 @@ async fn listen(
         }
         () = daemon.shutdown.cancelled() => None,
     };
+    manager.notify("STOPPING=1");
     daemon.engine.announce_close();
     daemon.shutdown.cancel();
     // Builds are being cancelled; sessions would keep their connections open.

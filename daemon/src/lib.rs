@@ -2,6 +2,7 @@
 //! sessions), the built-in frontends, build history and configuration. What the parts themselves do
 //! is in their crates; `engine` is the only module here that calls them.
 
+mod activation;
 mod build;
 mod config;
 mod daemon;
@@ -22,8 +23,8 @@ mod workers;
 pub const STORE_RECORDS: &str = "type==kiln.store";
 
 pub use config::{
-    Config, ConfigError, DiskSpace, DnsConfig, GcConfig, GcPolicy, HistoryConfig, HostConfig, NetworkMode,
-    RegistryConfig, TlsFiles, default_root, default_socket,
+    Config, ConfigError, DiskSpace, Dns, GcConfig, GcPolicy, HistoryConfig, HostConfig, LogLevel,
+    NetworkMode, RegistryConfig, Setting, TlsFiles, default_root, default_socket,
 };
 pub use daemon::{DaemonError, run, serve};
 pub use error::BuildError;

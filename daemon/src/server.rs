@@ -1,6 +1,7 @@
-//! Listening sockets: unix and TCP, plain or TLS, and the count of open connections by which an
+//! Listening sockets: unix and TCP, plain or TLS, own or handed over, and the count of open connections by which an
 //! idle daemon is known.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -8,6 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
+use rustix::net::AddressFamily;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -17,6 +19,7 @@ use tonic::service::Routes;
 use tonic::transport::server::Connected;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
+use crate::activation::ServiceManager;
 use crate::config::{Config, TlsFiles};
 use crate::daemon::DaemonError;
 
@@ -27,14 +30,15 @@ const FAREWELL: Duration = Duration::from_millis(100);
 pub(crate) enum Listener {
     Unix { address: String, path: PathBuf },
     Tcp { address: String, host: String },
+    Inherited { address: String, socket: OwnedFd },
 }
 
 /// The configured addresses, understood.
-pub(crate) fn parse(config: &Config) -> Result<Vec<Listener>, DaemonError> {
-    config.addresses.iter().map(|address| parse_one(address)).collect()
+pub(crate) fn parse(config: &Config, manager: &mut ServiceManager) -> Result<Vec<Listener>, DaemonError> {
+    config.addresses.iter().map(|address| parse_one(address, manager)).collect()
 }
 
-fn parse_one(address: &str) -> Result<Listener, DaemonError> {
+fn parse_one(address: &str, manager: &mut ServiceManager) -> Result<Listener, DaemonError> {
     let wrong =
         |message: &str| DaemonError::Address { address: address.to_owned(), message: message.to_owned() };
     match address.split_once("://") {
@@ -46,8 +50,13 @@ fn parse_one(address: &str) -> Result<Listener, DaemonError> {
             Ok(Listener::Tcp { address: address.to_owned(), host: host.to_owned() })
         }
         Some(("tcp", _)) => Err(wrong("host:port expected")),
+        Some(("fd", "")) => match manager.socket() {
+            Some(socket) => Ok(Listener::Inherited { address: address.to_owned(), socket }),
+            None => Err(wrong("no socket was handed over (LISTEN_FDS)")),
+        },
+        Some(("fd", _)) => Err(wrong("unsupported: choosing among the sockets that were handed over")),
         Some((scheme, _)) => Err(wrong(&format!("unsupported: addresses of kind {scheme}"))),
-        None => Err(wrong("an address starts with unix:// or tcp://")),
+        None => Err(wrong("an address starts with unix://, tcp:// or fd://")),
     }
 }
 
@@ -68,23 +77,50 @@ impl Listener {
             Self::Unix { address, path } => {
                 let (socket, file) = bind_unix(&path, config)
                     .map_err(|source| DaemonError::Listen { address: address.clone(), source })?;
-                Ok(Bound::Unix { address, socket, file })
+                Ok(Bound::Unix { address, socket, file: Some(file) })
             }
             Self::Tcp { address, host } => {
                 let tls = config.tls.as_ref().map(read_tls).transpose()?;
                 if tls.is_none() && !is_loopback(&host) {
-                    tracing::warn!(
-                        address,
-                        "TLS is not enabled: anyone who reaches this address has root here"
-                    );
+                    warn_of_plain_text(&address);
                 }
                 let socket = TcpListener::bind(&host)
                     .await
                     .map_err(|source| DaemonError::Listen { address: address.clone(), source })?;
                 Ok(Bound::Tcp { address, socket, tls })
             }
+            Self::Inherited { address, socket } => {
+                inherit(socket, &address, config).map_err(|source| DaemonError::Listen { address, source })?
+            }
         }
     }
+}
+
+/// Takes over a socket that listens already.
+fn inherit(socket: OwnedFd, address: &str, config: &Config) -> std::io::Result<Result<Bound, DaemonError>> {
+    let address = address.to_owned();
+    match rustix::net::sockopt::socket_domain(&socket)? {
+        AddressFamily::UNIX => {
+            let socket = std::os::unix::net::UnixListener::from(socket);
+            socket.set_nonblocking(true)?;
+            Ok(Ok(Bound::Unix { address, socket: UnixListener::from_std(socket)?, file: None }))
+        }
+        AddressFamily::INET | AddressFamily::INET6 => {
+            let socket = std::net::TcpListener::from(socket);
+            socket.set_nonblocking(true)?;
+            if config.tls.is_none() && !socket.local_addr()?.ip().is_loopback() {
+                warn_of_plain_text(&address);
+            }
+            let tls = config.tls.as_ref().map(read_tls).transpose();
+            let socket = TcpListener::from_std(socket)?;
+            Ok(tls.map(|tls| Bound::Tcp { address, socket, tls }))
+        }
+        _ => Err(std::io::Error::other("neither a unix nor a TCP socket was handed over")),
+    }
+}
+
+fn warn_of_plain_text(address: &str) {
+    tracing::warn!(address, "TLS is not enabled: anyone who reaches this address has root here");
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -142,7 +178,7 @@ impl Drop for SocketFile {
 
 /// A listening socket.
 pub(crate) enum Bound {
-    Unix { address: String, socket: UnixListener, file: SocketFile },
+    Unix { address: String, socket: UnixListener, file: Option<SocketFile> },
     Tcp { address: String, socket: TcpListener, tls: Option<ServerTlsConfig> },
 }
 
@@ -201,7 +237,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Completes when the listener is to stop accepting. An idle daemon takes its socket's name away
 /// first and then waits for those who had found it.
-async fn leave(file: SocketFile, activity: Activity, shutdown: CancellationToken) {
+async fn leave(file: Option<SocketFile>, activity: Activity, shutdown: CancellationToken) {
     shutdown.cancelled().await;
     drop(file);
     if activity.left_idle() {

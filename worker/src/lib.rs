@@ -12,4 +12,4 @@ pub mod sandbox;
 pub mod view;
 mod worker;
 
-pub use worker::{Worker, WorkerConfig, WorkerError};
+pub use worker::{Dns, Worker, WorkerConfig, WorkerError};

@@ -29,6 +29,17 @@ const SCRATCH: &str = "scratch";
 const FILE_WORK_PER_CPU: usize = 4;
 const FILE_WORK: usize = 16;
 
+/// Name resolution in steps; for what is empty, the host's holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// `nameserver` lines.
+    pub nameservers: Vec<String>,
+    /// `options` line.
+    pub options: Vec<String>,
+    /// `search` line.
+    pub search: Vec<String>,
+}
+
 /// How a worker is set up.
 #[derive(Clone)]
 pub struct WorkerConfig {
@@ -40,6 +51,8 @@ pub struct WorkerConfig {
     pub executor: ExecutorChoice,
     /// Network of steps that ask for none in particular.
     pub network: NetworkMode,
+    /// What `/etc/resolv.conf` in steps has instead of the host's.
+    pub dns: Dns,
     /// Directory for sockets, secrets and generated files of running steps, made if missing; it should be on
     /// a memory-backed file system. What a killed daemon left in it is removed.
     pub run_dir: PathBuf,
@@ -69,6 +82,7 @@ pub struct Worker {
     layers: Layers,
     choice: ExecutorChoice,
     network: NetworkMode,
+    pub(crate) dns: Dns,
     run_dir: RunDir,
     executor: Mutex<Option<Arc<dyn Executor>>>,
     pub(crate) cache_mounts: CacheMountLocks,
@@ -84,7 +98,7 @@ impl Worker {
     /// # Errors
     /// If the store or the run directory can't be used.
     pub fn open(config: WorkerConfig) -> Result<Arc<Self>, WorkerError> {
-        let WorkerConfig { store, images, executor, network, run_dir } = config;
+        let WorkerConfig { store, images, executor, network, dns, run_dir } = config;
         let values = store.values();
         let id = match values.get("worker", "id")? {
             Some(id) => String::from_utf8_lossy(&id).into_owned(),
@@ -104,6 +118,7 @@ impl Worker {
             layers,
             choice: executor,
             network,
+            dns,
             run_dir,
             executor: Mutex::new(None),
             cache_mounts: CacheMountLocks::default(),

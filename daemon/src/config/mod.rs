@@ -1,15 +1,17 @@
 //! What the daemon is configured with: the effective [`Config`], its defaults, and (in `file`) how
-//! `buildkitd.toml` is read into it. Nothing here opens or starts anything.
+//! `buildkitd.toml` is read into it, with what flags set over it. Nothing here opens or starts anything.
 
 mod file;
+mod section;
 mod units;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use file::ConfigError;
+pub use kiln_worker::Dns;
 pub use kiln_worker::registry::{HostConfig, RegistryConfig};
+pub use section::{ConfigError, Setting};
 pub use units::DiskSpace;
 
 /// Everything the daemon needs to start. Build it with [`Config::default`] or [`Config::load`] and
@@ -18,7 +20,8 @@ pub use units::DiskSpace;
 pub struct Config {
     /// Where all persistent data lives.
     pub root: PathBuf,
-    /// Addresses to listen on: `unix://PATH` or `tcp://HOST:PORT`.
+    /// Addresses to listen on: `unix://PATH`, `tcp://HOST:PORT`, or `fd://` for the first socket that a service
+    /// manager hands over.
     pub addresses: Vec<String>,
     /// Owner of unix sockets; the daemon's own user if absent.
     pub socket_uid: Option<u32>,
@@ -28,8 +31,10 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// Leave after this time without a connection or build; never if absent.
     pub idle_exit: Option<Duration>,
-    /// Log more.
-    pub debug: bool,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// What is to be said about the configuration once there is a log.
+    pub warnings: Vec<String>,
     /// Mirrors, plain HTTP, certificates and the like of registries.
     pub registries: RegistryConfig,
     /// How many sandboxed processes may run at once over all builds; 0 is four for each CPU, and
@@ -41,8 +46,8 @@ pub struct Config {
     pub runtime_binary: Option<String>,
     /// Parent of the sandboxes' cgroups.
     pub cgroup_parent: Option<String>,
-    /// Name servers and the like for `/etc/resolv.conf` in sandboxes; the host's if absent.
-    pub dns: Option<DnsConfig>,
+    /// Name servers and the like for `/etc/resolv.conf` in sandboxes.
+    pub dns: Dns,
     /// Entitlements that builds may be granted: `network.host`, `security.insecure`.
     pub entitlements: Vec<String>,
     /// Extra labels of the worker record.
@@ -64,13 +69,14 @@ impl Default for Config {
             socket_gid: None,
             tls: None,
             idle_exit: None,
-            debug: false,
+            log_level: LogLevel::Info,
+            warnings: Vec::new(),
             registries: RegistryConfig::default(),
             max_parallelism: 0,
             network: NetworkMode::Auto,
             runtime_binary: None,
             cgroup_parent: None,
-            dns: None,
+            dns: Dns::default(),
             entitlements: Vec::new(),
             labels: BTreeMap::new(),
             platforms: Vec::new(),
@@ -89,16 +95,31 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, path)
+        Self::default().with(&text, path, Vec::new())
     }
 
-    /// As [`Config::load`], from text; `path` is for error texts.
+    /// This as the defaults of a `buildkitd.toml` with that text, and flags over it; `path` is for error texts.
     ///
     /// # Errors
     /// As [`Config::load`], except for reading.
-    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        file::parse(text, path)
+    pub fn with(self, text: &str, path: &Path, settings: Vec<Setting>) -> Result<Self, ConfigError> {
+        file::parse(self, text, path, settings)
     }
+}
+
+/// How much is logged: this and what is worse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    /// What failed.
+    Error,
+    /// What looks wrong.
+    Warn,
+    /// What happens.
+    Info,
+    /// Why.
+    Debug,
+    /// Everything.
+    Trace,
 }
 
 /// PEM files of the listening side.
@@ -110,17 +131,6 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Clients must show a certificate signed by this.
     pub client_ca: Option<PathBuf>,
-}
-
-/// Name resolution inside sandboxes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DnsConfig {
-    /// `nameserver` lines.
-    pub nameservers: Vec<String>,
-    /// `options` line.
-    pub options: Vec<String>,
-    /// `search` line.
-    pub search: Vec<String>,
 }
 
 /// Network of steps that do not ask for one.

@@ -48,9 +48,6 @@ impl WorkerHandle {
         store: &Arc<Store>,
         sessions: &Arc<SessionManager>,
     ) -> Result<Self, EngineError> {
-        if config.dns.is_some() {
-            return Err(EngineError::Worker("unsupported: dns in the configuration".into()));
-        }
         let network = match config.network {
             NetworkMode::Auto => spec::NetworkMode::Sandbox,
             NetworkMode::Host => spec::NetworkMode::Host,
@@ -66,6 +63,7 @@ impl WorkerHandle {
             images: Images::new(registry, store),
             executor,
             network,
+            dns: config.dns.clone(),
             run_dir: config::runtime_dir().join("steps"),
         };
         let worker = tokio::task::spawn_blocking(move || Worker::open(settings))

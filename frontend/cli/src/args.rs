@@ -8,6 +8,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::progress::units;
+use crate::tls::TlsArgs;
+use crate::workers::WorkersArgs;
 
 /// Builds container images.
 #[derive(Debug, Parser)]
@@ -20,7 +22,7 @@ pub(crate) struct Cli {
 }
 
 /// Which daemon to talk to, and how to start one.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Connection {
     /// Address of the daemon: unix://PATH or tcp://HOST:PORT
     #[arg(long, global = true, env = "KILN_HOST", value_name = "ADDRESS")]
@@ -34,6 +36,11 @@ pub(crate) struct Connection {
     /// Time without work after which the daemon leaves, e.g. 10m; 0 means never
     #[arg(long, global = true, env = "KILN_IDLE_TIMEOUT", value_name = "DURATION", value_parser = duration)]
     pub(crate) idle_timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    /// Only a daemon that runs already will do.
+    #[arg(skip)]
+    pub(crate) existing: bool,
 }
 
 impl Connection {
@@ -271,7 +278,7 @@ pub(crate) enum RecordFormat {
     Json,
 }
 
-fn record_format(text: &str) -> Result<RecordFormat, String> {
+pub(crate) fn record_format(text: &str) -> Result<RecordFormat, String> {
     match text.replace(' ', "").as_str() {
         "json" | "{{json.}}" => Ok(RecordFormat::Json),
         _ => Err("unsupported: only json, which is {{json .}}".to_owned()),
@@ -399,7 +406,7 @@ pub(crate) enum DebugCommand {
     /// Print the LLB that a Dockerfile compiles to
     DumpLlb(Box<DumpArgs>),
     /// List the daemon's workers
-    Workers,
+    Workers(WorkersArgs),
 }
 
 #[derive(Debug, Args)]

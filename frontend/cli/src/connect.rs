@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use hyper_util::rt::TokioIo;
 use kiln_proto::control::control_client::ControlClient;
 use kiln_session::MAX_MESSAGE_SIZE;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use crate::address::Address;
 use crate::args;
@@ -16,7 +16,7 @@ use crate::start;
 /// A connected stream, not yet speaking anything.
 pub(crate) enum Connection {
     Unix(UnixStream),
-    Tcp(std::net::TcpStream),
+    Tcp(std::net::TcpStream, Option<Box<ClientTlsConfig>>),
 }
 
 /// Whether a command is worth starting a daemon for.
@@ -34,13 +34,13 @@ pub(crate) fn connect(flags: &args::Connection, start: Start) -> Result<Connecti
             Ok(stream) => {
                 // Without it small frames wait for acknowledgements; failing costs time only.
                 let _ = stream.set_nodelay(true);
-                Ok(Connection::Tcp(stream))
+                Ok(Connection::Tcp(stream, flags.tls.client(host)?.map(Box::new)))
             }
             Err(error) => Err(unreachable(&address, &error)),
         },
         Address::Unix(path) => match UnixStream::connect(path) {
             Ok(stream) => Ok(Connection::Unix(stream)),
-            Err(error) if start == Start::IfNeeded && start::nobody_listens(&error) => {
+            Err(error) if start == Start::IfNeeded && !flags.existing && start::nobody_listens(&error) => {
                 start::daemon(path, flags).map(Connection::Unix)
             }
             Err(error) => Err(unreachable(&address, &error)),
@@ -56,7 +56,11 @@ impl Connection {
     /// A gRPC channel over this connection; must be called within the runtime.
     pub(crate) fn channel(self) -> Result<Channel, CliError> {
         let broken = |error: io::Error| CliError::Connect(format!("connection to the daemon: {error}"));
-        let endpoint = Endpoint::from_static("http://localhost")
+        let scheme = match &self {
+            Self::Tcp(_, Some(_)) => "https://localhost",
+            _ => "http://localhost",
+        };
+        let endpoint = Endpoint::from_static(scheme)
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(8 << 20);
         Ok(match self {
@@ -64,11 +68,24 @@ impl Connection {
                 stream.set_nonblocking(true).map_err(broken)?;
                 once(&endpoint, tokio::net::UnixStream::from_std(stream).map_err(broken)?)
             }
-            Self::Tcp(stream) => {
+            Self::Tcp(stream, tls) => {
                 stream.set_nonblocking(true).map_err(broken)?;
+                let endpoint = match tls {
+                    Some(tls) => endpoint
+                        .tls_config(*tls)
+                        .map_err(|error| CliError::Connect(format!("tls: {}", chain(&error))))?,
+                    None => endpoint,
+                };
                 once(&endpoint, tokio::net::TcpStream::from_std(stream).map_err(broken)?)
             }
         })
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use kiln_daemon::Config;
+use kiln_daemon::{Config, LogLevel};
 
 use crate::address::Address;
 use crate::args::{Connection, DaemonArgs};
@@ -27,10 +27,15 @@ pub(crate) fn main(connection: &Connection, args: DaemonArgs) -> Result<(), CliE
     for address in &args.listen {
         config.addresses.push(Address::parse(Some(address))?.url());
     }
+    if let Some(tls) = connection.tls.server()? {
+        config.tls = Some(tls);
+    }
     if let Some(idle) = connection.idle_timeout {
         config.idle_exit = (!idle.is_zero()).then_some(idle);
     }
-    config.debug |= args.debug;
+    if args.debug {
+        config.log_level = LogLevel::Debug;
+    }
     if let Some(parallelism) = args.max_parallelism {
         config.max_parallelism = parallelism;
     }

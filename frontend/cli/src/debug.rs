@@ -1,9 +1,8 @@
 //! `kiln debug`: looks into what the daemon makes of a Dockerfile, and at its workers.
 
-use std::fmt::Write as _;
 use std::io::Write;
 
-use kiln_proto::control::{ListWorkersRequest, SolveRequest};
+use kiln_proto::control::SolveRequest;
 use kiln_proto::gateway::llb_bridge_client::LlbBridgeClient;
 use kiln_proto::gateway::{self, PingRequest, ReturnRequest};
 use kiln_proto::{llb, pb};
@@ -18,7 +17,7 @@ use crate::build::Plan;
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::failure::{SolveFailure, excerpt};
-use crate::{llbjson, stdout};
+use crate::{llbjson, workers};
 
 /// Names the build that a gateway call belongs to.
 const BUILD_ID: &str = "buildkit-controlapi-buildid";
@@ -27,7 +26,7 @@ const BUILD_ID: &str = "buildkit-controlapi-buildid";
 pub(crate) fn main(connection: &Connection, command: DebugCommand) -> Result<(), CliError> {
     match command {
         DebugCommand::DumpLlb(args) => dump(connection, *args),
-        DebugCommand::Workers => workers(connection),
+        DebugCommand::Workers(args) => workers::main(connection, &args),
     }
 }
 
@@ -135,23 +134,4 @@ fn print(out: &mut impl Write, definition: &pb::Definition) -> std::io::Result<(
         writeln!(out, "{shown}")?;
     }
     Ok(())
-}
-
-fn workers(connection: &Connection) -> Result<(), CliError> {
-    let stream = connect::connect(connection, Start::IfNeeded)?;
-    connect::runtime()?.block_on(async {
-        let mut control = connect::control(stream.channel()?);
-        let records = control.list_workers(ListWorkersRequest::default()).await?.into_inner().record;
-        let mut text = String::new();
-        for record in records {
-            let platforms: Vec<String> = record.platforms.iter().map(kiln_proto::platform::format).collect();
-            let _ = writeln!(text, "{}\t{}", record.id, platforms.join(","));
-            let mut labels: Vec<_> = record.labels.into_iter().collect();
-            labels.sort();
-            for (key, value) in labels {
-                let _ = writeln!(text, "\t{key}={value}");
-            }
-        }
-        stdout::print(&text)
-    })
 }

@@ -1,11 +1,14 @@
 //! The command line. It builds by talking to a daemon over the same API as every other client, and starts one in the
-//! background when none answers; `kiln daemon` is that daemon. Decides nothing about builds itself.
+//! background when none answers; `kiln daemon` is that daemon, and so is this binary under the name
+//! `buildkitd`. Decides nothing about builds itself.
 
 mod address;
 mod args;
 mod attach;
 mod auth;
 mod build;
+mod buildctl;
+mod buildkitd;
 mod connect;
 mod csv;
 mod daemon;
@@ -22,8 +25,12 @@ mod shutdown;
 mod solve;
 mod start;
 mod stdout;
+mod tls;
 mod usage;
+mod workers;
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -38,9 +45,30 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     // The sandbox helper is this binary re-executed; it must take over before any thread exists.
     kiln_worker::sandbox::zygote::run_if_requested();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Interrupted(code)) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("ERROR: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), CliError> {
+    let mut args = std::env::args_os();
+    let called = args.next().unwrap_or_default();
+    let first = std::env::args_os().nth(1).unwrap_or_default();
+    match (Path::new(&called).file_name().and_then(OsStr::to_str), first.to_str()) {
+        (Some("buildkitd"), _) => return buildkitd::main(args),
+        (Some("buildctl"), _) => return buildctl::main(args),
+        (_, Some("buildkitd")) => return buildkitd::main(args.skip(1)),
+        (_, Some("buildctl")) => return buildctl::main(args.skip(1)),
+        _ => {}
+    }
     let cli = Cli::parse();
     let connection = cli.connection.without_empty();
-    let outcome = match cli.command {
+    match cli.command {
         Command::Build(args) => build::main(&connection, *args),
         Command::Solve(args) => solve::main(&connection, &args),
         Command::Daemon(args) => daemon::main(&connection, args),
@@ -52,14 +80,6 @@ fn main() -> ExitCode {
         Command::Version => {
             println!("kiln {}", env!("CARGO_PKG_VERSION"));
             Ok(())
-        }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(CliError::Interrupted(code)) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("ERROR: {error}");
-            ExitCode::FAILURE
         }
     }
 }

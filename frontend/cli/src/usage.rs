@@ -125,7 +125,7 @@ fn json(record: &UsageRecord) -> Value {
     })
 }
 
-fn time(time: Option<&prost_types::Timestamp>) -> String {
+pub(crate) fn time(time: Option<&prost_types::Timestamp>) -> String {
     let time = time.and_then(|time| jiff::Timestamp::new(time.seconds, 0).ok());
     time.map(|time| time.to_string()).unwrap_or_default()
 }

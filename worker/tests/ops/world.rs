@@ -17,7 +17,7 @@ use kiln_worker::ops::{BuildContext, Entitlements, SessionGroup};
 use kiln_worker::registry::{Anonymous, Registry, RegistryConfig};
 use kiln_worker::sandbox::ExecutorChoice;
 use kiln_worker::sandbox::spec::NetworkMode;
-use kiln_worker::{Worker, WorkerConfig};
+use kiln_worker::{Dns, Worker, WorkerConfig};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 /// Logs of everything that runs.
@@ -48,6 +48,7 @@ impl World {
             store,
             executor: ExecutorChoice::Lean,
             network: NetworkMode::Host,
+            dns: Dns::default(),
             run_dir: dir.path().join("run"),
         });
         Self { dir, worker: worker.unwrap(), sessions: SessionManager::new(), logs: Arc::default() }

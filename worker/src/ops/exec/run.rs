@@ -81,7 +81,8 @@ impl Run {
             _agents: Agents::default(),
         };
         let hosts = network_files::hosts(&self.hostname(), &step.meta.extra_hosts);
-        for (name, content) in [("hosts", hosts), ("resolv.conf", network_files::resolv_conf())] {
+        let resolv_conf = network_files::resolv_conf(&self.worker.dns);
+        for (name, content) in [("hosts", hosts), ("resolv.conf", resolv_conf)] {
             let source = opened.files.write(name, content.as_bytes(), 0o644).map_err(failed)?;
             opened.binds.push(Bind { source, dest: PathBuf::from("/etc").join(name), readonly: true });
         }

@@ -1,0 +1,142 @@
+//! The client under the name `buildctl`: what docker buildx and connection helpers call inside a builder's container,
+//! and the commands that are Kiln's own under another name. It never starts a daemon.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use kiln_proto::control::{BuildHistoryEventType, BuildHistoryRequest, UpdateBuildHistoryRequest};
+
+use crate::args::{Connection, DuArgs, PruneArgs};
+use crate::connect::{self, Start};
+use crate::error::CliError;
+use crate::tls::TlsArgs;
+use crate::workers::WorkersArgs;
+use crate::{stdout, usage, workers};
+
+const ADDRESS: &str = "unix:///run/buildkit/buildkitd.sock";
+/// Between attempts to reach a daemon that is waited for.
+const PAUSE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, Parser)]
+#[command(name = "buildctl", version = kiln_daemon::VERSION, about = "Kiln under buildctl's name")]
+struct Cli {
+    /// Address of the daemon (default: unix:///run/buildkit/buildkitd.sock)
+    #[arg(long, global = true, env = "BUILDKIT_HOST", value_name = "ADDRESS")]
+    addr: Option<String>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    /// Wait until the daemon answers
+    #[arg(long, global = true)]
+    wait: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what the cache holds
+    Du(DuArgs),
+    /// Free disk space of the cache
+    Prune(Box<PruneArgs>),
+    /// Forget builds that ended and are not pinned
+    PruneHistories,
+    /// Look into the daemon
+    #[command(subcommand)]
+    Debug(Debug),
+    /// Connect standard input and output with the daemon
+    #[command(hide = true)]
+    DialStdio,
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
+}
+
+#[derive(Debug, Subcommand)]
+enum Debug {
+    /// List the daemon's workers
+    Workers(WorkersArgs),
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
+}
+
+/// Runs one of the commands.
+pub(crate) fn main(args: impl Iterator<Item = OsString>) -> Result<(), CliError> {
+    let cli = Cli::parse_from(std::iter::once("buildctl".into()).chain(args));
+    let addr = cli.addr.filter(|addr| !addr.is_empty()).unwrap_or_else(|| ADDRESS.to_owned());
+    let connection = Connection { addr: Some(addr), tls: cli.tls, existing: true, ..Connection::default() };
+    while cli.wait && matches!(connect::connect(&connection, Start::Never), Err(CliError::Connect(_))) {
+        std::thread::sleep(PAUSE);
+    }
+    match cli.command {
+        Command::Du(args) => usage::du(&connection, &args),
+        Command::Prune(args) => usage::prune(&connection, &args),
+        Command::PruneHistories => prune_histories(&connection),
+        Command::Debug(Debug::Workers(args)) => workers::main(&connection, &args),
+        Command::DialStdio => dial_stdio(&connection),
+        Command::Debug(Debug::Other(other)) => Err(unsupported("debug ", &other)),
+        Command::Other(other) => Err(unsupported("", &other)),
+    }
+}
+
+fn unsupported(group: &str, words: &[OsString]) -> CliError {
+    let name = words.first().map(|word| word.display().to_string()).unwrap_or_default();
+    CliError::usage(format!("unsupported: buildctl {group}{name} (kiln build and kiln solve build)"))
+}
+
+/// Carries bytes until the daemon's side has ended.
+fn dial_stdio(flags: &Connection) -> Result<(), CliError> {
+    let failed = |error: io::Error| CliError::file("copy", "the connection", error);
+    let stream = match connect::connect(flags, Start::Never)? {
+        connect::Connection::Unix(stream) => OwnedFd::from(stream),
+        connect::Connection::Tcp(stream, None) => OwnedFd::from(stream),
+        connect::Connection::Tcp(_, Some(_)) => {
+            return Err(CliError::usage("unsupported: buildctl dial-stdio with TLS"));
+        }
+    };
+    // Plain files: standard output would hold back what does not end in a newline.
+    let open = |descriptor: io::Result<OwnedFd>| descriptor.map(File::from).map_err(failed);
+    let mut input = open(rustix::stdio::stdin().try_clone_to_owned())?;
+    let mut output = open(rustix::stdio::stdout().try_clone_to_owned())?;
+    let mut to_daemon = open(stream.try_clone())?;
+    let mut from_daemon = File::from(stream);
+    // Not waited for: a terminal's input does not end.
+    std::thread::spawn(move || {
+        let copied = io::copy(&mut input, &mut to_daemon);
+        // If the daemon has gone, the other direction tells.
+        let _ = rustix::net::shutdown(&to_daemon, rustix::net::Shutdown::Write);
+        copied
+    });
+    io::copy(&mut from_daemon, &mut output).map(drop).map_err(failed)
+}
+
+fn prune_histories(flags: &Connection) -> Result<(), CliError> {
+    let stream = connect::connect(flags, Start::Never)?;
+    connect::runtime()?.block_on(async {
+        let mut control = connect::control(stream.channel()?);
+        let request = BuildHistoryRequest { early_exit: true, ..Default::default() };
+        let mut events = control.listen_build_history(request).await?.into_inner();
+        let mut ended = Vec::new();
+        while let Some(event) = events.message().await? {
+            let kind = event.r#type();
+            ended.extend(event.record.filter(|record| !record.pinned).map(|record| (kind, record)));
+        }
+        let mut text = "TYPE\tREF\tCREATED\tCOMPLETED\tGENERATION\n".to_owned();
+        for (kind, record) in ended {
+            let request =
+                UpdateBuildHistoryRequest { r#ref: record.r#ref.clone(), delete: true, ..Default::default() };
+            control.update_build_history(request).await?;
+            let kind = match kind {
+                BuildHistoryEventType::Started => "STARTED",
+                BuildHistoryEventType::Complete => "COMPLETE",
+                BuildHistoryEventType::Deleted => "DELETED",
+            };
+            let (created, completed) =
+                (usage::time(record.created_at.as_ref()), usage::time(record.completed_at.as_ref()));
+            text += &format!("{kind}\t{}\t{created}\t{completed}\t{}\n", record.r#ref, record.generation);
+        }
+        stdout::print(&text)
+    })
+}
