@@ -9,8 +9,8 @@ use toml::{Table, Value};
 use super::section::{ConfigError, Origin, Section, Setting};
 use super::{Config, Dns, GcConfig, GcPolicy, LogLevel, NetworkMode, TlsFiles};
 
-/// What builds may be granted.
-const ENTITLEMENTS: &[&str] = &["network.host", "security.insecure"];
+/// What builds may be granted. A step that needs a device is refused all the same.
+const ENTITLEMENTS: &[&str] = &["network.host", "security.insecure", "device"];
 
 pub(super) fn parse(
     mut config: Config,

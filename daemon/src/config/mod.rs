@@ -48,7 +48,7 @@ pub struct Config {
     pub cgroup_parent: Option<String>,
     /// Name servers and the like for `/etc/resolv.conf` in sandboxes.
     pub dns: Dns,
-    /// Entitlements that builds may be granted: `network.host`, `security.insecure`.
+    /// Entitlements that builds may be granted: `network.host`, `security.insecure`, `device`.
     pub entitlements: Vec<String>,
     /// Extra labels of the worker record.
     pub labels: BTreeMap<String, String>,

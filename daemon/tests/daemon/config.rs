@@ -168,8 +168,8 @@ fn what_is_not_there_is_refused_by_name() {
             "unsupported: worker.oci.networkMode = cni in buildkitd.toml",
         ),
         (
-            "insecure-entitlements = [\"device\"]",
-            "unsupported: insecure-entitlements = device in buildkitd.toml",
+            "insecure-entitlements = [\"device\", \"gpu\"]",
+            "unsupported: insecure-entitlements = gpu in buildkitd.toml",
         ),
         ("[log]\nformat = \"json\"", "unsupported: log.format = json in buildkitd.toml"),
         (

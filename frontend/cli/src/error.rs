@@ -15,7 +15,7 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Solve(#[from] Box<SolveFailure>),
     /// A call other than a build failed.
-    #[error("{}", .0.message())]
+    #[error("{}", called(.0))]
     Call(Box<tonic::Status>),
     /// A file of the user's cannot be read or written.
     #[error("{action} {path}: {source}")]
@@ -50,6 +50,20 @@ impl CliError {
     pub(crate) fn usage(text: impl Into<String>) -> Self {
         Self::Usage(text.into())
     }
+}
+
+/// What the daemon said or, where the call did not get to it, why.
+fn called(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 impl From<tonic::Status> for CliError {
