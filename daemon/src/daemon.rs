@@ -117,8 +117,8 @@ async fn watch_signals(stop: CancellationToken) {
             tracing::warn!("second signal, leaving at once");
             std::process::exit(1);
         }
-        tracing::info!("stopping");
         stop.cancel();
+        tracing::info!("stopping");
     }
 }
 
@@ -132,11 +132,13 @@ fn init_log(level: LogLevel) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("KILN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // A log that nobody reads any longer must not stop the daemon's work, nor keep it from stopping.
     // Fails only if a subscriber is set already, which is then the one to use.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .try_init();
 }
 

@@ -3,10 +3,11 @@
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use kiln_integration::kiln::binary;
 use kiln_integration::tools::{self, run};
-use kiln_integration::{Context, Kiln, Registry};
+use kiln_integration::{Context, Kiln, Registry, wait_until};
 use tempfile::TempDir;
 
 #[test]
@@ -88,6 +89,28 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         assert!(output.stderr.is_empty(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
+}
+
+#[test]
+fn a_daemon_whose_log_nobody_reads_still_works_and_stops() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let mut daemon = kiln
+        .command(&["daemon"])
+        .env("KILN_LOG", "debug")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("daemon");
+    drop(daemon.stderr.take());
+    wait_until("the daemon to answer", Duration::from_secs(20), || {
+        std::os::unix::net::UnixStream::connect(kiln.socket()).is_ok()
+    });
+    kiln.build(Context::new("FROM busybox\nRUN true\n").path(), &[]).ok();
+    run(Command::new("kill").arg(daemon.id().to_string()));
+    wait_until("the daemon to leave", Duration::from_secs(20), || {
+        daemon.try_wait().expect("wait").is_some_and(|status| status.success())
+    });
 }
 
 #[test]
