@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -104,12 +104,18 @@ fn dial_stdio(flags: &Connection) -> Result<(), CliError> {
     let mut from_daemon = File::from(stream);
     // Not waited for: a terminal's input does not end.
     std::thread::spawn(move || {
-        let copied = io::copy(&mut input, &mut to_daemon);
+        let copied = carry(&mut input, &mut to_daemon);
         // If the daemon has gone, the other direction tells.
         let _ = rustix::net::shutdown(&to_daemon, rustix::net::Shutdown::Write);
         copied
     });
-    io::copy(&mut from_daemon, &mut output).map(drop).map_err(failed)
+    carry(&mut from_daemon, &mut output).map(drop).map_err(failed)
+}
+
+/// Copies by reading and writing. Between files the library would splice, and a pipe's reader is not woken by what was
+/// spliced before the call returns, which it does only when there is more.
+fn carry(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<u64> {
+    io::copy(from, to)
 }
 
 fn prune_histories(flags: &Connection) -> Result<(), CliError> {
