@@ -78,7 +78,7 @@ pub enum LoadError {
     },
 }
 
-/// Decodes and checks a definition. Operations that the result does not need are only decoded.
+/// Decodes and checks a definition. Operations that the result does not need must decode and have their inputs, no more.
 pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
     let source = def.source.clone().unwrap_or_default();
     if def.def.is_empty() {
