@@ -145,6 +145,7 @@ pub use generated::stack;
 
 pub mod gomode;
 pub mod llb;
+pub mod parallel;
 pub mod pattern;
 pub mod platform;
 pub mod reference;

@@ -11,7 +11,8 @@ use futures::future::BoxFuture;
 use kiln_cache::{Store, StoreOptions};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
-    CacheMap, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, ResultStore,
+    CacheMap, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, Parts,
+    ResultStore,
 };
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
@@ -141,7 +142,7 @@ fn definition(shape: &str, count: usize) -> pb::Definition {
 struct Factory;
 
 impl OpFactory<u32> for Factory {
-    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<u32>>, OpError> {
+    fn op(&self, vertex: OpVertex) -> Result<Arc<dyn Op<u32>>, OpError> {
         let Some(pb::op::Op::Source(source)) = &vertex.op.op else { return Err(OpError::new("no source")) };
         let digest = blake3::hash(source.identifier.as_bytes());
         Ok(Arc::new(Fake { digest, inputs: vertex.op.inputs.len() }))
@@ -159,7 +160,7 @@ impl Op<u32> for Fake {
             digest: self.digest,
             inputs: vec![InputMap::default(); self.inputs],
             persistent: true,
-            parts: Vec::new(),
+            parts: Parts::default(),
         };
         std::future::ready(Ok(map)).boxed()
     }

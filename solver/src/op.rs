@@ -22,7 +22,7 @@ pub struct InputMap {
 }
 
 /// What an operation's result depends on, beside its inputs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct CacheMap {
     /// blake3 over everything in the operation that may change the result.
     pub digest: Key,
@@ -31,8 +31,39 @@ pub struct CacheMap {
     /// False for a source that has no identity beyond this build (a client's directory): its
     /// definition key is never looked up or recorded, and its consumers are recognised by content.
     pub persistent: bool,
-    /// What the digest was made of, for explanations: (name, value), e.g. `("env PATH", "/bin")`.
-    pub parts: Vec<(String, String)>,
+    /// What the digest was made of, for explanations.
+    pub parts: Parts,
+}
+
+/// A value that a digest was made of: its name and what it is, e.g. `("env PATH", "/bin")`.
+pub type Part = (String, String);
+
+/// The values that a digest was made of, worked out when somebody asks: most builds don't.
+#[derive(Clone, Default)]
+pub struct Parts(Option<Arc<dyn Fn() -> Vec<Part> + Send + Sync>>);
+
+impl Parts {
+    /// What `list` gives, which is the same each time.
+    pub fn new(list: impl Fn() -> Vec<Part> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(list)))
+    }
+
+    /// All of them, in their order.
+    pub fn list(&self) -> Vec<Part> {
+        self.0.as_ref().map(|list| list()).unwrap_or_default()
+    }
+}
+
+impl From<Vec<Part>> for Parts {
+    fn from(parts: Vec<Part>) -> Self {
+        Self::new(move || parts.clone())
+    }
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Parts").field(&self.list()).finish()
+    }
 }
 
 /// What an operation has at hand while it resolves or runs.
@@ -120,8 +151,8 @@ pub trait ResultStore<R>: Send + Sync + 'static {
 
 /// Makes operations of vertices. One for each build: it knows the build's session and entitlements.
 pub trait OpFactory<R>: Send + Sync + 'static {
-    /// The operation of a vertex; an error names what is unsupported or not allowed.
-    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<R>>, OpError>;
+    /// The operation of a vertex; an error names what is unsupported or not allowed. May be called on any thread.
+    fn op(&self, vertex: OpVertex) -> Result<Arc<dyn Op<R>>, OpError>;
 }
 
 /// A vertex as the factory sees it.

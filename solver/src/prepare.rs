@@ -4,15 +4,13 @@
 use std::sync::Arc;
 
 use kiln_proto::llb;
+use kiln_proto::parallel::{MANY, each};
 use kiln_proto::pb;
-use rayon::prelude::*;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::error::SolveError;
 use crate::op::{Op, OpError, OpFactory, OpVertex};
 use crate::progress::VertexInfo;
-
-/// From this many vertices on, work is spread over the processors: below, that takes longer than it saves.
-const MANY: usize = 2048;
 
 /// A definition, ready to enter the graph.
 pub(crate) struct Prepared<R> {
@@ -30,7 +28,19 @@ pub(crate) struct PreparedVertex<R> {
     pub(crate) inputs: Vec<(usize, u32)>,
 }
 
+/// Blocks for as long as it takes, but no other task of a runtime of several threads.
 pub(crate) fn prepare<R: 'static>(
+    definition: &pb::Definition,
+    factory: &dyn OpFactory<R>,
+) -> Result<Prepared<R>, SolveError> {
+    let several = || Handle::try_current().is_ok_and(|h| h.runtime_flavor() == RuntimeFlavor::MultiThread);
+    match definition.def.len() >= MANY && several() {
+        true => tokio::task::block_in_place(|| prepare_here(definition, factory)),
+        false => prepare_here(definition, factory),
+    }
+}
+
+fn prepare_here<R: 'static>(
     definition: &pb::Definition,
     factory: &dyn OpFactory<R>,
 ) -> Result<Prepared<R>, SolveError> {
@@ -41,13 +51,8 @@ pub(crate) fn prepare<R: 'static>(
         };
         SolveError::load(vertex, "", OpError::new(error.to_string()))
     })?;
-    let vertices = match loaded.vertices.len() {
-        MANY.. => {
-            let vertices = loaded.vertices.into_par_iter().with_min_len(MANY / 4);
-            vertices.map(|vertex| prepare_vertex(vertex, factory)).collect::<Result<_, _>>()
-        }
-        _ => loaded.vertices.into_iter().map(|vertex| prepare_vertex(vertex, factory)).collect(),
-    }?;
+    let many = loaded.vertices.len() >= MANY;
+    let vertices = each(many, loaded.vertices, |vertex| prepare_vertex(vertex, factory))?;
     Ok(Prepared { vertices, root: loaded.root })
 }
 
@@ -58,10 +63,8 @@ fn prepare_vertex<R: 'static>(
     let llb::LoadedVertex { digest, op, metadata, inputs, input_digests, name } = vertex;
     let ignore_cache = metadata.ignore_cache;
     let group = metadata.progress_group.clone();
-    let vertex = OpVertex { digest, op, metadata, name };
-    let op =
-        factory.op(&vertex).map_err(|error| SolveError::load(Some(&vertex.digest), &vertex.name, error))?;
-    let OpVertex { digest, name, .. } = vertex;
+    let vertex = OpVertex { digest: digest.clone(), op, metadata, name: name.clone() };
+    let op = factory.op(vertex).map_err(|error| SolveError::load(Some(&digest), &name, error))?;
     let info = Arc::new(VertexInfo { digest, inputs: input_digests, name, group });
     Ok(PreparedVertex { info, op, ignore_cache, inputs })
 }

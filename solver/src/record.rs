@@ -95,8 +95,10 @@ impl Recorder {
             // A store that can't be written costs a later build time, but doesn't make this one wrong.
             if !changes.is_empty() {
                 let records = changes.len();
-                if let Err(error) = self.keys.write(&changes) {
-                    tracing::warn!(records, %error, "results were not recorded");
+                match std::panic::catch_unwind(AssertUnwindSafe(|| self.keys.write(&changes))) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::warn!(records, %error, "results were not recorded"),
+                    Err(_) => tracing::error!(records, "a panic while results were recorded"),
                 }
             }
             for then in then.into_iter().flatten() {

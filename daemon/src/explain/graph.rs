@@ -2,8 +2,10 @@
 //! with equal texts written once: it is made and read with every build, and compared when somebody asks.
 
 use std::collections::HashMap;
+use std::hash::BuildHasher;
 use std::ops::Range;
 
+use hashbrown::HashTable;
 use kiln_solver::explain::{Outcome, VertexExplanation};
 use kiln_solver::op::{InputMap, Key};
 
@@ -98,22 +100,33 @@ impl<'a> Input<'a> {
 
 /// Texts by their place among all.
 #[derive(Default)]
-struct Texts<'a> {
-    places: HashMap<&'a str, u32, foldhash::fast::RandomState>,
+struct Texts {
+    /// Those that may come again.
+    places: HashTable<u32>,
+    hasher: foldhash::fast::RandomState,
     all: String,
     ends: Vec<u32>,
 }
 
-impl<'a> Texts<'a> {
-    fn place(&mut self, text: &'a str) -> u32 {
-        match self.places.get(text) {
-            Some(place) => *place,
-            None => {
-                let place = self.add(text);
-                self.places.insert(text, place);
-                place
-            }
+/// The text at a place, in a column of texts.
+fn text<'a>(all: &'a str, ends: &[u32], place: u32) -> &'a str {
+    let place = place as usize;
+    let start = place.checked_sub(1).map_or(0, |before| ends[before]);
+    &all[start as usize..ends[place] as usize]
+}
+
+impl Texts {
+    fn place(&mut self, text: &str) -> u32 {
+        let Self { places, hasher, all, ends } = self;
+        let same = |place: &u32| self::text(all, ends, *place) == text;
+        if let Some(place) = places.find(hasher.hash_one(text), same) {
+            return *place;
         }
+        let place = self.add(text);
+        let Self { places, hasher, all, ends } = self;
+        let hash = |place: &u32| hasher.hash_one(self::text(all, ends, *place));
+        places.insert_unique(hasher.hash_one(text), place, hash);
+        place
     }
 
     fn add(&mut self, text: &str) -> u32 {
@@ -122,7 +135,7 @@ impl<'a> Texts<'a> {
         index(self.ends.len() - 1)
     }
 
-    fn value(&mut self, value: &'a str) -> u32 {
+    fn value(&mut self, value: &str) -> u32 {
         let digits = value.strip_prefix(DIGEST.0).filter(|digits| digits.len() == 2 * CONTENT);
         if digits.is_some_and(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit())) {
             self.place(&value[..DIGEST.0.len() + DIGEST.1])
@@ -158,8 +171,8 @@ impl Graph {
             let done = matches!(vertex.outcome, Outcome::Cached | Outcome::Made);
             let persistent = super::reasons::is_persistent(vertex);
             graph.flags.push((u8::from(done) * DONE) | (u8::from(persistent) * PERSISTENT));
-            for (name, value) in map.iter().flat_map(|map| &map.parts) {
-                graph.parts.extend([texts.place(name), texts.value(value)]);
+            for (name, value) in map.iter().flat_map(|map| map.parts.list()) {
+                graph.parts.extend([texts.place(&name), texts.value(&value)]);
             }
             graph.part_ends.push(index(graph.parts.len()));
             for (at, input) in vertex.inputs.iter().enumerate() {
@@ -182,9 +195,7 @@ impl Graph {
     }
 
     fn text(&self, place: u32) -> &str {
-        let place = place as usize;
-        let start = place.checked_sub(1).map_or(0, |before| self.text_ends[before]);
-        &self.texts[start as usize..self.text_ends[place] as usize]
+        text(&self.texts, &self.text_ends, place)
     }
 
     /// A vertex's name.

@@ -41,7 +41,7 @@ fn vertices(steps: &[Made<'_>]) -> Vec<VertexExplanation> {
             digest,
             inputs: vec![InputMap::default(); inputs.len()],
             persistent: true,
-            parts: vec![("operation".into(), kind.into()), ("arg".into(), (*part).into())],
+            parts: vec![("operation".into(), kind.into()), ("arg".into(), (*part).into())].into(),
         };
         out.push(VertexExplanation {
             vertex: (*name).into(),

@@ -5,14 +5,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use prost::Message;
-use rayon::prelude::*;
 use rustc_hash::FxBuildHasher;
 
 use super::{CUSTOM_NAME, EMPTY, default_name, digest};
+use crate::parallel::{MANY, each};
 use crate::pb::{self, file_action::Action, op, user_opt};
-
-/// From this many operations on, work is spread over the processors: below, that takes longer than it saves.
-const MANY: usize = 2048;
 
 /// A definition after [`load`].
 #[derive(Debug, Clone, Default)]
@@ -136,21 +133,6 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
 }
 
 type ByDigest = HashMap<Arc<str>, usize, FxBuildHasher>;
-
-/// Maps each item, on all processors if there are `many`. Of several errors it gives any one.
-fn each<I, U: Send>(
-    many: bool,
-    items: I,
-    map: impl Fn(<I as IntoIterator>::Item) -> Result<U, LoadError> + Send + Sync,
-) -> Result<Vec<U>, LoadError>
-where
-    I: IntoIterator + IntoParallelIterator<Item = <I as IntoIterator>::Item, Iter: IndexedParallelIterator>,
-{
-    match many {
-        true => items.into_par_iter().with_min_len(MANY / 4).map(map).collect(),
-        false => items.into_iter().map(map).collect(),
-    }
-}
 
 /// An element of a definition. An operation is large: it is not moved about.
 struct Parsed {

@@ -31,7 +31,8 @@ impl<R> Arena<R> {
     }
 
     /// Makes room for this many more.
-    pub(super) fn reserve(&mut self, vertices: usize) {
+    pub(super) fn reserve(&mut self, vertices: usize, inputs: usize) {
+        self.edges.reserve_exact_edges(inputs);
         self.vertices.reserve_exact(vertices);
         self.edges.reserve_exact_nodes(vertices);
     }

@@ -1,10 +1,10 @@
 //! Who wants what. A vertex is worked on while a request or a consumer wants it; when the last one
 //! withdraws, what it has going on is cancelled and it may be wanted again later.
 
-use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fixedbitset::FixedBitSet;
 use petgraph::graph::NodeIndex;
 use tokio::sync::oneshot;
 
@@ -63,14 +63,18 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     /// Asks all operations below for what they depend on.
     fn ask_maps(&mut self, root: NodeIndex) {
+        // Whatever was asked before had everything below it asked, too.
+        if !self.graph[root].is_unasked() {
+            return;
+        }
         let mut asked = Vec::new();
-        let mut frontier = BinaryHeap::from([root]);
-        while let Some(place) = frontier.pop() {
-            // Whatever was asked before had everything below it asked, too.
-            if self.graph[place].is_unasked() && asked.last() != Some(&place) {
+        let mut needed = FixedBitSet::with_capacity(root.index() + 1);
+        needed.insert(root.index());
+        for index in (0..=root.index()).rev() {
+            let place = NodeIndex::new(index);
+            if needed.contains(index) && self.graph[place].is_unasked() {
                 asked.push(place);
-                let below = self.graph[place].inputs.iter().map(|edge| edge.vertex);
-                frontier.extend(below.filter(|&below| self.graph[below].is_unasked()));
+                needed.extend(self.graph[place].inputs.iter().map(|edge| edge.vertex.index()));
             }
         }
         self.unranked.extend_from_slice(&asked);
@@ -78,6 +82,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // and nobody above was asked earlier, so nobody needs to be told.
         for place in asked.into_iter().rev() {
             let vertex = &mut self.graph[place];
+            // What an earlier one of these answered may have failed it.
+            if !vertex.is_unasked() {
+                continue;
+            }
             let progress = Arc::new(MapProgress::new(vertex.state.info.clone(), self.progress.clone()));
             vertex.map = Map::Asked(progress.clone());
             let context = OpContext {

@@ -18,9 +18,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
     pub(super) fn load(&mut self, prepared: Prepared<R>) -> Result<Option<Edge>, SolveError> {
         let mut places: Vec<NodeIndex> = Vec::with_capacity(prepared.vertices.len());
-        if self.by_digest.is_empty() {
+        let first = self.by_digest.is_empty();
+        if first {
             // Later definitions mostly repeat what the first brought.
-            self.graph.reserve(prepared.vertices.len());
+            let inputs = prepared.vertices.iter().map(|vertex| vertex.inputs.len()).sum();
+            self.graph.reserve(prepared.vertices.len(), inputs);
             self.by_digest.reserve(prepared.vertices.len());
         }
         for vertex in prepared.vertices {
@@ -30,10 +32,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 |&(input, output): &(usize, u32)| places.get(input).map(|&vertex| Edge { vertex, output });
             let inputs = vertex.inputs.iter().map(edge).collect::<Option<Vec<Edge>>>();
             let inputs = inputs.ok_or_else(|| refused("invalid LLB: an input follows its consumer"))?;
-            let place = match self.find(&vertex, &inputs) {
-                Some(place) => place,
-                None => self.add(vertex, inputs),
-            };
+            // A definition has no vertex twice.
+            let known = if first { None } else { self.find(&vertex, &inputs) };
+            let place = known.unwrap_or_else(|| self.add(vertex, inputs));
             places.push(place);
         }
         for &place in &places {

@@ -102,7 +102,9 @@ struct Owner<R> {
     ready: BTreeSet<NodeIndex>,
     /// Wanted vertices without a priority yet.
     unranked: Vec<NodeIndex>,
-    /// Work to be joined again by vertices that are ready.
+    /// How many found records are being loaded.
+    opening: usize,
+    /// Work to be joined again by vertices that are ready, or will be when it is clear what is above them.
     held: Vec<Arc<Work<R>>>,
     /// Events that arose in the loop itself.
     local: VecDeque<Event<R>>,
@@ -127,6 +129,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         output_digests: HashMap::default(),
         ready: BTreeSet::new(),
         unranked: Vec::new(),
+        opening: 0,
         held: Vec::new(),
         local: VecDeque::new(),
         events: events.clone(),
@@ -164,7 +167,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let Some(vertex) = self.ready.pop_last() else { break };
                 self.advance(vertex);
             }
-            if self.ready.is_empty() && self.local.is_empty() {
+            if self.ready.is_empty() && self.local.is_empty() && self.opening == 0 {
                 self.held.clear();
             }
             shared.record_queued();
@@ -192,7 +195,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let news = self.mapped(vertex, map);
                 self.spread(vertex, news);
             }
-            Event::Opened { vertex, epoch, found, result } => self.opened(vertex, epoch, found, result),
+            Event::Opened { vertex, epoch, found, result } => {
+                self.opening -= 1;
+                self.opened(vertex, epoch, found, result);
+            }
             Event::ContentDigest { vertex, input, digest } => self.content_digest(vertex, input, digest),
             Event::OutputDigest { edge, digest } => self.output_digest(edge, digest),
             Event::Started { vertex, epoch, at } => self.started(vertex, epoch, at),
@@ -239,7 +245,12 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             outcome: match vertex.step {
                 Step::Done(_) if vertex.state.cached => explain::Outcome::Cached,
                 Step::Done(_) => explain::Outcome::Made,
-                Step::Failed(_) if !vertex.state.error.is_empty() => explain::Outcome::Failed,
+                // Others failed with it: it was its own error if it names this one, or was reported here.
+                Step::Failed(ref error)
+                    if error.vertex.as_ref() == Some(&vertex.state.digest) || vertex.shows_own_error() =>
+                {
+                    explain::Outcome::Failed
+                }
                 _ => explain::Outcome::NotReached,
             },
             definition: match vertex.definition {

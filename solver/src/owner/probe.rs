@@ -2,6 +2,7 @@
 //! of [`Owner::advance`] goes on from what is known by now and stops where something is missing.
 
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use petgraph::graph::NodeIndex;
 
@@ -136,7 +137,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // In this order: work that ends in between has recorded its result before it leaves the table.
         if let Some(work) = self.shared.in_flight.join(&key) {
             self.note(place, kind, key, Found::InFlight);
-            self.work_on(place, work, false);
+            self.work_on(place, work);
             return true;
         }
         match self.shared.keys.get(key.as_bytes()) {
@@ -145,6 +146,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let below = self.release_inputs(place);
                 let vertex = &mut self.graph[place];
                 vertex.step = Step::Opening(below);
+                self.opening += 1;
                 let epoch = vertex.epoch;
                 let shared = self.shared.clone();
                 let opened = self.spawn_unless_ready(async move {
@@ -183,7 +185,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let opening = std::mem::replace(&mut vertex.step, Step::Waiting);
         match result {
             Ok(Opened::Found(produced)) => {
-                self.report_cached(place);
+                self.report_cached(place, SystemTime::now());
                 return self.finish(place, Arc::new(produced));
             }
             Ok(Opened::Gone(results)) => {
@@ -302,8 +304,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             looked_up: vertex.looked_up,
         };
         match work::start(&self.shared, job) {
-            Started::Begun(work) => self.work_on(place, work, true),
-            Started::Joined(work) => self.work_on(place, work, false),
+            Started::Begun(work) | Started::Joined(work) => self.work_on(place, work),
             Started::Ended { told: (began, events), outcome } => {
                 if let Some(at) = began {
                     self.note_started(place, at);
@@ -317,7 +318,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
+    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>) {
         let vertex = &mut self.graph[place];
         let started = Arc::new(OnceLock::new());
         let watcher = BuildWatcher {
@@ -328,12 +329,12 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             epoch: vertex.epoch,
             started: started.clone(),
         };
-        let asker = work.ask(Arc::new(watcher), starter);
+        let asker = work.ask(Arc::new(watcher), self.id);
         self.graph[place].step = Step::Working(Watched { asker, started });
         self.release_inputs(place);
     }
 
-    pub(super) fn started(&mut self, place: NodeIndex, epoch: u64, at: std::time::SystemTime) {
+    pub(super) fn started(&mut self, place: NodeIndex, epoch: u64, at: SystemTime) {
         if self.graph[place].epoch == epoch {
             self.note_started(place, at);
         }
@@ -342,7 +343,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn worked(&mut self, place: NodeIndex, epoch: u64, outcome: Outcome<R>) {
         match &self.graph[place].step {
             Step::Working(watched) if self.graph[place].epoch == epoch => {
-                let ours = watched.asker.is_starter();
+                let ours = watched.asker.is_ours();
                 self.ended(place, ours, outcome);
             }
             _ => {}
@@ -354,7 +355,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         match outcome.result {
             Ok(produced) => {
                 if outcome.cached {
-                    self.report_cached(place);
+                    self.report_cached(place, SystemTime::now());
                 } else {
                     self.report_completed(place);
                 }

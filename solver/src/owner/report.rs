@@ -1,13 +1,13 @@
 //! What a build's progress stream is told about its vertices, and when.
 
-use std::collections::{BinaryHeap, HashSet};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
+use fixedbitset::FixedBitSet;
 use petgraph::graph::NodeIndex;
 use tokio::sync::mpsc;
 
-use super::arena::{Map, Step};
+use super::arena::{Map, Step, Vertex};
 use super::{Event, Owner};
 use crate::op::OpError;
 use crate::progress::{Event as ProgressEvent, ProgressSink, VertexInfo, VertexState};
@@ -85,6 +85,13 @@ impl ProgressSink for MapProgress {
     }
 }
 
+impl<R> Vertex<R> {
+    /// Shown as failed, not as cancelled.
+    pub(super) fn shows_own_error(&self) -> bool {
+        !self.state.error.is_empty() && self.state.error != CANCELED
+    }
+}
+
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     pub(super) fn report(&mut self, place: NodeIndex, change: impl FnOnce(&mut VertexState)) {
         let state = &mut self.graph[place].state;
@@ -111,8 +118,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    pub(super) fn report_cached(&mut self, place: NodeIndex) {
-        let now = Some(SystemTime::now());
+    pub(super) fn report_cached(&mut self, place: NodeIndex, now: SystemTime) {
+        let now = Some(now);
         self.report(place, |state| {
             state.started = now;
             state.completed = now;
@@ -186,30 +193,41 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// After a request was answered: what lies below a finished vertex and was not needed is
     /// shown as cached. Each vertex is visited once in a build's life.
     pub(super) fn report_skipped(&mut self, root: NodeIndex) {
+        if self.graph[root].reported_below {
+            return;
+        }
         let mut skipped = Vec::new();
-        let mut failed = HashSet::new();
-        // In the order of the arena, backwards: large graphs are read faster so than strewn about.
-        let mut frontier = BinaryHeap::from([(root, false)]);
-        while let Some((place, below_done)) = frontier.pop() {
-            let vertex = &mut self.graph[place];
-            let below_done = match vertex.step {
+        // In the order of the arena, backwards: so consumers come before their inputs.
+        let mut seen = FixedBitSet::with_capacity(root.index() + 1);
+        let mut below_done = FixedBitSet::with_capacity(root.index() + 1);
+        seen.insert(root.index());
+        for index in (0..=root.index()).rev() {
+            if !seen.contains(index) {
+                continue;
+            }
+            let vertex = &mut self.graph[NodeIndex::new(index)];
+            let done = match vertex.step {
                 _ if vertex.reported_below => continue,
                 Step::Done(_) => true,
-                Step::Failed(_) if failed.insert(place) => false,
-                Step::Failed(_) => continue,
-                _ if !below_done || vertex.wanted > 0 => continue,
+                Step::Failed(_) => false,
+                _ if !below_done.contains(index) || vertex.wanted > 0 => continue,
                 _ => {
                     if !vertex.state.cached {
-                        skipped.push(place);
+                        skipped.push(NodeIndex::new(index));
                     }
                     true
                 }
             };
-            vertex.reported_below = below_done;
-            frontier.extend(vertex.inputs.iter().map(|edge| (edge.vertex, below_done)));
+            vertex.reported_below = done;
+            let below = || vertex.inputs.iter().map(|edge| edge.vertex.index());
+            seen.extend(below());
+            if done {
+                below_done.extend(below());
+            }
         }
+        let now = SystemTime::now();
         for place in skipped.into_iter().rev() {
-            self.report_cached(place);
+            self.report_cached(place, now);
         }
     }
 

@@ -2,9 +2,11 @@
 //! find it whose inputs are made in another way but come out the same.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use kiln_cache::KeyChange;
 
 use super::JobInput;
@@ -87,8 +89,10 @@ pub(super) fn key_later<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>
 fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, unkeyed: Vec<Unkeyed<R>>) {
     let mut state = shared.after.lock();
     state.queue.extend(unkeyed);
-    while state.runners < RUNNERS.min(state.queue.len()) {
-        state.runners += 1;
+    // Those there are have something to do.
+    let more = (RUNNERS - state.runners).min(state.queue.len());
+    state.runners += more;
+    for _ in 0..more {
         shared.tasks.spawn(run(shared.clone()));
     }
 }
@@ -96,20 +100,31 @@ fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, unkeyed: Vec
 async fn run<R: Clone + Send + Sync + 'static>(shared: Arc<Shared<R>>) {
     let mut changes = Vec::new();
     let mut since = Instant::now();
-    loop {
-        let next = shared.after.next();
-        if changes.len() >= GROUP || next.is_none() || (!changes.is_empty() && since.elapsed() > PATIENCE) {
-            let entry = Entry { changes: std::mem::take(&mut changes), then: None };
-            if !entry.changes.is_empty() {
-                shared.record(entry);
-            }
-            tokio::task::yield_now().await;
-        }
-        let Some(next) = next else { return };
+    while let Some(next) = shared.after.next() {
         if changes.is_empty() {
             since = Instant::now();
         }
-        changes.extend(output_key(&shared, next).await);
+        let mut key = pin!(output_key(&shared, next));
+        let change = match key.as_mut().now_or_never() {
+            Some(change) => change,
+            None => {
+                // Nothing waits for a large output to be digested.
+                record(&shared, &mut changes);
+                key.await
+            }
+        };
+        changes.extend(change);
+        if changes.len() >= GROUP || since.elapsed() > PATIENCE {
+            record(&shared, &mut changes);
+            tokio::task::yield_now().await;
+        }
+    }
+    record(&shared, &mut changes);
+}
+
+fn record<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, changes: &mut Vec<KeyChange>) {
+    if !changes.is_empty() {
+        shared.record(Entry { changes: std::mem::take(changes), then: None });
     }
 }
 

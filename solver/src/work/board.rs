@@ -18,7 +18,7 @@ pub(crate) struct Outcome<R> {
     pub(crate) result: Result<Arc<Produced<R>>, OpError>,
     /// A record that appeared meanwhile answered it.
     pub(crate) cached: bool,
-    /// The build that started it had left before: a failure may come from that.
+    /// Nobody was left of the build that started it: a failure may come from that.
     pub(crate) orphaned: bool,
 }
 
@@ -45,22 +45,17 @@ pub(crate) struct Board<R> {
 struct State<R> {
     watchers: Vec<(u64, Arc<dyn Watcher<R>>)>,
     next: u64,
+    /// How many ask for the build that started it.
+    own: usize,
     started: Option<SystemTime>,
-    starter_left: bool,
     outcome: Option<Outcome<R>>,
     replay: Option<Box<Replay>>,
 }
 
 impl<R> Board<R> {
     pub(super) fn new(vertex: Arc<str>) -> Self {
-        let state = State {
-            watchers: Vec::new(),
-            next: 0,
-            started: None,
-            starter_left: false,
-            outcome: None,
-            replay: None,
-        };
+        let state =
+            State { watchers: Vec::new(), next: 0, own: 0, started: None, outcome: None, replay: None };
         Self { vertex, state: Mutex::new(state) }
     }
 
@@ -68,8 +63,9 @@ impl<R> Board<R> {
         &self.vertex
     }
 
-    pub(super) fn watch(&self, watcher: Arc<dyn Watcher<R>>) -> u64 {
+    pub(super) fn watch(&self, watcher: Arc<dyn Watcher<R>>, ours: bool) -> u64 {
         let mut state = self.lock();
+        state.own += usize::from(ours);
         if let Some(at) = state.started {
             watcher.started(at);
         }
@@ -91,9 +87,9 @@ impl<R> Board<R> {
         (state.started, state.replay.iter().flat_map(|replay| replay.events()).collect())
     }
 
-    pub(super) fn leave(&self, watcher: u64, starter: bool) {
+    pub(super) fn leave(&self, watcher: u64, ours: bool) {
         let mut state = self.lock();
-        state.starter_left |= starter;
+        state.own -= usize::from(ours);
         state.watchers.retain(|(id, _)| *id != watcher);
     }
 
@@ -111,7 +107,7 @@ impl<R> Board<R> {
         if state.outcome.is_some() {
             return;
         }
-        outcome.orphaned |= state.starter_left;
+        outcome.orphaned |= state.own == 0;
         for (_, watcher) in std::mem::take(&mut state.watchers) {
             watcher.done(outcome.clone());
         }

@@ -5,13 +5,13 @@ mod after;
 mod board;
 mod run;
 
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Slot;
 use futures::FutureExt;
+use rustc_hash::FxBuildHasher;
 use tokio::task::AbortHandle;
 
 pub(crate) use after::{After, build_ended};
@@ -58,6 +58,8 @@ pub(crate) struct JobInput<R> {
 /// An execution that is queued or running.
 pub(crate) struct Work<R> {
     board: Arc<Board<R>>,
+    /// The build for which it was started.
+    build: u64,
     table: InFlight<R>,
     claims: OnceLock<Vec<[u8; 32]>>,
     task: OnceLock<AbortHandle>,
@@ -78,12 +80,12 @@ impl<R> Drop for Work<R> {
 pub(crate) struct Asker<R> {
     work: Arc<Work<R>>,
     watcher: u64,
-    starter: bool,
+    ours: bool,
 }
 
 impl<R> Drop for Asker<R> {
     fn drop(&mut self) {
-        self.work.board.leave(self.watcher, self.starter);
+        self.work.board.leave(self.watcher, self.ours);
     }
 }
 
@@ -93,40 +95,22 @@ impl<R> Asker<R> {
         &self.work
     }
 
-    /// True if the work was started for this vertex.
-    pub(crate) fn is_starter(&self) -> bool {
-        self.starter
+    /// True if the work was started for the asker's build.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
     }
 }
 
 impl<R> Work<R> {
-    /// Tells `watcher` all that happened so far and all that will.
-    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, starter: bool) -> Asker<R> {
-        let watcher = self.board.watch(watcher);
-        Asker { work: self, watcher, starter }
+    /// Tells `watcher`, who asks for a build, all that happened so far and all that will.
+    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, build: u64) -> Asker<R> {
+        let ours = build == self.build;
+        let watcher = self.board.watch(watcher, ours);
+        Asker { work: self, watcher, ours }
     }
 }
 
-/// Keys are digests already: any eight bytes of one are as good as a hash of it.
-#[derive(Default)]
-struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(first) = bytes.first_chunk() {
-            self.0 = u64::from_le_bytes(*first);
-        }
-    }
-
-    /// The length of the key.
-    fn write_usize(&mut self, _: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-type Table<R> = DashMap<[u8; 32], Weak<Work<R>>, BuildHasherDefault<KeyHasher>>;
+type Table<R> = DashMap<[u8; 32], Weak<Work<R>>, FxBuildHasher>;
 
 /// The table of work in flight, over all builds.
 pub(crate) struct InFlight<R> {
@@ -199,6 +183,7 @@ pub(crate) enum Started<R> {
 pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, job: Job<R>) -> Started<R> {
     let work = Arc::new(Work {
         board: Arc::new(Board::new(job.vertex.clone())),
+        build: job.build,
         table: shared.in_flight.clone(),
         claims: OnceLock::new(),
         task: OnceLock::new(),
@@ -222,10 +207,10 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, j
 
     let done = Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work) };
     let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
-    let (of_task, board) = (shared.clone(), work.board.clone());
+    let (of_task, board, build) = (shared.clone(), work.board.clone(), job.build);
     let mut running = Box::pin(async move {
         match leader {
-            Some(leader) => End::passed_on(run::follow(leader, &board).await),
+            Some(leader) => End::passed_on(run::follow(leader, &board, build).await),
             None => run::run(&of_task, &board, job).await,
         }
     });

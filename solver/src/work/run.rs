@@ -124,10 +124,11 @@ impl<R> JobInput<R> {
 pub(super) async fn follow<R: Send + Sync + 'static>(
     leader: Arc<Work<R>>,
     board: &Arc<Board<R>>,
+    build: u64,
 ) -> Outcome<R> {
     let (reply, answer) = oneshot::channel();
     let follower = Follower { board: board.clone(), reply: Mutex::new(Some(reply)) };
-    let _asker = leader.ask(Arc::new(follower), false);
+    let _asker = leader.ask(Arc::new(follower), build);
     answer.await.unwrap_or_else(|_| Outcome {
         result: Err(OpError { code: Some(INTERNAL), ..OpError::new("shared work ended without a result") }),
         cached: false,

@@ -235,7 +235,7 @@ async fn a_record_whose_result_is_gone_is_dropped_and_made_anew() {
         "{found:?}"
     );
     assert_eq!(a.outcome, Outcome::Made);
-    assert_eq!(a.map.as_ref().unwrap().parts, [("text".to_owned(), "a".to_owned())]);
+    assert_eq!(a.map.as_ref().unwrap().parts.list(), [("text".to_owned(), "a".to_owned())]);
     let image = explained.iter().position(|vertex| &*vertex.name == "image");
     assert_eq!(a.inputs.iter().map(|input| input.vertex).collect::<Vec<_>>(), Vec::from_iter(image));
     drop(build);

@@ -1,5 +1,7 @@
 //! What builds of one solver do for each other.
 
+use std::sync::atomic::Ordering;
+
 use kiln_proto::pb;
 use kiln_solver::op::OpError;
 
@@ -273,4 +275,42 @@ async fn a_slow_resolution_delays_only_what_needs_it() {
     run_gate.add_permits(1);
     map_gate.add_permits(1);
     solving.await.unwrap().unwrap();
+}
+
+/// A record above was found and given up again: meanwhile the work below was nobody's.
+#[tokio::test]
+async fn work_that_is_joined_again_by_its_build_fails_once() {
+    let world = World::new();
+    let solver = world.solver();
+    world.set("files", recipe("files").ephemeral().files(&[("/f", "1")]));
+    world.set("top", recipe("top").reads(1, "/f"));
+    let mut graph = Graph::new();
+    let (slow, files) = (graph.source("slow"), graph.source("files"));
+    let top = graph.step("top", &[&slow, &files]);
+    let definition = graph.finish(&top);
+    world.run(&solver, &definition).await.unwrap();
+    world.take_runs();
+
+    world.forgetful.store(true, Ordering::Relaxed);
+    let (slow_gate, files_gate) = (gate(), gate());
+    world.set("slow", recipe("slow").gate(&slow_gate).fails("it broke"));
+    world.set("files", recipe("files").ephemeral().files(&[("/f", "1")]).gate(&files_gate));
+    let (build, record) = world.build(&solver);
+    let building = tokio::spawn(async move { build.solve(&definition).await.map(|_| ()) });
+    world.until("both run", |running| running.len() == 2).await;
+    let loads = world.loads.load(Ordering::Relaxed);
+    files_gate.add_permits(1);
+    // The record of the last step is found by the content of its files.
+    while world.loads.load(Ordering::Relaxed) == loads {
+        tokio::task::yield_now().await;
+    }
+    while !record.shows_running("slow") {
+        tokio::task::yield_now().await;
+    }
+    slow_gate.add_permits(2);
+    let error = building.await.unwrap().unwrap_err();
+    assert_eq!((&*error.name, &*error.error.message), ("slow", "it broke"));
+    let mut runs = world.take_runs();
+    runs.sort_unstable();
+    assert_eq!(runs, ["files", "slow"]);
 }

@@ -393,7 +393,7 @@ impl ResultStore<Tree> for Store {
 struct Factory(Arc<World>);
 
 impl OpFactory<Tree> for Factory {
-    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<Tree>>, OpError> {
+    fn op(&self, vertex: OpVertex) -> Result<Arc<dyn Op<Tree>>, OpError> {
         let name = match &vertex.op.op {
             Some(pb::op::Op::Source(source)) => source.identifier.trim_start_matches("test://").to_owned(),
             Some(pb::op::Op::Passthrough(pass)) => pass.id.clone(),
@@ -466,7 +466,7 @@ impl Op<Tree> for FakeOp {
                 digest: blake3::hash(self.recipe.text.as_bytes()),
                 inputs: (0..self.inputs).map(input).collect(),
                 persistent: self.recipe.persistent,
-                parts: vec![("text".to_owned(), self.recipe.text.clone())],
+                parts: vec![("text".to_owned(), self.recipe.text.clone())].into(),
             })
         }
         .boxed()

@@ -1,11 +1,11 @@
 //! Digests of operations: what may change a result, named part by part so that a miss can be explained.
 
-use kiln_solver::op::{CacheMap, InputMap};
+use kiln_solver::op::{CacheMap, InputMap, Part, Parts};
 
 /// Builds the digest of an operation out of named values; order and names count.
 pub(crate) struct KeyBuilder {
     hasher: blake3::Hasher,
-    parts: Vec<(String, String)>,
+    parts: Option<Vec<Part>>,
 }
 
 impl KeyBuilder {
@@ -13,14 +13,24 @@ impl KeyBuilder {
     pub(crate) fn new(kind: &str) -> Self {
         let mut hasher = blake3::Hasher::new();
         absorb(&mut hasher, kind.as_bytes());
-        Self { hasher, parts: vec![("operation".to_owned(), kind.to_owned())] }
+        Self { hasher, parts: Some(vec![("operation".to_owned(), kind.to_owned())]) }
+    }
+
+    /// Like [`Self::new`] without noting the parts.
+    pub(crate) fn without_parts(kind: &str) -> Self {
+        Self { parts: None, ..Self::new(kind) }
+    }
+
+    /// Parts are noted.
+    pub(crate) fn notes(&self) -> bool {
+        self.parts.is_some()
     }
 
     /// Adds a value that people can read.
-    pub(crate) fn part(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        let (name, value) = (name.into(), value.into());
-        self.unseen(&name, &value);
-        self.parts.push((name, value));
+    pub(crate) fn part(&mut self, name: impl AsRef<str>, value: impl AsRef<str>) {
+        let (name, value) = (name.as_ref(), value.as_ref());
+        self.unseen(name, value);
+        self.note(name, value);
     }
 
     /// Adds a value that tells people nothing.
@@ -30,22 +40,31 @@ impl KeyBuilder {
     }
 
     /// Adds bytes that are shown by their digest.
-    pub(crate) fn bytes(&mut self, name: impl Into<String>, value: &[u8]) {
-        let name = name.into();
+    pub(crate) fn bytes(&mut self, name: &str, value: &[u8]) {
         absorb(&mut self.hasher, name.as_bytes());
         absorb(&mut self.hasher, value);
-        self.parts.push((name, format!("blake3:{}", blake3::hash(value).to_hex())));
+        if self.notes() {
+            self.note(name, format!("blake3:{}", blake3::hash(value).to_hex()));
+        }
     }
 
     /// Names something that the digest covers already, as a piece of what [`Self::bytes`] added or by what it
     /// stands for: so that people see more than two digests.
     pub(crate) fn note(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.parts.push((name.into(), value.into()));
+        if let Some(parts) = &mut self.parts {
+            parts.push((name.into(), value.into()));
+        }
+    }
+
+    /// What was noted.
+    pub(crate) fn into_parts(self) -> Vec<Part> {
+        self.parts.unwrap_or_default()
     }
 
     /// The finished map for an operation with these inputs.
     pub(crate) fn finish(self, inputs: Vec<InputMap>, persistent: bool) -> CacheMap {
-        CacheMap { digest: self.hasher.finalize(), inputs, persistent, parts: self.parts }
+        let parts = self.parts.map(Parts::from).unwrap_or_default();
+        CacheMap { digest: self.hasher.finalize(), inputs, persistent, parts }
     }
 }
 

@@ -63,23 +63,21 @@ impl Factory {
 }
 
 impl OpFactory<Ref> for Factory {
-    fn op(&self, vertex: &OpVertex) -> Result<Arc<dyn Op<Ref>>, OpError> {
+    fn op(&self, mut vertex: OpVertex) -> Result<Arc<dyn Op<Ref>>, OpError> {
         use pb::op::Op as Wire;
         let (worker, context) = (self.worker.clone(), &self.context);
         let inputs = vertex.op.inputs.len();
-        let name = &*vertex.name;
-        match vertex.op.op.as_ref() {
+        let name = vertex.name.clone();
+        match vertex.op.op.take() {
             Some(Wire::Exec(op)) => {
                 let emptied = self.emptied.clone();
-                Ok(Arc::new(exec::ExecOp::new(worker, context, emptied, vertex, (**op).clone())?))
+                Ok(Arc::new(exec::ExecOp::new(worker, context, emptied, vertex, *op)?))
             }
-            Some(Wire::File(op)) => {
-                Ok(Arc::new(file::FileOp::new(worker, context, op.clone(), inputs, name)?))
-            }
-            Some(Wire::Source(op)) => source::make(worker, context, vertex, op),
-            Some(Wire::Merge(op)) => Ok(Arc::new(merge::MergeOp::new(worker, op, inputs, name)?)),
-            Some(Wire::Diff(op)) => Ok(Arc::new(diff::DiffOp::new(worker, context, op, inputs, name)?)),
-            Some(Wire::Passthrough(op)) => Ok(Arc::new(Passthrough::new(op, inputs)?)),
+            Some(Wire::File(op)) => Ok(Arc::new(file::FileOp::new(worker, context, op, inputs, &name)?)),
+            Some(Wire::Source(op)) => source::make(worker, context, &vertex, &op),
+            Some(Wire::Merge(op)) => Ok(Arc::new(merge::MergeOp::new(worker, &op, inputs, &name)?)),
+            Some(Wire::Diff(op)) => Ok(Arc::new(diff::DiffOp::new(worker, context, &op, inputs, &name)?)),
+            Some(Wire::Passthrough(op)) => Ok(Arc::new(Passthrough::new(&op, inputs)?)),
             Some(Wire::Build(_)) => {
                 Err(OpError::new("unsupported: build operation (a build inside a build)"))
             }

@@ -84,12 +84,12 @@ impl World {
         op: pb::op::Op,
         inputs: &[&Ref],
     ) -> Result<Vec<Ref>, OpError> {
-        let op = self.worker.factory(context.clone()).op(&vertex(op, inputs.len()))?;
+        let op = self.worker.factory(context.clone()).op(vertex(op, inputs.len()))?;
         op.execute(&self.op_context(), inputs.iter().map(|input| (*input).clone()).collect()).await
     }
 
     pub(crate) async fn key(&self, op: pb::op::Op, inputs: usize) -> CacheMap {
-        let op = self.worker.factory(self.context(&[])).op(&vertex(op, inputs)).unwrap();
+        let op = self.worker.factory(self.context(&[])).op(vertex(op, inputs)).unwrap();
         op.cache_map(&self.op_context()).await.unwrap()
     }
 

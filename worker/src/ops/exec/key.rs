@@ -3,17 +3,41 @@
 //! Left out are values that must not matter: proxies, values of secrets, addresses of extra hosts, and the names
 //! of cache mounts where they were chosen on purpose.
 
+use std::sync::Arc;
+
 use kiln_proto::{pb, platform};
-use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, OpError, OpVertex};
+use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, OpError, Parts};
 use prost::Message;
 
 use super::mounts;
 use crate::ops::file::root::clean;
 use crate::ops::keys::KeyBuilder;
 
-pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> Result<CacheMap, OpError> {
-    let inputs = inputs(op, vertex.op.inputs.len())?;
-    let mut key = KeyBuilder::new("kiln.exec.v1");
+/// Names the key of exec operations.
+const KIND: &str = "kiln.exec.v1";
+
+/// The map of an operation with so many inputs, which is to run for `platform`.
+pub(super) fn cache_map(
+    op: &Arc<pb::ExecOp>,
+    platform: Option<&pb::Platform>,
+    inputs: usize,
+) -> Result<CacheMap, OpError> {
+    let inputs = self::inputs(op, inputs)?;
+    let platform = platform::normalized(&platform.cloned().unwrap_or_else(platform::host));
+    let mut key = KeyBuilder::without_parts(KIND);
+    describe(&mut key, op, &platform);
+    let op = op.clone();
+    let parts = Parts::new(move || {
+        let mut key = KeyBuilder::new(KIND);
+        describe(&mut key, &op, &platform);
+        key.into_parts()
+    });
+    Ok(CacheMap { parts, ..key.finish(inputs, true) })
+}
+
+fn describe(key: &mut KeyBuilder, op: &pb::ExecOp, platform: &pb::Platform) {
+    let no_meta = pb::Meta::default();
+    let meta = op.meta.as_ref().unwrap_or(&no_meta);
     for arg in &meta.args {
         key.part("arg", arg);
     }
@@ -47,16 +71,16 @@ pub(super) fn cache_map(op: &pb::ExecOp, meta: &pb::Meta, vertex: &OpVertex) -> 
         key.part("device", &device.name);
     }
     for mount in &op.mounts {
-        key.bytes(format!("mount {}", mount.dest), &keyed_mount(mount).encode_to_vec());
-        describe(&mut key, mount);
+        key.bytes(&format!("mount {}", mount.dest), &keyed_mount(mount).encode_to_vec());
+        if key.notes() {
+            describe_mount(key, mount);
+        }
     }
-    let platform = vertex.op.platform.clone().unwrap_or_else(platform::host);
-    key.part("platform", platform::format(&platform::normalized(&platform)));
-    Ok(key.finish(inputs, true))
+    key.part("platform", platform::format(platform));
 }
 
 /// What people read of a mount. What it shows is told by the step's input.
-fn describe(key: &mut KeyBuilder, mount: &pb::Mount) {
+fn describe_mount(key: &mut KeyBuilder, mount: &pb::Mount) {
     let mut note = |name: &str, value: String| key.note(format!("mount {} {name}", mount.dest), value);
     let kind = mount.mount_type();
     note("type", kind.as_str_name().to_lowercase());

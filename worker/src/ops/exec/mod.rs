@@ -37,7 +37,7 @@ pub(crate) struct ExecOp {
 
 /// What is asked for.
 struct Step {
-    op: pb::ExecOp,
+    op: Arc<pb::ExecOp>,
     meta: pb::Meta,
     resources: Option<pb::LinuxResources>,
     sessions: SessionGroup,
@@ -57,7 +57,7 @@ impl ExecOp {
         worker: Arc<Worker>,
         context: &BuildContext,
         emptied: Emptied,
-        vertex: &OpVertex,
+        vertex: OpVertex,
         op: pb::ExecOp,
     ) -> Result<Self, OpError> {
         let inputs = vertex.op.inputs.len();
@@ -86,7 +86,8 @@ impl ExecOp {
         if let Some(device) = op.cdi_devices.iter().find(|device| !device.optional) {
             return Err(OpError::new(format!("unsupported: CDI device {}", device.name)));
         }
-        let key = key::cache_map(&op, &meta, vertex)?;
+        let op = Arc::new(op);
+        let key = key::cache_map(&op, vertex.op.platform.as_ref(), inputs)?;
         // The daemon's own setting is no part of the key.
         if meta.cgroup_parent.is_empty() {
             meta.cgroup_parent.clone_from(&context.cgroup_parent);

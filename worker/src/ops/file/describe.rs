@@ -17,7 +17,10 @@ pub(super) fn action(key: &mut KeyBuilder, action: &pb::FileAction) {
         Some(Action::Symlink(link)) => format!("symlink {} -> {}", link.newpath, link.oldpath),
         None => "unknown action".into(),
     };
-    key.bytes(summary, &action.encode_to_vec());
+    key.bytes(&summary, &action.encode_to_vec());
+    if !key.notes() {
+        return;
+    }
     match &action.action {
         Some(Action::Copy(copy)) => self::copy(key, copy, action.input < 0),
         Some(Action::Mkfile(file)) => {

@@ -24,7 +24,9 @@ use kiln_cache::Ref;
 use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
-use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{
+    CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError, Parts,
+};
 use tokio_util::sync::CancellationToken;
 
 pub use actions::FileError;
@@ -36,14 +38,22 @@ use super::keys::KeyBuilder;
 use crate::registry::Credentials;
 use crate::worker::Worker;
 
+/// Names the key of file operations.
+const KIND: &str = "kiln.file.v1";
+
 /// A file operation of one vertex.
 pub(crate) struct FileOp {
     worker: Arc<Worker>,
     credentials: Arc<dyn Credentials>,
-    actions: Arc<Vec<pb::FileAction>>,
-    plan: Arc<Plan>,
+    work: Arc<Actions>,
     inputs: usize,
     name: String,
+}
+
+/// What is to be done, in which order.
+struct Actions {
+    actions: Vec<pb::FileAction>,
+    plan: Plan,
 }
 
 impl FileOp {
@@ -55,16 +65,45 @@ impl FileOp {
         inputs: usize,
         name: &str,
     ) -> Result<Self, OpError> {
-        let plan = Arc::new(Plan::new(&op, inputs).map_err(OpError::new)?);
+        let plan = Plan::new(&op, inputs).map_err(OpError::new)?;
         let credentials = context.credentials.clone();
-        Ok(Self { worker, credentials, actions: Arc::new(op.actions), plan, inputs, name: name.into() })
+        let work = Arc::new(Actions { actions: op.actions, plan });
+        Ok(Self { worker, credentials, work, inputs, name: name.into() })
     }
 
-    fn key(&self) -> CacheMap {
-        let mut key = KeyBuilder::new("kiln.file.v1");
+    fn cache_map(&self) -> CacheMap {
+        let mut key = KeyBuilder::without_parts(KIND);
+        self.work.describe(&mut key);
+        let work = self.work.clone();
+        let parts = Parts::new(move || {
+            let mut key = KeyBuilder::new(KIND);
+            work.describe(&mut key);
+            key.into_parts()
+        });
+        CacheMap { parts, ..key.finish(self.work.inputs(self.inputs), true) }
+    }
+}
+
+impl Actions {
+    fn describe(&self, key: &mut KeyBuilder) {
+        for (action, step) in self.actions.iter().zip(&self.plan.steps) {
+            let (Operand::Input(_), Some(Action::Copy(copy))) = (step.source, &action.action) else {
+                describe::action(key, action);
+                continue;
+            };
+            let source = root::clean(&copy.src);
+            // Where it comes from is told by the selector and the content; only its name shows in the result.
+            let copy = pb::FileActionCopy { src: root::split(&source).1.to_owned(), ..copy.clone() };
+            key.note("source", source);
+            describe::action(key, &pb::FileAction { action: Some(Action::Copy(copy)), ..*action });
+        }
+    }
+
+    /// How each of so many inputs counts.
+    fn inputs(&self, inputs: usize) -> Vec<InputMap> {
         // Inputs that are built upon count whole; the others only by what is read of them.
-        let mut whole = vec![false; self.inputs];
-        let mut reads: Vec<Vec<ContentPath>> = vec![Vec::new(); self.inputs];
+        let mut whole = vec![false; inputs];
+        let mut reads: Vec<Vec<ContentPath>> = vec![Vec::new(); inputs];
         for (action, step) in self.actions.iter().zip(&self.plan.steps) {
             if let Operand::Input(index) = step.base {
                 whole[index] = true;
@@ -78,16 +117,11 @@ impl FileOp {
                     });
                 }
             }
-            let mut keyed = action.clone();
-            if let (Operand::Input(index), Some(Action::Copy(copy))) = (step.source, keyed.action.as_mut()) {
+            if let (Operand::Input(index), Some(Action::Copy(copy))) = (step.source, &action.action) {
                 reads[index].push(content_path(copy));
-                key.note("source", root::clean(&copy.src));
-                // Where it comes from is told by the selector and the content; only its name shows in the result.
-                copy.src = root::split(&root::clean(&copy.src)).1.to_owned();
             }
-            describe::action(&mut key, &keyed);
         }
-        let inputs = reads
+        reads
             .into_iter()
             .zip(whole)
             .map(|(paths, whole)| {
@@ -98,8 +132,7 @@ impl FileOp {
                 let selector = paths.iter().map(|path| path.path.as_str()).collect::<Vec<_>>().join("\0");
                 InputMap { selector: Some(selector), content: Some(ContentQuery { paths }) }
             })
-            .collect();
-        key.finish(inputs, true)
+            .collect()
     }
 }
 
@@ -132,7 +165,7 @@ pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), 
 
 impl Op<Ref> for FileOp {
     fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(async { Ok(self.key()) })
+        Box::pin(async { Ok(self.cache_map()) })
     }
 
     fn execute<'a>(
@@ -144,10 +177,8 @@ impl Op<Ref> for FileOp {
             self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
             let _cancelled_when_dropped = cancel.clone().drop_guard();
-            let (layers, actions, plan) =
-                (self.worker.layers().clone(), self.actions.clone(), self.plan.clone());
-            let name = self.name.clone();
-            let run = move || Engine::new(&layers, &actions, &plan, &inputs, &name, &cancel).run();
+            let (layers, work, name) = (self.worker.layers().clone(), self.work.clone(), self.name.clone());
+            let run = move || Engine::new(&layers, &work.actions, &work.plan, &inputs, &name, &cancel).run();
             let result = self.worker.on_files(run).await;
             let result = result.map_err(|err| OpError::new(format!("file operation failed: {err}")))?;
             result.map_err(|failure| OpError {
