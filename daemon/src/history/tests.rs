@@ -74,7 +74,7 @@ fn what_builds_share_stays_until_the_last_of_them_goes() {
     // Another build of the same ref takes the record's place.
     build(&history, "a", None);
     assert_eq!(contents(), 1, "nothing names the error any more");
-    for (id, _) in left {
+    for (id, _) in listed(&history, &[]) {
         history.update(&UpdateBuildHistoryRequest { delete: true, ..update(&id) }).expect("delete");
     }
     assert_eq!((listed(&history, &[]).len(), contents()), (0, 0));
