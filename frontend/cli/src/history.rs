@@ -194,8 +194,8 @@ mod tests {
         assert_eq!(
             table(&[ended, failed]),
             concat!(
-                "BUILD ID  NAME                     STATUS     CREATED AT            DURATION\n",
-                "abc       Dockerfile (app)         Completed  1970-01-01T00:16:40Z  1m 23s\n",
+                "BUILD ID  NAME                STATUS     CREATED AT            DURATION\n",
+                "abc       Dockerfile (app)    Completed  1970-01-01T00:16:40Z  1m 23s\n",
                 "longer    \\u{1b}[2J\\n\\u{9b}ä  Error      1970-01-01T00:16:40Z  1h 02m 03s\n",
             )
         );
