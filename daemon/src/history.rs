@@ -1,7 +1,11 @@
 //! Records of builds, running and finished: what was asked, how it ended, its log. Kept in the
 //! store's named values; nothing here influences a build.
 
-use std::sync::Arc;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use dashmap::DashMap;
@@ -38,7 +42,28 @@ pub(crate) struct History {
     explanations: Arc<Explanations>,
     config: HistoryConfig,
     active: DashMap<String, BuildHistoryRecord>,
+    /// By ref; `None` until the records are read. Held by who changes one.
+    finished: Mutex<Option<HashMap<String, Finished>>>,
     events: broadcast::Sender<BuildHistoryEvent>,
+}
+
+/// What decides on the stay of a record and of what it names.
+struct Finished {
+    completed: SystemTime,
+    pinned: bool,
+    /// Digests of its log and, if it failed, its error.
+    contents: Vec<String>,
+}
+
+impl Finished {
+    fn of(record: &BuildHistoryRecord) -> Self {
+        let contents = [&record.logs, &record.external_error].into_iter().flatten();
+        Self {
+            completed: time(&record.completed_at),
+            pinned: record.pinned,
+            contents: contents.map(|content| content.digest.clone()).collect(),
+        }
+    }
 }
 
 fn storage(error: impl std::fmt::Display) -> BuildError {
@@ -53,7 +78,14 @@ impl History {
     /// Over the store's values.
     pub(crate) fn new(values: Values, explanations: Arc<Explanations>, config: HistoryConfig) -> Arc<Self> {
         let events = broadcast::Sender::new(LIVE_EVENTS);
-        Arc::new(Self { values, explanations, config, active: DashMap::new(), events })
+        Arc::new(Self {
+            values,
+            explanations,
+            config,
+            active: DashMap::new(),
+            finished: Mutex::default(),
+            events,
+        })
     }
 
     /// Starts the record of a build.
@@ -102,15 +134,21 @@ impl History {
         self.values.get(CONTENT, digest).map_err(storage)
     }
 
-    fn put_content(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, BuildError> {
-        let digest = format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)));
-        self.values.put(CONTENT, &digest, bytes).map_err(storage)?;
-        Ok(Descriptor {
-            media_type: media_type.to_owned(),
-            digest,
-            size: i64::try_from(bytes.len()).unwrap_or(i64::MAX),
-            ..Descriptor::default()
-        })
+    fn lock(&self) -> MutexGuard<'_, Option<HashMap<String, Finished>>> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All finished builds, read once.
+    fn finished<'a>(
+        &self,
+        finished: &'a mut Option<HashMap<String, Finished>>,
+    ) -> Result<&'a mut HashMap<String, Finished>, BuildError> {
+        if finished.is_none() {
+            let records = self.stored()?;
+            *finished =
+                Some(records.iter().map(|record| (record.r#ref.clone(), Finished::of(record))).collect());
+        }
+        Ok(finished.get_or_insert_default())
     }
 
     fn finish(
@@ -122,16 +160,27 @@ impl History {
         let id = record.r#ref.clone();
         record.completed_at = Some(SystemTime::now().into());
         record.generation = 1;
-        record.logs = Some(self.put_content(LOG_TYPE, &encode_log(log))?);
+        let mut contents = vec![encode_log(log)];
+        record.logs = Some(descriptor(LOG_TYPE, &contents[0]));
         if let Some(error) = error {
             let full = error.to_rpc();
-            record.external_error = Some(self.put_content(ERROR_TYPE, &full.encode_to_vec())?);
+            let bytes = full.encode_to_vec();
+            record.external_error = Some(descriptor(ERROR_TYPE, &bytes));
             record.error = Some(kiln_proto::rpc::Status { details: Vec::new(), ..full });
+            contents.push(bytes);
+        }
+        let build = Finished::of(&record);
+        let mut finished = self.lock();
+        let finished = self.finished(&mut finished)?;
+        for (digest, bytes) in build.contents.iter().zip(&contents) {
+            self.values.put(CONTENT, digest, bytes).map_err(storage)?;
         }
         self.values.put(RECORDS, &id, &record.encode_to_vec()).map_err(storage)?;
+        let former = finished.insert(id.clone(), build);
         self.active.remove(&id);
         self.send(BuildHistoryEventType::Complete, record);
-        self.clean()
+        self.drop_contents(finished, former)?;
+        self.clean(finished)
     }
 
     fn stored(&self) -> Result<Vec<BuildHistoryRecord>, BuildError> {
@@ -141,42 +190,60 @@ impl History {
     }
 
     /// Drops what is too old or too much, except for pinned records.
-    fn clean(&self) -> Result<(), BuildError> {
-        let mut loose: Vec<BuildHistoryRecord> =
-            self.stored()?.into_iter().filter(|record| !record.pinned).collect();
-        loose.sort_by_key(|record| std::cmp::Reverse(completed(record)));
+    fn clean(&self, finished: &mut HashMap<String, Finished>) -> Result<(), BuildError> {
+        let mut loose: Vec<(SystemTime, String)> = finished
+            .iter()
+            .filter(|(_, build)| !build.pinned)
+            .map(|(id, build)| (build.completed, id.clone()))
+            .collect();
+        loose.sort_by_key(|(completed, _)| std::cmp::Reverse(*completed));
         let oldest = SystemTime::now().checked_sub(self.config.max_age).unwrap_or(SystemTime::UNIX_EPOCH);
-        for (index, record) in loose.iter().enumerate() {
-            if index >= self.config.max_entries || completed(record) < oldest {
-                self.delete(&record.r#ref)?;
+        for (index, (completed, id)) in loose.iter().enumerate() {
+            if index >= self.config.max_entries || *completed < oldest {
+                self.delete(finished, id)?;
             }
         }
         Ok(())
     }
 
-    fn delete(&self, id: &str) -> Result<(), BuildError> {
+    fn delete(&self, finished: &mut HashMap<String, Finished>, id: &str) -> Result<(), BuildError> {
         self.explanations.forget(id).map_err(storage)?;
-        let Some(record) = self.record(id)? else { return Ok(()) };
+        let record = self.record(id)?;
         self.values.delete(RECORDS, id).map_err(storage)?;
-        // Identical logs or errors of two builds share their bytes.
-        let others = self.stored()?;
-        for content in [&record.logs, &record.external_error].into_iter().flatten() {
-            let shared = others.iter().any(|other| {
-                [&other.logs, &other.external_error].into_iter().flatten().any(|d| d.digest == content.digest)
-            });
-            if !shared {
-                self.values.delete(CONTENT, &content.digest).map_err(storage)?;
+        let former = finished.remove(id);
+        self.drop_contents(finished, former)?;
+        if let Some(record) = record {
+            self.send(BuildHistoryEventType::Deleted, record);
+        }
+        Ok(())
+    }
+
+    /// Drops what only a build that is gone named.
+    fn drop_contents(
+        &self,
+        finished: &HashMap<String, Finished>,
+        gone: Option<Finished>,
+    ) -> Result<(), BuildError> {
+        for content in gone.into_iter().flat_map(|gone| gone.contents) {
+            // Identical logs or errors of two builds share their bytes.
+            if !finished.values().any(|other| other.contents.contains(&content)) {
+                self.values.delete(CONTENT, &content).map_err(storage)?;
             }
         }
-        self.send(BuildHistoryEventType::Deleted, record);
         Ok(())
     }
 
     /// Pins, unpins or deletes a record.
     pub(crate) fn update(&self, request: &UpdateBuildHistoryRequest) -> Result<(), BuildError> {
+        if request.finalize && !request.delete {
+            // Records are whole when they appear.
+            return Ok(());
+        }
+        let mut finished = self.lock();
+        let finished = self.finished(&mut finished)?;
         if request.delete {
             return match self.record(&request.r#ref)? {
-                Some(_) => self.delete(&request.r#ref),
+                Some(_) => self.delete(finished, &request.r#ref),
                 None if self.active.contains_key(&request.r#ref) => {
                     let text = format!("build {} is still running", request.r#ref);
                     Err(BuildError::new(Code::FailedPrecondition, text))
@@ -184,16 +251,13 @@ impl History {
                 None => Err(not_found(&request.r#ref)),
             };
         }
-        if request.finalize {
-            // Records are whole when they appear.
-            return Ok(());
-        }
         let Some(mut record) = self.record(&request.r#ref)? else {
             return Err(not_found(&request.r#ref));
         };
         record.pinned = request.pinned;
         record.generation += 1;
         self.values.put(RECORDS, &request.r#ref, &record.encode_to_vec()).map_err(storage)?;
+        finished.insert(request.r#ref.clone(), Finished::of(&record));
         self.send(BuildHistoryEventType::Complete, record);
         Ok(())
     }
@@ -222,21 +286,38 @@ impl History {
             r#type: kind as i32,
             record: Some(record),
         };
-        let mut events: Vec<BuildHistoryEvent> = self
-            .active
-            .iter()
-            .filter(|record| wanted(record))
-            .map(|record| event(BuildHistoryEventType::Started, record.value().clone()))
-            .collect();
+        let mut active: HashMap<String, BuildHistoryRecord> =
+            self.active.iter().map(|entry| (entry.key().clone(), entry.value().clone())).collect();
+        let mut stored = Vec::new();
         if !request.active_only {
-            let mut stored: Vec<BuildHistoryRecord> = self.stored()?.into_iter().filter(wanted).collect();
+            stored = self.stored()?;
+            // A build that ended meanwhile was found twice, and one that runs takes the place of its former run.
+            stored.retain(|record| match active.get(&record.r#ref) {
+                Some(running) if time(&running.created_at) > time(&record.created_at) => false,
+                Some(_) => active.remove(&record.r#ref).is_some(),
+                None => true,
+            });
+            stored.retain(wanted);
             if limit > 0 {
                 stored.sort_by_key(|record| std::cmp::Reverse(time(&record.created_at)));
                 stored.truncate(limit);
             }
-            events.extend(stored.into_iter().map(|record| event(BuildHistoryEventType::Complete, record)));
         }
+        let active = active.into_values().filter(wanted);
+        let events = active
+            .map(|record| event(BuildHistoryEventType::Started, record))
+            .chain(stored.into_iter().map(|record| event(BuildHistoryEventType::Complete, record)))
+            .collect();
         Ok((events, live))
+    }
+}
+
+fn descriptor(media_type: &str, bytes: &[u8]) -> Descriptor {
+    Descriptor {
+        media_type: media_type.to_owned(),
+        digest: format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes))),
+        size: i64::try_from(bytes.len()).unwrap_or(i64::MAX),
+        ..Descriptor::default()
     }
 }
 
@@ -244,8 +325,14 @@ fn time(timestamp: &Option<prost_types::Timestamp>) -> SystemTime {
     timestamp.and_then(|time| SystemTime::try_from(time).ok()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn completed(record: &BuildHistoryRecord) -> SystemTime {
-    time(&record.completed_at)
+/// How a build stands.
+pub fn build_status(record: &BuildHistoryRecord) -> &'static str {
+    match &record.error {
+        _ if record.completed_at.is_none() => "Running",
+        None => "Completed",
+        Some(error) if error.code == Code::Cancelled as i32 => "Canceled",
+        Some(_) => "Error",
+    }
 }
 
 /// A field of a record by its name in filters.
@@ -253,15 +340,7 @@ fn field(record: &BuildHistoryRecord, name: &str) -> Option<String> {
     let attrs = &record.frontend_attrs;
     match name {
         "ref" => Some(record.r#ref.clone()),
-        "status" => {
-            let status = match &record.error {
-                _ if record.completed_at.is_none() => "running",
-                None => "completed",
-                Some(error) if error.code == Code::Cancelled as i32 => "canceled",
-                Some(_) => "error",
-            };
-            Some(status.to_owned())
-        }
+        "status" => Some(build_status(record).to_ascii_lowercase()),
         "repository" => attrs.get("vcs:source").or_else(|| attrs.get("context")).cloned(),
         _ => None,
     }

@@ -28,4 +28,5 @@ pub use config::{
 };
 pub use daemon::{DaemonError, run, serve};
 pub use error::BuildError;
+pub use history::build_status;
 pub use workers::VERSION;

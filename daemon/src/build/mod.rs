@@ -53,13 +53,15 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     let job = guard.job().clone();
     drop(guard);
     if let Some(recording) = recording {
+        // Announced before the history knows the build, and could be told to forget it.
+        let expected = daemon.explanations.expect(&request.r#ref);
         recording.finish(metadata, outcome.as_ref().err().cloned()).await;
         if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
             daemon.jobs.forget(&job);
             // What the history does not keep needs no explanation.
             if !vertices.is_empty() {
                 let project = project(daemon, &request).await;
-                daemon.explanations.add(explain::Ended { id: request.r#ref.clone(), project, vertices });
+                daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
             }
         }
     }

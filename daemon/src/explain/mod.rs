@@ -4,6 +4,7 @@
 
 mod graph;
 mod pairing;
+mod pending;
 mod reasons;
 #[cfg(test)]
 mod tests;
@@ -13,18 +14,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use dashmap::DashMap;
 use kiln_cache::contenthash::ContentChange;
 use kiln_cache::{Eviction, StoreError, Values};
 use kiln_proto::explain::Explanation;
 use kiln_solver::explain::{Outcome, VertexExplanation};
 use prost::Message;
-use tokio::sync::watch;
+use tokio::sync::Semaphore;
 use tonic::Code;
 
 use crate::engine::Engine;
 use crate::error::BuildError;
 use graph::Graph;
+pub(crate) use pending::Expected;
+use pending::Pending;
 use reasons::{Comparison, Facts, Missed};
 
 /// Records of builds by ref.
@@ -40,21 +42,25 @@ const COMPARABLE: usize = 32;
 const SAME_PROJECT: usize = 8;
 /// After so many graphs were dropped, what only they referred to is dropped too.
 const SWEEP: usize = 16;
+/// So many vertices of builds that ended wait to be added; builds that end then wait with their answer.
+const WAITING: usize = 8192;
 
 /// The explanations of all builds that are remembered.
 pub(crate) struct Explanations {
-    engine: Arc<Engine>,
+    facts: Arc<dyn Facts>,
     values: Values,
     /// Builds that are being added.
-    pending: DashMap<String, watch::Receiver<()>>,
-    /// The one of them that ended last.
-    last: Mutex<Option<watch::Receiver<()>>>,
+    pending: Arc<Pending>,
+    /// For each vertex that waits to be added.
+    room: Arc<Semaphore>,
     /// Never held while graphs are read, made or compared.
     state: Mutex<State>,
     /// Read by who reads or adds graphs, written by who drops them. Taken before `state`.
     graphs: RwLock<()>,
+    /// Held by who drops graphs, so that those that were to stay do. Taken before `graphs`.
+    dropping: Mutex<()>,
     /// Graphs are about to be dropped.
-    dropping: AtomicBool,
+    asked_to_drop: AtomicBool,
 }
 
 struct State {
@@ -114,8 +120,6 @@ struct Outline {
 
 /// A build that ended.
 pub(crate) struct Ended {
-    /// Its ref.
-    pub(crate) id: String,
     /// What was built: equal for builds of the same target of the same Dockerfile.
     pub(crate) project: Vec<u8>,
     /// The decisions.
@@ -138,60 +142,63 @@ impl Facts for Engine {
     fn eviction(&self, result: &str) -> Option<Eviction> {
         Engine::eviction(self, result).ok().flatten()
     }
+
+    fn forget_contents(&self, wanted: &HashSet<[u8; 32]>) -> Result<(), StoreError> {
+        Engine::forget_contents(self, wanted)
+    }
 }
 
 impl Explanations {
     /// Over the engine's values.
     pub(crate) fn new(engine: Arc<Engine>) -> Arc<Self> {
-        let values = engine.values();
+        Self::over(engine.values(), engine)
+    }
+
+    fn over(values: Values, facts: Arc<dyn Facts>) -> Arc<Self> {
         Arc::new(Self {
-            engine,
+            facts,
             values,
-            pending: DashMap::new(),
-            last: Mutex::default(),
+            pending: Arc::default(),
+            room: Arc::new(Semaphore::new(WAITING)),
             state: Mutex::default(),
             graphs: RwLock::default(),
-            dropping: AtomicBool::default(),
+            dropping: Mutex::default(),
+            asked_to_drop: AtomicBool::default(),
         })
     }
 
-    /// Adds a build in the background, after those that ended before. Who asks for it from now on waits until that is
-    /// done.
-    pub(crate) fn add(self: &Arc<Self>, ended: Ended) {
-        let (done, waiting) = watch::channel(());
-        self.pending.insert(ended.id.clone(), waiting.clone());
-        let before = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(waiting);
-        let (this, id) = (self.clone(), ended.id.clone());
+    /// Announces a build that may be added. If it is forgotten from now on, it won't be.
+    pub(crate) fn expect(&self, id: &str) -> Expected {
+        self.pending.expect(id)
+    }
+
+    /// Adds a build in the background, after those that ended before; returns once there is room for it.
+    pub(crate) async fn add(self: &Arc<Self>, expected: Expected, ended: Ended) {
+        let vertices = u32::try_from(ended.vertices.len().min(WAITING)).unwrap_or(u32::MAX);
+        let Ok(room) = self.room.clone().acquire_many_owned(vertices).await else { return };
+        let (this, turn) = (self.clone(), expected.queue());
         tokio::spawn(async move {
-            if let Some(mut before) = before {
-                // The other end never sends; it goes.
-                let _ = before.changed().await;
-            }
-            let adding = this.clone();
-            match tokio::task::spawn_blocking(move || adding.store(ended)).await {
+            turn.await;
+            let (id, forgotten) = (expected.id().to_owned(), expected.forgotten());
+            match tokio::task::spawn_blocking(move || this.store(&id, &forgotten, ended)).await {
                 Ok(Ok(()) | Err(StoreError::Closed)) => {}
-                Ok(Err(error)) => tracing::warn!(%error, build = id, "the build is not explained"),
-                Err(error) => tracing::error!(%error, build = id, "the build is not explained"),
+                Ok(Err(error)) => tracing::warn!(%error, build = expected.id(), "the build is not explained"),
+                Err(error) => tracing::error!(%error, build = expected.id(), "the build is not explained"),
             }
-            this.pending.remove(&id);
-            drop(done);
+            drop((expected, room));
         });
     }
 
     /// Waits until all builds that ended are added.
     pub(crate) async fn idle(&self) {
-        let waiting: Vec<_> = self.pending.iter().map(|entry| entry.value().clone()).collect();
-        for mut done in waiting {
-            let _ = done.changed().await;
-        }
+        self.pending.idle().await;
     }
 
     /// The explanation of a build; the empty ref is the build that ended last.
     pub(crate) async fn get(self: &Arc<Self>, id: &str) -> Result<Explanation, BuildError> {
-        match self.pending.get(id).map(|entry| entry.value().clone()) {
-            Some(mut done) => drop(done.changed().await),
-            None if id.is_empty() => self.idle().await,
-            None => {}
+        match id {
+            "" => self.idle().await,
+            id => self.pending.wait(id).await,
         }
         let (this, id) = (self.clone(), id.to_owned());
         let found = tokio::task::spawn_blocking(move || this.explain(&id)).await;
@@ -199,36 +206,39 @@ impl Explanations {
     }
 
     fn explain(&self, id: &str) -> Result<Explanation, BuildError> {
-        let not_found = |text: String| BuildError::new(Code::NotFound, text);
-        let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
-        let found = {
-            let mut state = self.lock();
-            let records = self.records(&mut state).map_err(storage)?;
-            records.iter().rfind(|(other, _)| id.is_empty() || other == id).cloned()
+        let (id, outline, new, old) = {
+            let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
+            let (id, record) = self.find(id)?;
+            let value = |namespace, name: &str| self.values.get(namespace, name).map_err(storage);
+            let outline = value(OUTLINES, &id)?;
+            (id, outline, value(GRAPHS, &record.graph)?, value(GRAPHS, &record.before)?)
         };
-        let (id, record) = match found {
-            Some(found) => found,
-            None if id.is_empty() => return Err(not_found("no build is remembered".to_owned())),
-            None => return Err(not_found(format!("no explanation of build {id}"))),
-        };
-        let missing = || not_found(format!("no explanation of build {id}"));
-        let bytes = self.values.get(OUTLINES, &id).map_err(storage)?.ok_or_else(missing)?;
+        let missing = || unknown(&id);
+        let bytes = outline.ok_or_else(missing)?;
         let Outline { mut compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
         let steps = match missed.as_slice() {
             [] => Vec::new(),
             missed => {
-                let new = self.graph(&record.graph).map_err(storage)?.ok_or_else(missing)?;
-                let old = match compared_with.as_str() {
-                    "" => None,
-                    _ => self.graph(&record.before).map_err(storage)?,
-                };
+                let new = new.and_then(sound).ok_or_else(missing)?;
+                let old = old.filter(|_| !compared_with.is_empty()).and_then(sound);
                 if old.is_none() {
                     compared_with.clear();
                 }
-                Comparison::new(&new, missed, old.as_ref(), &*self.engine).steps()
+                Comparison::new(&new, missed, old.as_ref(), &*self.facts).steps()
             }
         };
         Ok(Explanation { r#ref: id, compared_with, total, steps })
+    }
+
+    /// The last build of a ref; of the empty one, the last of all.
+    fn find(&self, id: &str) -> Result<(String, Record), BuildError> {
+        let mut state = self.lock();
+        let records = self.records(&mut state).map_err(storage)?;
+        let found = records.iter().rfind(|(other, _)| id.is_empty() || other == id).cloned();
+        found.ok_or_else(|| match id {
+            "" => BuildError::new(Code::NotFound, "no build is remembered"),
+            id => unknown(id),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -257,15 +267,14 @@ impl Explanations {
     }
 
     fn graph(&self, digest: &str) -> Result<Option<Graph>, StoreError> {
-        let Some(bytes) = self.values.get(GRAPHS, digest)? else { return Ok(None) };
-        Ok(Graph::decode(&bytes[..]).ok().filter(Graph::is_sound))
+        Ok(self.values.get(GRAPHS, digest)?.and_then(sound))
     }
 
-    fn store(&self, ended: Ended) -> Result<(), StoreError> {
+    fn store(&self, id: &str, forgotten: &AtomicBool, ended: Ended) -> Result<(), StoreError> {
         let began = cpu_time();
-        let Ended { id, project, vertices } = ended;
+        let Ended { project, vertices } = ended;
         let steps = fingerprint(&vertices);
-        let missed = Missed::of(&vertices, &*self.engine);
+        let missed = Missed::of(&vertices, &*self.facts);
         let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
         // The usual build that changes nothing has nothing to add.
         let same = match missed.is_empty() {
@@ -285,19 +294,17 @@ impl Explanations {
             }
             None => self.add_graph(vertices, missed, project, steps)?,
         };
-        self.values.put(OUTLINES, &id, &outline.encode_to_vec())?;
         let mut state = self.lock();
         let records = self.records(&mut state)?;
-        if self.pending.contains_key(&id) {
-            self.values.put(RECORDS, &id, &record.encode_to_vec())?;
-            let former = records.iter().position(|(other, _)| *other == id).map(|at| records.remove(at));
-            records.push((id.clone(), record));
-            state.loose.extend(former.into_iter().flat_map(|(_, record)| record.graphs()));
-        } else {
-            // Forgotten meanwhile.
-            self.values.delete(OUTLINES, &id)?;
+        if forgotten.load(Ordering::Relaxed) {
             state.loose.extend(record.graphs());
+            return Ok(());
         }
+        self.values.put(OUTLINES, id, &outline.encode_to_vec())?;
+        self.values.put(RECORDS, id, &record.encode_to_vec())?;
+        let former = records.iter().position(|(other, _)| other == id).map(|at| records.remove(at));
+        records.push((id.to_owned(), record));
+        state.loose.extend(former.into_iter().flat_map(|(_, record)| record.graphs()));
         tracing::debug!(build = id, cpu = ?cpu_time().saturating_sub(began), "added");
         Ok(())
     }
@@ -336,7 +343,7 @@ impl Explanations {
     /// Forgets a build.
     pub(crate) fn forget(self: &Arc<Self>, id: &str) -> Result<(), StoreError> {
         let mut state = self.lock();
-        self.pending.remove(id);
+        self.pending.forget(id);
         self.values.delete(RECORDS, id)?;
         self.values.delete(OUTLINES, id)?;
         let records = self.records(&mut state)?;
@@ -344,7 +351,7 @@ impl Explanations {
         let (_, record) = records.remove(place);
         state.loose.extend(record.graphs());
         drop(state);
-        if !self.dropping.swap(true, Ordering::Relaxed) {
+        if !self.asked_to_drop.swap(true, Ordering::Relaxed) {
             let this = self.clone();
             tokio::task::spawn_blocking(move || match this.drop_loose() {
                 Ok(()) | Err(StoreError::Closed) => {}
@@ -356,9 +363,21 @@ impl Explanations {
 
     /// Drops graphs that nothing refers to any more and, now and then, what only they referred to.
     fn drop_loose(&self) -> Result<(), StoreError> {
+        let _alone = self.dropping.lock().unwrap_or_else(PoisonError::into_inner);
+        self.asked_to_drop.store(false, Ordering::Relaxed);
+        let Some(left) = self.drop_graphs()? else { return Ok(()) };
+        // What is added from now on knows of nothing older than what is left and than the last builds.
+        let mut contents = HashSet::new();
+        for digest in left {
+            contents.extend(self.graph(&digest)?.iter().flat_map(Graph::read_contents));
+        }
+        self.facts.forget_contents(&contents)
+    }
+
+    /// Drops graphs; if it was time to look at all of them, gives those that are left.
+    fn drop_graphs(&self) -> Result<Option<HashSet<String>>, StoreError> {
         let _graphs = self.graphs.write().unwrap_or_else(PoisonError::into_inner);
-        self.dropping.store(false, Ordering::Relaxed);
-        let (wanted, loose, sweep) = {
+        let (wanted, mut unwanted, sweep) = {
             let mut state = self.lock();
             let wanted = self.wanted(&mut state)?;
             let mut loose = std::mem::take(&mut state.loose);
@@ -372,23 +391,24 @@ impl Explanations {
             }
             (wanted, loose, sweep)
         };
-        for digest in loose {
+        if sweep {
+            unwanted = self.values.names(GRAPHS)?;
+            unwanted.retain(|digest| !wanted.contains(digest));
+        }
+        for digest in unwanted {
             self.values.delete(GRAPHS, &digest)?;
         }
-        if !sweep {
-            return Ok(());
-        }
-        for digest in self.values.names(GRAPHS)? {
-            if !wanted.contains(&digest) {
-                self.values.delete(GRAPHS, &digest)?;
-            }
-        }
-        let mut contents = HashSet::new();
-        for digest in wanted {
-            contents.extend(self.graph(&digest)?.iter().flat_map(Graph::read_contents));
-        }
-        self.engine.forget_contents(&contents)
+        Ok(sweep.then_some(wanted))
     }
+}
+
+fn unknown(id: &str) -> BuildError {
+    BuildError::new(Code::NotFound, format!("no explanation of build {id}"))
+}
+
+/// A graph from its bytes, unless some other version wrote them.
+fn sound(bytes: Vec<u8>) -> Option<Graph> {
+    Graph::decode(&bytes[..]).ok().filter(Graph::is_sound)
 }
 
 /// What this thread has taken of a processor.

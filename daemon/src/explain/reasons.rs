@@ -1,10 +1,10 @@
 //! Why a step was not cached, against the same step of an earlier build.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
-use kiln_cache::Eviction;
 use kiln_cache::contenthash::{ChangeKind, ContentChange};
+use kiln_cache::{Eviction, StoreError};
 use kiln_proto::explain::{FileChange, Reason, Step};
 use kiln_proto::pattern;
 use kiln_solver::explain::{Found, Outcome, VertexExplanation};
@@ -19,13 +19,18 @@ const REASONS: usize = 64;
 const NAMED: usize = 10;
 /// Root causes that are named for one step.
 const CAUSES: usize = 3;
+/// Longer texts of a part are cut; and how much is told of what two of them have in common.
+const TOLD: usize = 4096;
+const IN_COMMON: usize = 256;
 
 /// What the store knows beside the builds.
-pub(super) trait Facts {
+pub(super) trait Facts: Send + Sync {
     /// What changed between two content digests; `None` if that can't be told.
     fn changes(&self, before: &[u8], after: &[u8]) -> Option<Vec<ContentChange>>;
     /// What removed a result.
     fn eviction(&self, result: &str) -> Option<Eviction>;
+    /// Forgets what content digests were made of that are not wanted.
+    fn forget_contents(&self, wanted: &HashSet<[u8; 32]>) -> Result<(), StoreError>;
 }
 
 /// A vertex that could have been cached and was not: what is known of that beside the graph.
@@ -268,7 +273,8 @@ impl<'a> Comparison<'a> {
                 (part.old, part.new) = (kind.old.clone(), kind.new.clone());
             }
         }
-        changed.iter().map(|changed| part(changed.name, &changed.old, &changed.new)).collect()
+        let told = changed.iter().take(REASONS);
+        told.map(|changed| part(changed.name, &changed.old, &changed.new)).collect()
     }
 
     /// Compares an input that was known in the earlier build.
@@ -400,7 +406,9 @@ fn part(name: &str, old: &[&str], new: &[&str]) -> Reason {
         _ => {
             let (old, new) = (&alike(old), &alike(new));
             let without = |these: &[&str], others: &[&str]| -> String {
-                let left: Vec<&str> = these.iter().filter(|value| !others.contains(value)).copied().collect();
+                let others: HashSet<&str> = others.iter().copied().collect();
+                let left: Vec<&str> =
+                    these.iter().filter(|value| !others.contains(*value)).copied().collect();
                 left.join(", ")
             };
             match (without(old, new), without(new, old)) {
@@ -410,7 +418,23 @@ fn part(name: &str, old: &[&str], new: &[&str]) -> Reason {
             }
         }
     };
+    let (before, after) = readable(before, after);
     Reason { name: name.to_owned(), before, after, ..reason("part") }
+}
+
+/// What fits of two texts, where they differ.
+fn readable(before: String, after: String) -> (String, String) {
+    if before.len().max(after.len()) <= TOLD {
+        return (before, after);
+    }
+    let same = before.bytes().zip(after.bytes()).take_while(|(before, after)| before == after).count();
+    let start = same.saturating_sub(IN_COMMON);
+    let cut = |text: &str| {
+        let (start, end) = (text.floor_char_boundary(start), text.floor_char_boundary(start + TOLD));
+        let mark = |there: bool| if there { "…" } else { "" };
+        format!("{}{}{}", mark(start > 0), &text[start..end], mark(end < text.len()))
+    };
+    (cut(&before), cut(&after))
 }
 
 /// One of values that are all the same.

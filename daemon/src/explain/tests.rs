@@ -1,9 +1,13 @@
 //! Pairing and comparing of made-up graphs.
 
-use std::sync::Arc;
+mod keeping;
 
-use kiln_cache::Eviction;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use kiln_cache::contenthash::{ChangeKind, ContentChange};
+use kiln_cache::{Eviction, StoreError};
 use kiln_solver::explain::{InputExplanation, Outcome, VertexExplanation};
 use kiln_solver::op::{CacheMap, InputMap};
 use prost::Message;
@@ -20,6 +24,17 @@ impl Facts for NoFacts {
 
     fn eviction(&self, _: &str) -> Option<Eviction> {
         None
+    }
+
+    fn forget_contents(&self, _: &HashSet<[u8; 32]>) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+impl super::Explanations {
+    /// For tests of what stands on this.
+    pub(crate) fn without_facts(values: kiln_cache::Values) -> Arc<Self> {
+        Self::over(values, Arc::new(NoFacts))
     }
 }
 
@@ -193,4 +208,32 @@ fn what_was_the_same_and_not_found_is_called_lost() {
     let (before, after, missed) = (Graph::new(&vertices(BASE)), Graph::new(&new), Missed::of(&new, &NoFacts));
     let steps = Comparison::new(&after, &missed, Some(&before), &NoFacts).steps();
     assert_eq!((steps.len(), steps[0].reasons[0].kind.as_str()), (1, "lost"));
+}
+
+#[test]
+fn any_number_of_values_is_compared_and_some_are_told() {
+    const MANY: usize = 100_000;
+    let graph = |version: &str| {
+        let mut made = vertices(BASE);
+        let mut map = (**made[1].map.as_ref().expect("a map")).clone();
+        map.digest = blake3::hash(version.as_bytes());
+        map.parts.extend((0..MANY).map(|at| ("option".into(), format!("{version} {at}"))));
+        map.parts.extend((1..MANY).map(|_| ("arg".into(), "same".into())));
+        map.parts.push(("arg".into(), version.into()));
+        map.parts.extend((0..MANY).map(|at| (format!("env {at}"), version.into())));
+        made[1].map = Some(Arc::new(map));
+        made[1].definition = Some(blake3::hash(version.as_bytes()));
+        (Graph::new(&made), Missed::of(&made, &NoFacts))
+    };
+    let ((before, _), (after, missed)) = (graph("old"), graph("new"));
+    let began = Instant::now();
+    let steps = Comparison::new(&after, &missed, Some(&before), &NoFacts).steps();
+    assert!(began.elapsed() < Duration::from_secs(5), "took {:?}", began.elapsed());
+    let reasons = &steps.iter().find(|step| step.name == BASE[1].0).expect("it is explained").reasons;
+    assert!(reasons.len() < 100, "{} reasons", reasons.len());
+    assert!(reasons.iter().all(|reason| reason.before.len().max(reason.after.len()) < 5000));
+    let told = |name: &str| reasons.iter().find(|reason| reason.name == name).expect(name);
+    assert!(told("option").before.starts_with("old 0, old 1, ") && told("option").before.ends_with('…'));
+    assert!(told("command").before.starts_with('…') && told("command").before.ends_with("same old"));
+    assert!(told("command").after.ends_with("same new"));
 }

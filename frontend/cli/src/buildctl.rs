@@ -8,14 +8,13 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use kiln_proto::control::{BuildHistoryEventType, BuildHistoryRequest, UpdateBuildHistoryRequest};
 
 use crate::args::{Connection, DuArgs, PruneArgs};
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::tls::TlsArgs;
 use crate::workers::WorkersArgs;
-use crate::{stdout, usage, workers};
+use crate::{history, stdout, usage, workers};
 
 const ADDRESS: &str = "unix:///run/buildkit/buildkitd.sock";
 /// Between attempts to reach a daemon that is waited for.
@@ -122,26 +121,15 @@ fn prune_histories(flags: &Connection) -> Result<(), CliError> {
     let stream = connect::connect(flags, Start::Never)?;
     connect::runtime()?.block_on(async {
         let mut control = connect::control(stream.channel()?);
-        let request = BuildHistoryRequest { early_exit: true, ..Default::default() };
-        let mut events = control.listen_build_history(request).await?.into_inner();
-        let mut ended = Vec::new();
-        while let Some(event) = events.message().await? {
-            let kind = event.r#type();
-            ended.extend(event.record.filter(|record| !record.pinned).map(|record| (kind, record)));
-        }
         let mut text = "TYPE\tREF\tCREATED\tCOMPLETED\tGENERATION\n".to_owned();
-        for (kind, record) in ended {
-            let request =
-                UpdateBuildHistoryRequest { r#ref: record.r#ref.clone(), delete: true, ..Default::default() };
-            control.update_build_history(request).await?;
-            let kind = match kind {
-                BuildHistoryEventType::Started => "STARTED",
-                BuildHistoryEventType::Complete => "COMPLETE",
-                BuildHistoryEventType::Deleted => "DELETED",
-            };
+        for record in history::records(&mut control, &[]).await? {
+            if record.pinned || !history::forget_ended(&mut control, &record).await? {
+                continue;
+            }
             let (created, completed) =
                 (usage::time(record.created_at.as_ref()), usage::time(record.completed_at.as_ref()));
-            text += &format!("{kind}\t{}\t{created}\t{completed}\t{}\n", record.r#ref, record.generation);
+            let id = stdout::harmless(&record.r#ref);
+            text += &format!("COMPLETE\t{id}\t{created}\t{completed}\t{}\n", record.generation);
         }
         stdout::print(&text)
     })

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::args::{Connection, ExplainArgs, Format};
 use crate::connect::{self, Start};
 use crate::error::CliError;
-use crate::stdout;
+use crate::stdout::{self, harmless};
 
 /// Explains a build of the history.
 pub(crate) fn history(connection: &Connection, args: &ExplainArgs) -> Result<(), CliError> {
@@ -73,7 +73,7 @@ fn text(explanation: &Explanation) -> String {
     for step in steps.iter().filter(|_| !compared_with.is_empty()) {
         write_step(&mut out, step);
     }
-    out
+    out.lines().map(|line| harmless(line) + "\n").collect()
 }
 
 fn write_step(out: &mut String, step: &Step) {
@@ -206,7 +206,7 @@ mod tests {
                         ..reason("order")
                     }],
                 ),
-                step("RUN d", vec![reason("no-cache")]),
+                step("RUN \u{1b}[2Jd", vec![reason("no-cache")]),
                 step("RUN e", vec![reason("never-built")]),
                 step("RUN f", vec![reason("unfinished")]),
                 step("RUN g\nmore", vec![reason("lost")]),

@@ -2,17 +2,19 @@
 
 use std::time::{Duration, SystemTime};
 
+use kiln_daemon::build_status;
 use kiln_proto::control::control_client::ControlClient;
 use kiln_proto::control::{
     BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, UpdateBuildHistoryRequest,
 };
 use serde_json::{Value, json};
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 use crate::args::{Connection, HistoryCommand, HistoryLsArgs, HistoryRmArgs, RecordFormat};
 use crate::connect::{self, Start};
 use crate::error::CliError;
+use crate::stdout::harmless;
 use crate::{explain, stdout};
 
 /// Runs one of the history commands.
@@ -46,24 +48,44 @@ fn rm(connection: &Connection, args: HistoryRmArgs) -> Result<(), CliError> {
     let stream = connect::connect(connection, Start::IfNeeded)?;
     connect::runtime()?.block_on(async {
         let mut control = connect::control(stream.channel()?);
-        let all = match args.all {
-            true => records(&mut control, &[]).await?,
-            false => Vec::new(),
-        };
-        // What is still running stays.
-        let ended = all.into_iter().filter(|record| record.completed_at.is_some());
-        for reference in args.references.into_iter().chain(ended.map(|record| record.r#ref)) {
-            let request =
-                UpdateBuildHistoryRequest { r#ref: reference.clone(), delete: true, ..Default::default() };
-            control.update_build_history(request).await?;
-            stdout::print(&format!("{reference}\n"))?;
+        for reference in args.references {
+            forget(&mut control, &reference).await?;
+            stdout::print(&format!("{}\n", harmless(&reference)))?;
+        }
+        if args.all {
+            for record in records(&mut control, &[]).await? {
+                if forget_ended(&mut control, &record).await? {
+                    stdout::print(&format!("{}\n", harmless(&record.r#ref)))?;
+                }
+            }
         }
         Ok(())
     })
 }
 
+async fn forget(control: &mut ControlClient<Channel>, reference: &str) -> Result<(), Status> {
+    let request =
+        UpdateBuildHistoryRequest { r#ref: reference.to_owned(), delete: true, ..Default::default() };
+    control.update_build_history(request).await.map(drop)
+}
+
+/// Forgets a build of which nobody asked by name; false if it still runs or somebody else was faster.
+pub(crate) async fn forget_ended(
+    control: &mut ControlClient<Channel>,
+    record: &BuildHistoryRecord,
+) -> Result<bool, CliError> {
+    if record.completed_at.is_none() {
+        return Ok(false);
+    }
+    match forget(control, &record.r#ref).await {
+        Ok(()) => Ok(true),
+        Err(status) if matches!(status.code(), Code::NotFound | Code::FailedPrecondition) => Ok(false),
+        Err(status) => Err(status.into()),
+    }
+}
+
 /// The builds of which the daemon knows now.
-async fn records(
+pub(crate) async fn records(
     control: &mut ControlClient<Channel>,
     filters: &[String],
 ) -> Result<Vec<BuildHistoryRecord>, CliError> {
@@ -90,15 +112,6 @@ fn name(record: &BuildHistoryRecord) -> String {
     words.into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
-fn status(record: &BuildHistoryRecord) -> &'static str {
-    match &record.error {
-        _ if record.completed_at.is_none() => "Running",
-        None => "Completed",
-        Some(error) if error.code == Code::Cancelled as i32 => "Canceled",
-        Some(_) => "Error",
-    }
-}
-
 fn time(time: Option<&prost_types::Timestamp>) -> Option<jiff::Timestamp> {
     time.and_then(|time| jiff::Timestamp::new(time.seconds, time.nanos).ok())
 }
@@ -123,9 +136,9 @@ fn table(records: &[BuildHistoryRecord]) -> String {
     for record in records {
         let created = record.created_at.as_ref().and_then(|time| jiff::Timestamp::new(time.seconds, 0).ok());
         rows.push([
-            record.r#ref.clone(),
-            name(record),
-            status(record).to_owned(),
+            harmless(&record.r#ref).into_owned(),
+            harmless(&name(record)).into_owned(),
+            build_status(record).to_owned(),
             created.map(|created| created.to_string()).unwrap_or_default(),
             duration(record, now),
         ]);
@@ -144,7 +157,7 @@ fn json(record: &BuildHistoryRecord) -> Value {
     let mut value = json!({
         "ref": record.r#ref,
         "name": name(record),
-        "status": status(record),
+        "status": build_status(record),
         "created_at": time(record.created_at.as_ref()).map(|time| time.to_string()),
         "total_steps": record.num_total_steps,
         "completed_steps": record.num_completed_steps,
@@ -173,6 +186,7 @@ mod tests {
         };
         let failed = BuildHistoryRecord {
             r#ref: "longer".into(),
+            frontend_attrs: [("filename".to_owned(), "\u{1b}[2J\n\u{9b}ä".to_owned())].into(),
             error: Some(kiln_proto::rpc::Status::default()),
             completed_at: at(4723),
             ..ended.clone()
@@ -180,9 +194,9 @@ mod tests {
         assert_eq!(
             table(&[ended, failed]),
             concat!(
-                "BUILD ID  NAME              STATUS     CREATED AT            DURATION\n",
-                "abc       Dockerfile (app)  Completed  1970-01-01T00:16:40Z  1m 23s\n",
-                "longer    Dockerfile (app)  Error      1970-01-01T00:16:40Z  1h 02m 03s\n",
+                "BUILD ID  NAME                STATUS     CREATED AT            DURATION\n",
+                "abc       Dockerfile (app)    Completed  1970-01-01T00:16:40Z  1m 23s\n",
+                "longer    \\u{1b}[2J\\n\\u{9b}ä  Error      1970-01-01T00:16:40Z  1h 02m 03s\n",
             )
         );
     }

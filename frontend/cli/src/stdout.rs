@@ -1,5 +1,6 @@
 //! Answers on standard output.
 
+use std::borrow::Cow;
 use std::io::{ErrorKind, Write};
 
 use crate::error::CliError;
@@ -13,4 +14,13 @@ pub(crate) fn print(text: &str) -> Result<(), CliError> {
         }
         _ => Ok(()),
     }
+}
+
+/// What others named, for a terminal: characters that would steer it are shown as escapes.
+pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(shown).collect())
 }

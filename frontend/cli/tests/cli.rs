@@ -285,3 +285,20 @@ fn addresses_without_a_daemon_are_named() {
         assert!(stderr.contains(expected), "{stderr}");
     }
 }
+
+#[test]
+fn forgetting_builds_passes_over_what_runs_and_what_others_forgot() {
+    let daemon = Daemon::start(|_, _, _| async { Ok(response(&[])) });
+    let forgotten = (0, "ended\\u{1b}[2J\n".to_owned(), String::new());
+    assert_eq!(daemon.run(&["history", "rm", "--all"]), forgotten);
+    let (code, _, stderr) = daemon.run(&["history", "rm", "other", "taken"]);
+    assert_eq!((code, stderr.as_str()), (1, "ERROR: no such build taken\n"));
+    let address = format!("unix://{}", daemon.path("kilnd.sock").display());
+    let (code, stdout, stderr) = daemon.run(&["buildctl", "--addr", &address, "prune-histories"]);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    let rows = "TYPE\tREF\tCREATED\tCOMPLETED\tGENERATION\n\
+                COMPLETE\tended\\u{1b}[2J\t1970-01-01T00:00:01Z\t1970-01-01T00:00:04Z\t0\n";
+    assert_eq!(stdout, rows);
+    let (_, listed, _) = daemon.run(&["history", "ls"]);
+    assert!(listed.contains("ended\\u{1b}[2J") && !listed.contains('\u{1b}'), "{listed:?}");
+}

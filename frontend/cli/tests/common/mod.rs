@@ -248,14 +248,30 @@ impl Control for Service {
         &self,
         _: Request<BuildHistoryRequest>,
     ) -> Result<Response<Self::ListenBuildHistoryStream>, Status> {
-        no()
+        let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let builds = [("taken", at(2)), ("running", None), ("again", at(3)), ("ended\u{1b}[2J", at(4))];
+        let events = builds.map(|(id, completed_at)| {
+            let record = BuildHistoryRecord {
+                r#ref: id.into(),
+                created_at: at(1),
+                completed_at,
+                ..Default::default()
+            };
+            Ok(BuildHistoryEvent { record: Some(record), ..Default::default() })
+        });
+        Ok(Response::new(futures::stream::iter(events).boxed()))
     }
 
     async fn update_build_history(
         &self,
-        _: Request<UpdateBuildHistoryRequest>,
+        request: Request<UpdateBuildHistoryRequest>,
     ) -> Result<Response<UpdateBuildHistoryResponse>, Status> {
-        no()
+        match request.into_inner().r#ref.as_str() {
+            "taken" => Err(Status::not_found("no such build taken")),
+            "running" => Err(Status::internal("nobody should ask for this")),
+            "again" => Err(Status::failed_precondition("build again is still running")),
+            _ => Ok(Response::new(UpdateBuildHistoryResponse::default())),
+        }
     }
 }
 

@@ -1,0 +1,83 @@
+//! Records over a store, without builds.
+
+use std::time::Duration;
+
+use kiln_cache::{Store, StoreOptions};
+use tempfile::TempDir;
+
+use super::*;
+
+fn open(config: HistoryConfig) -> (TempDir, Arc<Store>, Arc<History>) {
+    let dir = TempDir::new().expect("a directory");
+    let store = Store::open(dir.path(), StoreOptions::default()).expect("a store");
+    let explanations = Explanations::without_facts(store.values());
+    let history = History::new(store.values(), explanations, config);
+    (dir, store, history)
+}
+
+fn begun(history: &Arc<History>, id: &str) -> BuildHistoryRecord {
+    let request = control::SolveRequest { r#ref: id.into(), ..Default::default() };
+    let mut recording = history.begin(&request, ProgressLog::new());
+    recording.record.take().expect("begun")
+}
+
+fn build(history: &Arc<History>, id: &str, error: Option<&BuildError>) {
+    let record = begun(history, id);
+    history.finish(record, &[], error).expect("finish");
+}
+
+fn listed(history: &History, filter: &[&str]) -> Vec<(String, &'static str)> {
+    let filter = filter.iter().map(|text| (*text).to_owned()).collect();
+    let request = BuildHistoryRequest { early_exit: true, filter, ..Default::default() };
+    let records = history.listen(&request).expect("listen").0.into_iter().filter_map(|event| event.record);
+    records.map(|record| (record.r#ref.clone(), build_status(&record))).collect()
+}
+
+fn update(id: &str) -> UpdateBuildHistoryRequest {
+    UpdateBuildHistoryRequest { r#ref: id.into(), ..Default::default() }
+}
+
+#[test]
+fn a_build_is_listed_once_while_it_ends_and_while_it_runs_again() {
+    let (_dir, _store, history) = open(HistoryConfig::default());
+    let record = begun(&history, "a");
+    assert_eq!(listed(&history, &[]), [("a".to_owned(), "Running")]);
+    history.finish(record.clone(), &[], None).expect("finish");
+    // As a listener finds it that looks at running builds, then waits for its turn, then looks at the others.
+    history.active.insert("a".into(), record.clone());
+    assert_eq!(listed(&history, &[]), [("a".to_owned(), "Completed")]);
+    let later = SystemTime::now() + Duration::from_secs(1);
+    history.active.insert("a".into(), BuildHistoryRecord { created_at: Some(later.into()), ..record });
+    assert_eq!(listed(&history, &[]), [("a".to_owned(), "Running")]);
+    assert_eq!(listed(&history, &["status==running"]).len(), 1);
+    assert!(listed(&history, &["status==completed"]).is_empty());
+}
+
+#[test]
+fn what_builds_share_stays_until_the_last_of_them_goes() {
+    let (_dir, store, history) = open(HistoryConfig { max_entries: 3, ..HistoryConfig::default() });
+    let contents = || store.values().names(CONTENT).expect("names").len();
+    for id in ["a", "b", "c"] {
+        build(&history, id, Some(&BuildError::build("broken")));
+    }
+    assert_eq!((listed(&history, &[]).len(), contents()), (3, 2));
+    history.update(&UpdateBuildHistoryRequest { pinned: true, ..update("a") }).expect("pin");
+    // As after a start of the daemon.
+    let history = History::new(store.values(), history.explanations.clone(), history.config);
+    for id in ["d", "e", "f"] {
+        build(&history, id, None);
+    }
+    let mut left = listed(&history, &[]);
+    left.sort();
+    assert_eq!(left.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["a", "d", "e", "f"]);
+    assert_eq!(contents(), 2, "the error is the pinned build's");
+    // Another build of the same ref takes the record's place.
+    build(&history, "a", None);
+    assert_eq!(contents(), 1, "nothing names the error any more");
+    for (id, _) in listed(&history, &[]) {
+        history.update(&UpdateBuildHistoryRequest { delete: true, ..update(&id) }).expect("delete");
+    }
+    assert_eq!((listed(&history, &[]).len(), contents()), (0, 0));
+    let again = history.update(&UpdateBuildHistoryRequest { delete: true, ..update("d") });
+    assert_eq!(again.expect_err("it is gone").to_rpc().code, Code::NotFound as i32);
+}
