@@ -1,6 +1,7 @@
 //! Adding builds, asking for them and forgetting them.
 
 use std::sync::{Mutex, mpsc};
+use std::time::Duration;
 
 use futures::FutureExt;
 use kiln_cache::{Store, StoreOptions};
