@@ -102,6 +102,11 @@ impl History {
         self.values.get(CONTENT, digest).map_err(storage)
     }
 
+    /// The digests of all blobs that records name.
+    pub(crate) fn contents(&self) -> Result<Vec<String>, BuildError> {
+        self.values.names(CONTENT).map_err(storage)
+    }
+
     fn put_content(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, BuildError> {
         let digest = format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)));
         self.values.put(CONTENT, &digest, bytes).map_err(storage)?;
