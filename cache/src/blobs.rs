@@ -120,6 +120,16 @@ impl Blobs {
         }))
     }
 
+    /// The digests of all blobs, in byte order.
+    pub fn digests(&self) -> Result<Vec<String>> {
+        let mut digests = Vec::new();
+        self.shared.kv.scan(Cf::Blobs, b"", &mut |digest, _| {
+            digests.push(String::from_utf8_lossy(digest).into_owned());
+            Ok(true)
+        })?;
+        Ok(digests)
+    }
+
     /// Sets a label of a blob; an empty value removes it.
     pub fn set_label(&self, digest: &str, name: &str, value: &str) -> Result<()> {
         let _guard = self.shared.exclusive();

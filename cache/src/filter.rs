@@ -1,6 +1,6 @@
 //! Filters of disk usage and prune requests: containerd's filter language over the fields of a
 //! usage record. A filter is a list of selectors, all of which must hold: `type==regular`,
-//! `id~=^abc`, `inuse` (is set), `description!="a, b"`. Of several filters one must hold.
+//! `id~=^abc`, `inuse` (is set), `description!="a, b"`, `labels."a:b"`. Of several filters one must hold.
 
 use regex::Regex;
 
@@ -32,6 +32,11 @@ impl Filter {
     pub fn parse(filters: &[String]) -> Result<Self> {
         let any_of = filters.iter().map(|text| parse(text)).collect::<Result<Vec<_>>>()?;
         Ok(Self { any_of })
+    }
+
+    /// The names of the fields that are looked at.
+    pub fn fields(&self) -> impl Iterator<Item = &str> {
+        self.any_of.iter().flatten().map(|selector| selector.field.as_str())
     }
 
     /// Whether a record passes.
@@ -81,8 +86,7 @@ fn parse(text: &str) -> Result<Vec<Selector>> {
     let mut selectors = Vec::new();
     let mut rest = text.trim();
     while !rest.is_empty() {
-        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/')));
-        let (name, after) = rest.split_at(end.unwrap_or(rest.len()));
+        let (name, after) = name(rest).map_err(fail)?;
         if name.is_empty() {
             return Err(fail("expected a field name"));
         }
@@ -100,7 +104,7 @@ fn parse(text: &str) -> Result<Vec<Selector>> {
                 }
             }
         };
-        selectors.push(Selector { field: name.to_owned(), test });
+        selectors.push(Selector { field: name, test });
         rest = match rest.strip_prefix(',') {
             Some("") => return Err(fail("expected a field name after the comma")),
             Some(after) => after,
@@ -109,6 +113,23 @@ fn parse(text: &str) -> Result<Vec<Selector>> {
         };
     }
     Ok(selectors)
+}
+
+/// A field's name, of which parts may be quoted, and what follows it.
+fn name(text: &str) -> Result<(String, &str), &'static str> {
+    let (mut out, mut rest) = (String::new(), text);
+    loop {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
+        let end = rest.find(|c| !plain(c)).unwrap_or(rest.len());
+        out.push_str(&rest[..end]);
+        rest = &rest[end..];
+        if !(rest.starts_with('"') && (out.is_empty() || out.ends_with('.'))) {
+            return Ok((out, rest));
+        }
+        let (part, after) = value(rest)?;
+        out.push_str(&part);
+        rest = after;
+    }
 }
 
 /// A value, bare up to the next comma or quoted, and what follows it.

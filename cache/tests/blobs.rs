@@ -21,6 +21,7 @@ fn a_blob_is_there_once_it_was_checked() {
     assert_eq!(writer.size(), 3);
     let blob = writer.commit(Some(HI), Some(3)).unwrap();
     assert_eq!((blob.digest(), blob.size()), (HI, 3));
+    assert_eq!(blobs.digests().unwrap(), [HI]);
     let mut text = String::new();
     blobs.get(HI).unwrap().unwrap().open().unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "hi\n");

@@ -134,6 +134,11 @@ impl History {
         self.values.get(CONTENT, digest).map_err(storage)
     }
 
+    /// The digests of all blobs that records name.
+    pub(crate) fn contents(&self) -> Result<Vec<String>, BuildError> {
+        self.values.names(CONTENT).map_err(storage)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<HashMap<String, Finished>>> {
         self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -5,7 +5,9 @@ pub mod fake_registry;
 pub mod kiln;
 pub mod lab;
 pub mod tools;
+pub mod web;
 
 pub use fake_registry::FakeRegistry;
 pub use kiln::{Built, Kiln};
 pub use lab::{Context, Moments, Registry, free_port, layout, wait_until};
+pub use web::{WebAnswer, WebRequest, WebServer};

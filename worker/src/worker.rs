@@ -16,8 +16,9 @@ use crate::flat;
 use crate::image::{Access, Images};
 use crate::lenders::Lenders;
 use crate::ops::run_dir::RunDir;
-use crate::ops::{BuildContext, CacheMountLocks, Factory};
+use crate::ops::{self, BuildContext, CacheMountLocks, Factory};
 use crate::registry::Credentials;
+use crate::registry::http::Clients;
 use crate::sandbox::spec::NetworkMode;
 use crate::sandbox::{self, Executor, ExecutorChoice};
 use crate::view::{View, ViewError};
@@ -53,8 +54,8 @@ pub struct WorkerConfig {
     pub network: NetworkMode,
     /// What `/etc/resolv.conf` in steps has instead of the host's.
     pub dns: Dns,
-    /// Directory for sockets, secrets and generated files of running steps, made if missing; it should be on
-    /// a memory-backed file system. What a killed daemon left in it is removed.
+    /// Directory for sockets and generated files of running steps, made if missing. What a killed daemon left in it
+    /// is removed.
     pub run_dir: PathBuf,
 }
 
@@ -87,6 +88,8 @@ pub struct Worker {
     executor: Mutex<Option<Arc<dyn Executor>>>,
     pub(crate) cache_mounts: CacheMountLocks,
     pub(crate) lenders: Lenders,
+    /// For sources that are plain URLs.
+    pub(crate) web: Clients,
     /// Steps that are running, or ending after their build lost interest.
     pub(crate) steps: TaskTracker,
     disk: Arc<Semaphore>,
@@ -123,6 +126,7 @@ impl Worker {
             executor: Mutex::new(None),
             cache_mounts: CacheMountLocks::default(),
             lenders: Lenders::default(),
+            web: Clients::default(),
             steps: TaskTracker::new(),
             disk: Arc::new(Semaphore::new(
                 FILE_WORK
@@ -131,9 +135,9 @@ impl Worker {
         }))
     }
 
-    /// Forgets what was noted of images that are no longer in the store. Blocking.
+    /// Forgets what was noted of images and files of the web that are no longer in the store. Blocking.
     pub fn forget_gone(&self) -> Result<usize, crate::image::ImageError> {
-        self.images.forget_gone()
+        Ok(self.images.forget_gone()? + ops::forget_gone(&self.store)?)
     }
 
     /// The worker's name, kept for the life of the store.

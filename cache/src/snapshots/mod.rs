@@ -230,6 +230,11 @@ impl Snapshots {
         Ok(ready.remove(id))
     }
 
+    /// True if the snapshot is there; asking is no use of it.
+    pub fn exists(&self, id: &str) -> Result<bool> {
+        Ok(Record::load(self.shared.kv.as_ref(), id)?.is_some())
+    }
+
     fn live(&self, id: &str) -> Option<SnapshotRef> {
         Some(SnapshotRef { inner: self.shared.snapshots.get(id)? })
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use kiln_cache::{GcPolicy, PruneOptions, Store, StoreError, UsageRecord};
+use kiln_cache::{BlobInfo, GcPolicy, PruneOptions, Store, StoreError, UsageRecord};
 use kiln_proto::{control, types};
 use kiln_worker::Worker;
 use tokio::sync::Notify;
@@ -80,6 +80,16 @@ impl Engine {
         let mut removed = Vec::new();
         self.store.prune(&options, &mut |gone| removed.push(record(gone))).map_err(store_error)?;
         Ok(removed)
+    }
+
+    /// The digests of all blobs.
+    pub(crate) fn blobs(&self) -> Result<Vec<String>, BuildError> {
+        self.store.blobs().digests().map_err(store_error)
+    }
+
+    /// What is known of a blob.
+    pub(crate) fn blob_info(&self, digest: &str) -> Result<Option<BlobInfo>, BuildError> {
+        self.store.blobs().info(digest).map_err(store_error)
     }
 
     /// A blob and its size.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
     CompileError, CompileInput, Compiled, ContextSource, ImageResolver, Options, ResolveError, ResolveMode,
-    ResolvedImage,
+    ResolvedImage, SyntaxDirective,
 };
 use kiln_proto::{pb, platform};
 use tonic::Code;
@@ -42,13 +42,13 @@ pub(super) async fn compile(
     context: ContextSource,
 ) -> Result<Compiled, BuildError> {
     let syntax = match options.build_args.get("BUILDKIT_SYNTAX").filter(|image| !image.is_empty()) {
-        Some(image) => Some(image.clone()),
+        Some(image) => Some(SyntaxDirective { value: image.clone(), ranges: Vec::new() }),
         None => kiln_dockerfile::syntax_directive(&file.data),
     };
-    if let Some(image) = syntax.as_deref().and_then(|line| line.split_whitespace().next())
-        && !is_builtin(image)
+    if let Some(SyntaxDirective { value, ranges }) = syntax
+        && let Some(image) = value.split_whitespace().next().filter(|image| !is_builtin(image))
     {
-        return Err(BuildError::unsupported(format_args!("frontend image {image}")));
+        return Err(located(BuildError::unsupported(format_args!("frontend image {image}")), file, &ranges));
     }
     let input = CompileInput {
         dockerfile: &file.data,
@@ -75,10 +75,12 @@ fn explain(error: CompileError, file: &pb::SourceInfo) -> BuildError {
         return error;
     }
     error = error.with(frontend_detail(super::DOCKERFILE, ""));
-    if !ranges.is_empty() {
-        error = error.with(source_detail(file, &ranges));
-    }
-    error
+    located(error, file, &ranges)
+}
+
+/// Adds the lines that an error is about, if it is about any.
+fn located(error: BuildError, file: &pb::SourceInfo, ranges: &[pb::Range]) -> BuildError {
+    if ranges.is_empty() { error } else { error.with(source_detail(file, ranges)) }
 }
 
 /// Images as the build finds them.

@@ -35,8 +35,7 @@ const MISSING: &[&str] = &[
     ids::SOURCE_OCI_LAYOUT,
     ids::SOURCE_LOCAL_METADATA_TRANSFER,
     ids::SOURCE_GIT,
-    ids::SOURCE_HTTP,
-    ids::SOURCE_HTTP_UID_GID,
+    ids::SOURCE_HTTP_SIGNATURE_VERIFY,
     ids::SOURCE_BUILD_OP_LLB_FILENAME,
     ids::SOURCE_POLICY,
     ids::EXEC_META_NETWORK_PROXY,
@@ -82,17 +81,18 @@ mod tests {
 
     #[test]
     fn lists() {
-        for id in ["source.image", "exec.mount.secret", "file.base", "mergeop", "exec.meta.security"] {
+        for id in [
+            "source.image",
+            "soruce.http.uidgid",
+            "source.http.checksum",
+            "exec.mount.secret",
+            "file.base",
+            "mergeop",
+            "exec.meta.security",
+        ] {
             assert!(supported(id), "{id}");
         }
-        for id in [
-            "source.git",
-            "source.git.subdir",
-            "source.http.checksum",
-            "soruce.http.uidgid",
-            "cache.s3",
-            "made.up",
-        ] {
+        for id in ["source.git", "source.git.subdir", "source.http.signatureverify", "cache.s3", "made.up"] {
             assert!(!supported(id), "{id}");
         }
         assert!(llb().is_sorted_by(|a, b| a.id < b.id));

@@ -1,10 +1,11 @@
-//! `containerd.services.content.v1.Content`, read-only: blobs of images and of the build history,
-//! by digest. Clients read records' logs and errors through it.
+//! `containerd.services.content.v1.Content`, read-only: blobs of images and of the build history.
+//! Clients read records' logs and errors through it.
 
 use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
+use kiln_cache::Filter;
 use kiln_proto::content::content_server::Content;
 use kiln_proto::content::{
     AbortRequest, DeleteContentRequest, Info, InfoRequest, InfoResponse, ListContentRequest,
@@ -18,6 +19,8 @@ use crate::error::BuildError;
 
 /// Bytes in one message.
 const CHUNK: usize = 1 << 20;
+/// Blobs that one message lists.
+const LISTED: usize = 100;
 
 pub(super) struct ContentService(pub(super) Arc<Daemon>);
 
@@ -55,22 +58,59 @@ impl Blob {
     }
 }
 
-impl ContentService {
-    async fn blob(&self, digest: &str) -> Result<Arc<Blob>, Status> {
-        let (daemon, digest) = (self.0.clone(), digest.to_owned());
-        let find = move || -> Result<Blob, BuildError> {
-            if let Some(bytes) = daemon.history.content(&digest)? {
-                return Ok(Blob::Bytes(bytes));
-            }
-            match daemon.engine.open_blob(&digest)? {
-                Some((file, size)) => Ok(Blob::File(file, size)),
-                None => Err(BuildError::new(tonic::Code::NotFound, format!("content {digest}: not found"))),
-            }
-        };
-        let blob =
-            tokio::task::spawn_blocking(find).await.map_err(|error| Status::internal(error.to_string()))?;
-        Ok(Arc::new(blob?))
+fn not_found(digest: &str) -> BuildError {
+    BuildError::new(tonic::Code::NotFound, format!("content {digest}: not found"))
+}
+
+fn blob(daemon: &Daemon, digest: &str) -> Result<Blob, BuildError> {
+    if let Some(bytes) = daemon.history.content(digest)? {
+        return Ok(Blob::Bytes(bytes));
     }
+    match daemon.engine.open_blob(digest)? {
+        Some((file, size)) => Ok(Blob::File(file, size)),
+        None => Err(not_found(digest)),
+    }
+}
+
+fn info(daemon: &Daemon, digest: &str) -> Result<Option<Info>, BuildError> {
+    let size = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
+    if let Some(bytes) = daemon.history.content(digest)? {
+        let size = size(bytes.len() as u64);
+        return Ok(Some(Info { digest: digest.to_owned(), size, ..Info::default() }));
+    }
+    Ok(daemon.engine.blob_info(digest)?.map(|blob| Info {
+        digest: blob.digest,
+        size: size(blob.size),
+        created_at: Some(blob.created.into()),
+        // A blob never changes.
+        updated_at: Some(blob.created.into()),
+        labels: blob.labels.into_iter().collect(),
+    }))
+}
+
+/// A field of a blob by its name in filters.
+fn field(info: &Info, name: &str) -> Option<String> {
+    match name.strip_prefix("labels.") {
+        Some(label) => info.labels.get(label).cloned(),
+        None => Some(info.digest.clone()),
+    }
+}
+
+/// What clients may ask a list to be restricted by.
+fn filter(filters: &[String]) -> Result<Filter, Status> {
+    let filter = Filter::parse(filters).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    if let Some(field) = filter.fields().find(|name| *name != "digest" && !name.starts_with("labels.")) {
+        return Err(BuildError::unsupported(format_args!("content filter on {field:?}")).into());
+    }
+    Ok(filter)
+}
+
+/// Runs work that touches the disk where blocking does no harm.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|error| Status::internal(error.to_string()))??)
 }
 
 #[tonic::async_trait]
@@ -80,14 +120,15 @@ impl Content for ContentService {
     type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
 
     async fn info(&self, request: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
-        let digest = request.into_inner().digest;
-        let size = i64::try_from(self.blob(&digest).await?.size()).unwrap_or(i64::MAX);
-        Ok(Response::new(InfoResponse { info: Some(Info { digest, size, ..Info::default() }) }))
+        let (daemon, digest) = (self.0.clone(), request.into_inner().digest);
+        let found = blocking(move || info(&daemon, &digest)?.ok_or_else(|| not_found(&digest))).await?;
+        Ok(Response::new(InfoResponse { info: Some(found) }))
     }
 
     async fn read(&self, request: Request<ReadContentRequest>) -> Result<Response<Self::ReadStream>, Status> {
         let request = request.into_inner();
-        let blob = self.blob(&request.digest).await?;
+        let (daemon, digest) = (self.0.clone(), request.digest.clone());
+        let blob = Arc::new(blocking(move || blob(&daemon, &digest)).await?);
         let (Ok(offset), Ok(size)) = (u64::try_from(request.offset), u64::try_from(request.size)) else {
             return Err(Status::out_of_range("negative offset or size"));
         };
@@ -101,18 +142,48 @@ impl Content for ContentService {
             }
             let length = usize::try_from(end - offset).unwrap_or(CHUNK).min(CHUNK);
             let (reader, from) = (blob.clone(), offset);
-            let data = tokio::task::spawn_blocking(move || reader.read_at(from, length))
-                .await
-                .map_err(|error| Status::internal(error.to_string()))?
-                .map_err(|error| Status::internal(error.to_string()))?;
+            let data = blocking(move || {
+                let read = reader.read_at(from, length);
+                read.map_err(|error| BuildError::new(tonic::Code::Internal, error.to_string()))
+            })
+            .await?;
             let message = ReadContentResponse { offset: i64::try_from(offset).unwrap_or(i64::MAX), data };
             Ok(Some((message, (blob, offset + length as u64))))
         });
         Ok(Response::new(chunks.boxed()))
     }
 
-    async fn list(&self, _: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
-        Err(BuildError::unsupported("listing content").into())
+    async fn list(&self, request: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+        let filter = Arc::new(filter(&request.into_inner().filters)?);
+        let daemon = self.0.clone();
+        let digests = blocking(move || {
+            let mut all = daemon.engine.blobs()?;
+            all.extend(daemon.history.contents()?);
+            all.sort_unstable();
+            all.dedup();
+            Ok(all)
+        })
+        .await?;
+        let daemon = self.0.clone();
+        let pages = stream::try_unfold(digests.into_iter(), move |mut digests| {
+            let (daemon, filter) = (daemon.clone(), filter.clone());
+            async move {
+                let page = blocking(move || {
+                    let mut infos = Vec::new();
+                    while infos.len() < LISTED
+                        && let Some(digest) = digests.next()
+                    {
+                        // One that has gone meanwhile is not listed.
+                        let found = info(&daemon, &digest)?;
+                        infos.extend(found.filter(|info| filter.holds(&|name| field(info, name))));
+                    }
+                    Ok((infos, digests))
+                });
+                let (info, digests) = page.await?;
+                Ok((!info.is_empty()).then_some((ListContentResponse { info }, digests)))
+            }
+        });
+        Ok(Response::new(pages.boxed()))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

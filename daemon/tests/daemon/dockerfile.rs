@@ -9,7 +9,7 @@ use kiln_proto::gateway::{PingRequest, Result as GatewayResult, ReturnRequest, r
 use kiln_proto::{gateway, rpc};
 use kiln_session::client::{Attachables, ClientSession, ExportTarget, SharedDir};
 use prost::Message;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tonic::{Code, Status};
 
@@ -143,7 +143,11 @@ async fn errors_show_the_lines() {
     let mut daemon = Daemon::start().await;
     let client = Client::attach(
         &daemon,
-        &[("Dockerfile", "FROM scratch\nCOPPY a /\n"), ("Bad", "FROM scratch\nCOPY nope /\n")],
+        &[
+            ("Dockerfile", "FROM scratch\nCOPPY a /\n"),
+            ("Bad", "FROM scratch\nCOPY nope /\n"),
+            ("Foreign", "# check=skip=all\n#syntax=foobar\nFROM scratch\n"),
+        ],
     )
     .await;
     let error = client.build(&daemon, "one", &[]).await.0.expect_err("not an instruction");
@@ -168,6 +172,14 @@ async fn errors_show_the_lines() {
         (&"Bad".into(), &2.into())
     );
     assert!(found.iter().any(|(name, _)| name == "errdefs.Vertex+json"));
+
+    let error =
+        client.build(&daemon, "syntax", &[("filename", "Foreign")]).await.0.expect_err("no such frontend");
+    assert_eq!(error.message(), "unsupported: frontend image foobar");
+    let found = details(&error);
+    let source = &found.iter().find(|(name, _)| name == "errdefs.Source+json").expect("a source").1;
+    assert_eq!(source["ranges"], json!([{ "start": { "line": 2 }, "end": { "line": 2 } }]));
+    assert!(source["info"]["definition"].is_object());
 
     let error =
         client.build(&daemon, "three", &[("filename", "None")]).await.0.expect_err("no such Dockerfile");

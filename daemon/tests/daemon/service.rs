@@ -1,8 +1,11 @@
 //! The daemon through its socket, with builds that need no sandbox and no network.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::common::{Daemon, chain, file, for_build, request};
+use kiln_proto::content::ListContentRequest;
+use kiln_proto::content::content_client::ContentClient;
 use kiln_proto::control::{
     BuildHistoryEventType, BuildHistoryRequest, DiskUsageRequest, Exporter, InfoRequest, ListWorkersRequest,
     PruneRequest, SolveRequest, StatusRequest, StatusResponse, UpdateBuildHistoryRequest, Vertex,
@@ -11,9 +14,9 @@ use kiln_proto::gateway::{
     PingRequest, ReadDirRequest, ReadFileRequest, Result as GatewayResult, ReturnRequest, StatFileRequest,
     WarnRequest, result,
 };
-use kiln_proto::{gateway, rpc};
+use kiln_proto::{content, gateway, rpc};
 use prost::Message;
-use tonic::Code;
+use tonic::{Code, Status};
 
 fn vertex<'a>(messages: &'a [StatusResponse], digest: &str) -> Vec<&'a Vertex> {
     messages.iter().flat_map(|message| &message.vertexes).filter(|vertex| vertex.digest == digest).collect()
@@ -279,6 +282,57 @@ async fn usage_and_prune() {
     response.expect("built again");
     assert!(vertex(&status, &digest).last().is_some_and(|vertex| !vertex.cached), "the result was pruned");
     drop(control);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn content_is_listed_and_goes_with_what_names_it() {
+    let mut daemon = Daemon::with(|config| config.history.max_entries = 1000).await;
+    let client = ContentClient::new(daemon.channel().await);
+    let list = async |filters: &[&str]| {
+        let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
+        let mut stream = client.clone().list(ListContentRequest { filters }).await?.into_inner();
+        let mut pages = Vec::new();
+        while let Some(page) = stream.message().await? {
+            pages.push(page.info);
+        }
+        Ok::<_, Status>(pages)
+    };
+    assert!(list(&[]).await.expect("nothing").is_empty());
+    // The log of each build is another one.
+    for number in 0..120 {
+        let (definition, _) = file("/a", "1");
+        daemon.build(request(&format!("b{number}"), definition)).await.0.expect("built");
+    }
+    let events = history(&daemon, "").await;
+    let logs: BTreeMap<_, _> = events
+        .iter()
+        .filter_map(|event| event.record.as_ref()?.logs.clone())
+        .map(|logs| (logs.digest, logs.size))
+        .collect();
+    let pages = list(&[]).await.expect("all");
+    let all: Vec<_> = pages.iter().flatten().map(|info| (info.digest.clone(), info.size)).collect();
+    assert_eq!(all, logs.clone().into_iter().collect::<Vec<_>>());
+    let first = &all[0].0;
+    let only = list(&[&format!("digest=={first}"), "labels.\"a.b/c:d\"==x"]).await.expect("one");
+    assert_eq!(only.iter().flatten().map(|info| &info.digest).collect::<Vec<_>>(), [first]);
+    let found =
+        client.clone().info(content::InfoRequest { digest: first.clone() }).await.expect("info").into_inner();
+    assert_eq!(found.info.expect("info").size, all[0].1);
+    let error = list(&["size==3"]).await.expect_err("nothing to filter by");
+    assert_eq!(
+        (error.code(), error.message()),
+        (Code::Unimplemented, "unsupported: content filter on \"size\"")
+    );
+    assert_eq!(list(&["digest==\"x"]).await.expect_err("malformed").code(), Code::InvalidArgument);
+    for event in events {
+        let id = event.record.expect("record").r#ref;
+        let delete = UpdateBuildHistoryRequest { r#ref: id, delete: true, ..Default::default() };
+        daemon.control().await.update_build_history(delete).await.expect("delete");
+    }
+    assert!(list(&[]).await.expect("nothing").is_empty());
+    let error = client.clone().info(content::InfoRequest { digest: first.clone() }).await.expect_err("gone");
+    assert_eq!(error.code(), Code::NotFound);
     daemon.stop().await;
 }
 

@@ -120,7 +120,17 @@ pub struct CompiledTarget {
     pub ignores_cache: bool,
 }
 
-/// The frontend image named by the file's `# syntax=` directive, if any.
-pub fn syntax_directive(dockerfile: &[u8]) -> Option<String> {
-    source::syntax(dockerfile)
+/// Which frontend a file asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SyntaxDirective {
+    /// The frontend's image; arguments may follow.
+    pub value: String,
+    /// Where the file says so.
+    pub ranges: Vec<pb::Range>,
+}
+
+/// The file's `# syntax=` directive, if any.
+pub fn syntax_directive(dockerfile: &[u8]) -> Option<SyntaxDirective> {
+    let (value, line) = source::syntax(dockerfile)?;
+    Some(SyntaxDirective { value, ranges: error::Lines { start: line, end: line }.ranges() })
 }

@@ -120,25 +120,25 @@ pub(crate) fn read_trigger(text: &str) -> Result<Line> {
     }
 }
 
-/// The image named by a `# syntax=` directive (also as `//syntax=` or `{"syntax": …}`), if any.
-pub(crate) fn syntax(file: &[u8]) -> Option<String> {
+/// The image named by a `# syntax=` directive (also as `//syntax=` or `{"syntax": …}`), if any, and its line.
+pub(crate) fn syntax(file: &[u8]) -> Option<(String, u32)> {
     let text = String::from_utf8_lossy(file);
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let text = match text.strip_prefix("#!") {
-        Some(rest) => rest.split_once('\n')?.1,
-        None => text,
+    let (text, first) = match text.strip_prefix("#!") {
+        Some(rest) => (rest.split_once('\n')?.1, 2),
+        None => (text, 1),
     };
     for comment in ["#", "//"] {
-        for line in text.lines() {
+        for (number, line) in (first..).zip(text.lines()) {
             let Some((name, value)) = line.strip_prefix(comment).and_then(directive) else { break };
             if name == "syntax" {
-                return Some(value);
+                return Some((value, number));
             }
         }
     }
     let json: serde_json::Value =
         serde_json::Deserializer::from_str(text).into_iter::<serde_json::Value>().next()?.ok()?;
-    Some(json.get("syntax")?.as_str()?.to_string())
+    Some((json.get("syntax")?.as_str()?.to_string(), first))
 }
 
 /// `name = value` of a known directive, the comment sign already taken off.
@@ -427,9 +427,11 @@ mod tests {
         assert_eq!(fault("# escape=x\nFROM a").0, "invalid escape token 'x' does not match ` or \\");
         assert_eq!(fault("# escape=`\n#escape=`\nFROM a").0, "only one escape parser directive can be used");
         assert_eq!(fault("# escape=`\n#escape=`\nFROM a").2, Some(Lines { start: 2, end: 2 }));
-        assert_eq!(syntax(b"#!/usr/bin/x\n# syntax = a/b:1 \n").as_deref(), Some("a/b:1"));
-        assert_eq!(syntax(b"//syntax=x\n{}").as_deref(), Some("x"));
-        assert_eq!(syntax(b"{\"syntax\":\"j\"}").as_deref(), Some("j"));
+        let named = |image: &str, line| Some((image.to_string(), line));
+        assert_eq!(syntax(b"#!/usr/bin/x\n# syntax = a/b:1 \n"), named("a/b:1", 2));
+        assert_eq!(syntax(b"# check=skip=all\n# syntax=x\nFROM a"), named("x", 2));
+        assert_eq!(syntax(b"//syntax=x\n{}"), named("x", 1));
+        assert_eq!(syntax(b"{\"syntax\":\"j\"}"), named("j", 1));
         assert_eq!(syntax(b"FROM a\n# syntax=x"), None);
     }
 

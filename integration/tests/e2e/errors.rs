@@ -28,6 +28,8 @@ fn a_bad_dockerfile_names_file_line_column_and_the_nearest_word() {
     kiln.build(context.path(), &[]).fails(&["Dockerfile:2", "ENV"]);
     context.file("Dockerfile", "");
     kiln.build(context.path(), &[]).fails(&["Dockerfile"]);
+    context.file("Dockerfile", "# check=skip=all\n# syntax=example.com/other:1\nFROM busybox\n");
+    kiln.build(context.path(), &[]).fails(&["Dockerfile:2", ">>> # syntax=example.com/other:1"]);
     still_works(&kiln);
 }
 

@@ -11,6 +11,7 @@ mod errors;
 mod explain;
 mod garbage;
 mod history;
+mod http;
 mod metadata;
 mod outputs;
 mod solve;

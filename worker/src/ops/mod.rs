@@ -22,6 +22,7 @@ use kiln_solver::op::{CacheMap, InputMap, Op, OpClass, OpContext, OpError, OpFac
 
 pub(crate) use exec::CacheMountLocks;
 pub use sessions::SessionGroup;
+pub(crate) use source::forget_gone;
 
 use crate::registry::Credentials;
 use crate::worker::Worker;

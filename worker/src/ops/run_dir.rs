@@ -1,4 +1,4 @@
-//! Short-lived files of running steps: sockets, secrets, generated `/etc/hosts`. They live in one
+//! Short-lived files of running steps: sockets, generated `/etc/hosts`. They live in one
 //! directory for each daemon process, so that what a killed one left behind can be told apart.
 
 use std::io;

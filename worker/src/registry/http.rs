@@ -5,7 +5,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use reqwest::{Certificate, Client, Identity, Response};
+use reqwest::{Certificate, Client, Identity, Response, Url};
 
 use super::RegistryError;
 use super::config::{Endpoint, HostConfig};
@@ -14,7 +14,7 @@ use super::config::{Endpoint, HostConfig};
 pub(super) const RETRIES: u32 = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// No byte for this long means that the connection is dead.
-pub(super) const IDLE: Duration = Duration::from_secs(60);
+pub(crate) const IDLE: Duration = Duration::from_secs(60);
 /// Longest time that one piece of an upload may take.
 pub(super) const UPLOAD: Duration = Duration::from_secs(3600);
 /// Longest pause that a registry may ask for.
@@ -22,7 +22,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(10);
 
 /// Clients, which hold the connections; one for each set of TLS settings.
 #[derive(Default)]
-pub(super) struct Clients {
+pub(crate) struct Clients {
     by_settings: DashMap<(String, bool, bool), Client>,
 }
 
@@ -38,18 +38,33 @@ impl Clients {
         let name = if tls && named { endpoint.config.clone() } else { String::new() };
         let loopback = super::config::is_loopback(&endpoint.host);
         let key = (if tls { name } else { "http".to_string() }, endpoint.skip_verify, loopback);
+        self.shared(key, || build(endpoint.skip_verify, config, tls, loopback))
+            .map_err(|message| RegistryError::Config { host: endpoint.host.clone(), message })
+    }
+
+    /// A client for a URL that is no registry's: with the system's certificates and nobody's settings.
+    pub(crate) fn for_url(&self, url: &Url) -> Result<Client, String> {
+        let (tls, loopback) = (url.scheme() == "https", super::config::is_loopback(&host(url)));
+        let name = if tls { String::new() } else { "http".to_string() };
+        self.shared((name, false, loopback), || build(false, None, tls, loopback))
+    }
+
+    fn shared(
+        &self,
+        key: (String, bool, bool),
+        build: impl FnOnce() -> Result<Client, String>,
+    ) -> Result<Client, String> {
         if let Some(client) = self.by_settings.get(&key) {
             return Ok(client.clone());
         }
-        let client = build(endpoint, config, tls, loopback)
-            .map_err(|message| RegistryError::Config { host: endpoint.host.clone(), message })?;
+        let client = build()?;
         self.by_settings.insert(key, client.clone());
         Ok(client)
     }
 }
 
 fn build(
-    endpoint: &Endpoint,
+    skip_verify: bool,
     config: Option<&HostConfig>,
     tls: bool,
     loopback: bool,
@@ -76,7 +91,7 @@ fn build(
             Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_user_timeout(IDLE).tls_certs_only([]);
         return if loopback { bare.no_proxy() } else { bare }.build().map_err(chain);
     }
-    if endpoint.skip_verify {
+    if skip_verify {
         builder = builder.tls_danger_accept_invalid_certs(true);
     }
     let mut certificates = Vec::new();
@@ -125,7 +140,7 @@ fn read_identity(cert: &Path, key: &Path) -> Result<Identity, String> {
 }
 
 /// An HTTP failure with its causes, without the URL (which may carry signatures).
-pub(super) fn chain(error: reqwest::Error) -> String {
+pub(crate) fn chain(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut text = error.to_string();
     let mut source = std::error::Error::source(&error);
@@ -141,7 +156,7 @@ pub(super) fn chain(error: reqwest::Error) -> String {
 }
 
 /// Host and port of a URL, without the user that a redirect may have put there.
-pub(super) fn host(url: &reqwest::Url) -> String {
+pub(super) fn host(url: &Url) -> String {
     let name = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| name.to_string(), |port| format!("{name}:{port}"))
 }
@@ -178,7 +193,7 @@ pub(super) fn server_message(body: &[u8]) -> String {
 /// The next piece of a body; one that does not come in time is an error.
 ///
 /// The client's own read timeout is not used: it also runs while a request's body is being sent.
-pub(super) async fn next_chunk(response: &mut Response) -> Result<Option<bytes::Bytes>, String> {
+pub(crate) async fn next_chunk(response: &mut Response) -> Result<Option<bytes::Bytes>, String> {
     match tokio::time::timeout(IDLE, response.chunk()).await {
         Ok(result) => result.map_err(chain),
         Err(_) => Err(format!("no data for {} s", IDLE.as_secs())),

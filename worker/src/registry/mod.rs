@@ -7,7 +7,7 @@ mod auth;
 mod blob;
 mod client;
 mod config;
-mod http;
+pub(crate) mod http;
 mod push;
 mod session;
 

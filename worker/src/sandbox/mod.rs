@@ -67,6 +67,8 @@ pub struct SandboxRequest {
     pub rootfs: RootSource,
     /// Mounts whose source is itself a stack of layers. Applied with the spec's mounts, parents first.
     pub layered_mounts: Vec<LayeredMount>,
+    /// Files that must not touch a disk.
+    pub memory_files: Vec<MemoryFile>,
     /// Standard input of the process (usually `/dev/null`).
     pub stdin: OwnedFd,
     /// Standard output of the process. The daemon's copy is closed when the sandbox has it.
@@ -103,6 +105,28 @@ pub struct LayeredMount {
     pub selector: Option<PathBuf>,
     /// Mount read-only.
     pub readonly: bool,
+}
+
+/// A read-only file that is in memory alone, on a file system of its own.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryFile {
+    /// Absolute path in the sandbox; made when missing.
+    pub dest: PathBuf,
+    /// What is in it.
+    pub content: Vec<u8>,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Permission bits. It can be executed only if one of them says so.
+    pub mode: u32,
+}
+
+impl std::fmt::Debug for MemoryFile {
+    // The content may be a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryFile({}, {} bytes)", self.dest.display(), self.content.len())
+    }
 }
 
 /// How a sandbox ended.

@@ -9,15 +9,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::MountAttrFlags;
 
-use super::RootSource;
 use super::devices::{DEFAULT_LINKS, DEFAULT_NODES};
 use super::plan::{DevicePlan, MountPlan, MountSource, RuntimePlan, SandboxPlan, depth};
 use super::sys::{Sys, TargetKind};
+use super::{MemoryFile, RootSource};
 
 const RDONLY: u32 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits();
 const NODEV: u32 = MountAttrFlags::MOUNT_ATTR_NODEV.bits();
 const NOSUID: u32 = MountAttrFlags::MOUNT_ATTR_NOSUID.bits();
 const NOEXEC: u32 = MountAttrFlags::MOUNT_ATTR_NOEXEC.bits();
+
+/// File systems in memory count in pages; a larger one only makes a limit higher.
+const PAGE: usize = 64 << 10;
 
 /// What the host decides about a sandbox's mounts.
 #[derive(Debug, Clone, Default)]
@@ -91,7 +94,7 @@ pub(super) fn assemble<S: Sys>(sys: &S, plan: &SandboxPlan, host: &Host) -> Resu
     devices(sys, &root, plan, host)?;
     for (key, value) in &plan.sysctl {
         let path = Path::new("/proc/sys").join(key.replace('.', "/"));
-        sys.write(&root, &path, value).during(|| format!("sysctl {key}"))?;
+        sys.write(&root, &path, value.as_bytes()).during(|| format!("sysctl {key}"))?;
     }
     mask(sys, &root, plan)?;
 
@@ -126,6 +129,12 @@ pub(super) fn assemble_for_runtime<S: Sys>(sys: &S, plan: &RuntimePlan) -> Resul
     for (place, layers, selector) in &plan.layered {
         let at = || format!("mount {}", place.display());
         let mount = selected(sys, layers, selector.as_deref(), 0).during(at)?;
+        let target = sys.open_host(place).during(at)?;
+        sys.attach(&mount, &target).during(at)?;
+    }
+    for (place, file) in &plan.files {
+        let at = || format!("mount {}", file.dest.display());
+        let mount = memory_file(sys, file, 0).during(at)?;
         let target = sys.open_host(place).during(at)?;
         sys.attach(&mount, &target).during(at)?;
     }
@@ -168,8 +177,28 @@ fn source<S: Sys>(sys: &S, mount: &MountPlan, everywhere: u32) -> io::Result<Opt
         MountSource::Layers { source, selector } => {
             selected(sys, source, selector.as_deref(), attrs).map(Some)
         }
+        MountSource::File(file) => memory_file(sys, file, attrs).map(Some),
         MountSource::Cgroup => Ok(None),
     }
+}
+
+/// A file on a new file system in memory, as a mount of that file alone.
+fn memory_file<S: Sys>(sys: &S, file: &MemoryFile, attrs: u32) -> io::Result<S::Fd> {
+    const NAME: &str = "file";
+    let option = |name: &str, value: String| (name.to_owned(), Some(value));
+    let room = file.content.len().next_multiple_of(PAGE) + PAGE;
+    let fs = sys.new_fs("tmpfs", &[option("mode", "700".into()), option("size", room.to_string())], 0)?;
+    // As with layers, only mounts of this namespace can be copied.
+    sys.park(&fs)?;
+    let path = Path::new(NAME);
+    let at = sys.make_target(&fs, path, TargetKind::File, &mut Vec::new())?;
+    sys.write(&fs, path, &file.content)?;
+    sys.chown(&fs, path, file.uid, file.gid)?;
+    sys.chmod(&fs, path, file.mode)?;
+    let copy = sys.clone_at(&at, false)?;
+    let program = if file.mode & 0o111 == 0 { NOEXEC } else { 0 };
+    sys.set_attrs(&copy, attrs | RDONLY | NOSUID | NODEV | program, false)?;
+    Ok(copy)
 }
 
 fn named(path: &Path, error: io::Error) -> io::Error {

@@ -115,8 +115,12 @@ impl Sys for Recorder {
         self.call(format!("chown {} {uid}:{gid}", path.display()))
     }
 
-    fn write(&self, _root: &String, path: &Path, value: &str) -> io::Result<()> {
-        self.call(format!("write {} {value}", path.display()))
+    fn chmod(&self, root: &String, path: &Path, mode: u32) -> io::Result<()> {
+        self.call(format!("chmod {root} {} {mode:o}", path.display()))
+    }
+
+    fn write(&self, _root: &String, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.call(format!("write {} {}", path.display(), String::from_utf8_lossy(bytes)))
     }
 
     fn pivot(&self, root: &String) -> io::Result<()> {
@@ -170,6 +174,28 @@ fn fresh(fstype: &str, dest: &str) -> MountPlan {
 
 fn bind(path: &str, dest: &str, attrs: u32) -> MountPlan {
     MountPlan { dest: dest.into(), source: MountSource::Bind { path: path.into(), recursive: true }, attrs }
+}
+
+fn memory_file(dest: &str, mode: u32) -> MemoryFile {
+    MemoryFile { dest: dest.into(), content: b"s3cret".into(), uid: 3, gid: 4, mode }
+}
+
+#[test]
+fn a_file_in_memory_is_a_read_only_copy_of_the_file_alone() {
+    let sys = Recorder { files: ["copy(file)"].into(), ..Recorder::default() };
+    let mount = MountPlan {
+        dest: "/run/token".into(),
+        source: MountSource::File(memory_file("/run/token", 0o400)),
+        attrs: 0,
+    };
+    assemble(&sys, &plan(layers(), vec![mount.clone()]), &Host::default()).unwrap();
+    let order = ["new tmpfs", "park tmpfs", "write file", "chmod tmpfs", "copy file", "park overlay"];
+    let places: Vec<_> = order.iter().map(|c| sys.position(c)).collect();
+    assert!(places.is_sorted(), "{places:?}");
+    // Not to be executed, as no bit of its mode says so.
+    sys.position("attrs copy(file) 0xf");
+    sys.position("attach copy(file) at /run/token");
+    assert!(!format!("{mount:?}").contains("115"), "the content is nobody's to print: {mount:?}");
 }
 
 #[test]
@@ -333,6 +359,7 @@ fn a_runtime_gets_its_root_and_mount_points_but_no_pivot() {
         rootfs: "/bundle/rootfs".into(),
         root: layers(),
         layered: vec![("/bundle/m0".into(), RootSource::Dir("/cache".into()), None)],
+        files: vec![("/bundle/f0".into(), memory_file("/run/secrets/token", 0o500))],
         targets: vec![("/proc".into(), None), ("/etc/hosts".into(), Some("/host/hosts".into()))],
         cwd: ("/work".into(), 1, 2),
         hide_unified: false,
@@ -343,6 +370,14 @@ fn a_runtime_gets_its_root_and_mount_points_but_no_pivot() {
         "private",
         "tree /cache",
         "attach /cache at /bundle/m0",
+        "new tmpfs [mode=700,size=131072] 0x0",
+        "park tmpfs",
+        "write file s3cret",
+        "chown file 3:4",
+        "chmod tmpfs file 500",
+        "copy file",
+        "attrs copy(file) 0x7",
+        "attach copy(file) at /bundle/f0",
         "overlay /up+/work on /top:/base 0x0",
         "attach overlay(/top:/base) at /bundle/rootfs",
         "make Dir /proc",

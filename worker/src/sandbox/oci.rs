@@ -153,8 +153,16 @@ impl Bundle {
             } else {
                 fs::create_dir(&place).map_err(io(&place))?;
             }
-            mounts.push(bind(&mount.dest, &place, mount.readonly)?);
+            mounts.push(bind(&mount.dest, &place, &[if mount.readonly { "ro" } else { "rw" }])?);
             layered.push((place, mount.source.clone(), mount.selector.clone()));
+        }
+        let mut files = Vec::new();
+        for (number, file) in request.memory_files.iter().enumerate() {
+            let place = self.dir.join(format!("f{number}"));
+            fs::write(&place, "").map_err(io(&place))?;
+            let program = if file.mode & 0o111 == 0 { "noexec" } else { "exec" };
+            mounts.push(bind(&file.dest, &place, &["ro", "nosuid", "nodev", program])?);
+            files.push((place, file.clone()));
         }
         mounts.sort_by_key(|m| depth(m.destination()));
         let targets = targets(&mounts);
@@ -197,15 +205,16 @@ impl Bundle {
                 by_runtime: true,
                 limits: Limits::default(),
             },
-            task: Task::Runtime(RuntimePlan {
+            task: Task::Runtime(Box::new(RuntimePlan {
                 command,
                 rootfs,
                 root: request.rootfs.clone(),
                 layered,
+                files,
                 targets,
                 cwd: (process.cwd().clone(), process.user().uid(), process.user().gid()),
                 hide_unified: crun,
-            }),
+            })),
         })
     }
 
@@ -247,13 +256,12 @@ fn is_file(selector: Option<&Path>, source: &super::RootSource) -> bool {
     false
 }
 
-fn bind(dest: &Path, source: &Path, readonly: bool) -> Result<Mount, SandboxError> {
-    let access = if readonly { "ro" } else { "rw" };
+fn bind(dest: &Path, source: &Path, options: &[&str]) -> Result<Mount, SandboxError> {
     MountBuilder::default()
         .destination(dest)
         .typ("bind")
         .source(source)
-        .options(vec!["rbind".to_owned(), access.to_owned()])
+        .options(["rbind"].iter().chain(options).map(|o| (*o).to_owned()).collect::<Vec<_>>())
         .build()
         .map_err(|e| SandboxError::Invalid(e.to_string()))
 }

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 use rustix::mount::MountAttrFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{LayeredMount, RootSource, SandboxError, SandboxRequest};
+use super::{MemoryFile, RootSource, SandboxError, SandboxRequest};
 
 /// What the zygote does for one start request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,7 +29,7 @@ pub(super) enum Task {
     /// The sandboxed process itself.
     Sandbox(Box<SandboxPlan>),
     /// An OCI runtime with the root mounted for it.
-    Runtime(RuntimePlan),
+    Runtime(Box<RuntimePlan>),
 }
 
 /// Where the processes are accounted and what limits them.
@@ -102,6 +102,8 @@ pub(super) enum MountSource {
     Bind { path: PathBuf, recursive: bool },
     /// A stack of layers, or a path in it.
     Layers { source: RootSource, selector: Option<PathBuf> },
+    /// A file in memory.
+    File(MemoryFile),
     /// The process's own view of the cgroup file systems.
     Cgroup,
 }
@@ -155,6 +157,8 @@ pub(super) struct RuntimePlan {
     pub(super) root: RootSource,
     /// Further layer stacks: where they are mounted for the runtime to bind.
     pub(super) layered: Vec<(PathBuf, RootSource, Option<PathBuf>)>,
+    /// Files in memory, mounted likewise.
+    pub(super) files: Vec<(PathBuf, MemoryFile)>,
     /// Mount points in the root, made here so that they can be reported: path, and the host file or directory that
     /// tells which of the two it must be.
     pub(super) targets: Vec<(PathBuf, Option<PathBuf>)>,
@@ -190,9 +194,10 @@ pub(super) fn check(request: &SandboxRequest) -> Result<(), SandboxError> {
             }
         }
     }
-    for mount in &request.layered_mounts {
-        if !mount.dest.is_absolute() || depth(&mount.dest) == 0 {
-            return invalid(format!("mount point {:?}", mount.dest));
+    let layered = request.layered_mounts.iter().map(|mount| &mount.dest);
+    for dest in layered.chain(request.memory_files.iter().map(|file| &file.dest)) {
+        if !dest.is_absolute() || depth(dest) == 0 {
+            return invalid(format!("mount point {dest:?}"));
         }
     }
     Ok(())
@@ -235,7 +240,7 @@ pub(super) fn sandbox(request: &SandboxRequest) -> Result<Plan, SandboxError> {
     let plan = SandboxPlan {
         root: request.rootfs.clone(),
         readonly_root: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
-        mounts: mounts(spec.mounts().as_deref().unwrap_or_default(), &request.layered_mounts)?,
+        mounts: mounts(spec.mounts().as_deref().unwrap_or_default(), request)?,
         devices: devices(linux.devices().as_deref().unwrap_or_default())?,
         masked,
         readonly: linux.readonly_paths().iter().flatten().map(PathBuf::from).collect(),
@@ -340,12 +345,12 @@ fn limits(spec: &Spec) -> Result<(Limits, bool), SandboxError> {
     Ok((limits, confine))
 }
 
-fn mounts(plain: &[Mount], layered: &[LayeredMount]) -> Result<Vec<MountPlan>, SandboxError> {
-    let mut list = Vec::with_capacity(plain.len() + layered.len());
+fn mounts(plain: &[Mount], request: &SandboxRequest) -> Result<Vec<MountPlan>, SandboxError> {
+    let mut list = Vec::new();
     for mount in plain {
         list.push(plain_mount(mount)?);
     }
-    for mount in layered {
+    for mount in &request.layered_mounts {
         let attrs = if mount.readonly { MountAttrFlags::MOUNT_ATTR_RDONLY } else { MountAttrFlags::empty() };
         list.push(MountPlan {
             dest: mount.dest.clone(),
@@ -353,6 +358,11 @@ fn mounts(plain: &[Mount], layered: &[LayeredMount]) -> Result<Vec<MountPlan>, S
             attrs: attrs.bits(),
         });
     }
+    list.extend(request.memory_files.iter().map(|file| MountPlan {
+        dest: file.dest.clone(),
+        source: MountSource::File(file.clone()),
+        attrs: 0,
+    }));
     // Stable: of two mounts at one depth the spec's order holds.
     list.sort_by_key(|m| depth(&m.dest));
     Ok(list)

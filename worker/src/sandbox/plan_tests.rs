@@ -1,4 +1,5 @@
 use super::*;
+use crate::sandbox::LayeredMount;
 use crate::sandbox::spec::{Bind, SpecParams, build};
 use oci_spec::runtime::{LinuxNamespaceBuilder, MountBuilder};
 
@@ -12,6 +13,7 @@ fn request(change: impl FnOnce(&mut Spec)) -> SandboxRequest {
         id: "x".into(),
         spec,
         rootfs: RootSource::Dir("/root".into()),
+        memory_files: vec![],
         layered_mounts: vec![LayeredMount {
             dest: "/a".into(),
             source: RootSource::Dir("/src".into()),

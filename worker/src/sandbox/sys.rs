@@ -65,8 +65,10 @@ pub(super) trait Sys {
     fn symlink(&self, dir: &Self::Fd, name: &str, target: &str) -> io::Result<()>;
     /// Changes owner and group.
     fn chown(&self, root: &Self::Fd, path: &Path, uid: u32, gid: u32) -> io::Result<()>;
-    /// Writes a value to an existing file.
-    fn write(&self, root: &Self::Fd, path: &Path, value: &str) -> io::Result<()>;
+    /// Sets permission bits.
+    fn chmod(&self, root: &Self::Fd, path: &Path, mode: u32) -> io::Result<()>;
+    /// Writes to an existing file.
+    fn write(&self, root: &Self::Fd, path: &Path, bytes: &[u8]) -> io::Result<()>;
     /// Makes a mount the root of the process and drops everything else.
     fn pivot(&self, root: &Self::Fd) -> io::Result<()>;
 }
@@ -243,9 +245,14 @@ impl Sys for Kernel {
         )?)
     }
 
-    fn write(&self, root: &OwnedFd, path: &Path, value: &str) -> io::Result<()> {
+    fn chmod(&self, root: &OwnedFd, path: &Path, mode: u32) -> io::Result<()> {
+        let file = open_in(root.as_fd(), path, OFlags::RDONLY)?;
+        Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(mode & 0o7777))?)
+    }
+
+    fn write(&self, root: &OwnedFd, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let file = open_in(root.as_fd(), path, OFlags::WRONLY)?;
-        io::Write::write_all(&mut std::fs::File::from(file), value.as_bytes())
+        io::Write::write_all(&mut std::fs::File::from(file), bytes)
     }
 
     fn pivot(&self, root: &OwnedFd) -> io::Result<()> {

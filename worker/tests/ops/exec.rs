@@ -194,11 +194,12 @@ pub(crate) async fn secrets_come_from_the_client(world: &World) {
         secret_opt: Some(pb::SecretOpt { id: id.into(), uid: 1000, gid: 0, mode: 0o400, optional }),
         ..bind(-1, "/run/secrets/token", 0, false)
     };
-    let mut op = sh("cat /run/secrets/token; stat -c ' %u %a' /run/secrets/token; echo $TOKEN");
+    let mut op = sh("cat /run/secrets/token; stat -c ' %u %a' /run/secrets/token; echo $TOKEN; \
+                     mount | grep -o 'on /run/secrets/token type tmpfs'");
     op.mounts.push(secret("token", false));
     op.secretenv = vec![pb::SecretEnv { id: "token".into(), name: "TOKEN".into(), optional: false }];
     let result = world.run_in(&context, exec(op.clone()), &[&base]).await.unwrap();
-    assert_eq!(world.log(1), "s3cret 1000 400\ns3cret\n");
+    assert_eq!(world.log(1), "s3cret 1000 400\ns3cret\non /run/secrets/token type tmpfs\n");
     assert_eq!(layer(&result[0]), Vec::<String>::new());
     op.mounts[1] = secret("zz", false);
     let error = world.run_in(&context, exec(op.clone()), &[&base]).await.unwrap_err();

@@ -25,7 +25,7 @@ use crate::ends::{
     large_environment, many_at_once, programs_that_do_not_start,
 };
 use crate::roots::{
-    changes_go_to_the_upper_directory, layered_mounts, links_do_not_lead_out, many_layers,
+    changes_go_to_the_upper_directory, layered_mounts, links_do_not_lead_out, many_layers, memory_files,
     mount_points_are_reported, plain_mounts,
 };
 use crate::world::{World, cgroups_named, choices, make_root, mount_points};
@@ -129,6 +129,7 @@ const TESTS: &[(&str, Test)] = &[
     ("mount_points_are_reported", mount_points_are_reported),
     ("layered_mounts", layered_mounts),
     ("plain_mounts", plain_mounts),
+    ("memory_files", memory_files),
     ("links_do_not_lead_out", links_do_not_lead_out),
     ("readonly_root", readonly_root),
     ("no_network", no_network),

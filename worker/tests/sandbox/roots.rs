@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::PathBuf;
 
 use kiln_worker::sandbox::spec::{Bind, Tmpfs};
-use kiln_worker::sandbox::{ExecutorChoice, LayeredMount, RootSource, SandboxError};
+use kiln_worker::sandbox::{ExecutorChoice, LayeredMount, MemoryFile, RootSource, SandboxError};
 
 use crate::world::World;
 
@@ -116,6 +116,41 @@ pub(crate) fn plain_mounts(world: &World) {
     let mut step = world.sh("df -k /dev/shm | awk 'NR>1{print $2}'");
     step.params.shm_size = Some(1 << 20);
     assert_eq!(step.run(world).out(), "1024");
+}
+
+pub(crate) fn memory_files(world: &World) {
+    let text = "cat /run/s/token; stat -c '%u %g %a' /run/s/token; /run/tool; ! sh -c 'echo > /run/s/token'; \
+                ! rm /run/s/token; ls /run/s; mount | grep -e /run/s -e /run/tool";
+    let mut step = world.sh(text);
+    let file = |dest: &str, content: &[u8], mode| MemoryFile {
+        dest: dest.into(),
+        content: content.into(),
+        uid: 1000,
+        gid: 7,
+        mode,
+    };
+    step.files.push(file("/run/s/token", b"hush\n", 0o400));
+    step.files.push(file("/run/tool", b"#!/bin/sh\necho ran\n", 0o755));
+    let large = vec![b'x'; 3 << 20];
+    step.files.push(file("/large", &large, 0o444));
+    let upper = step.upper();
+    let ran = step.run(world);
+    let (said, mounts) = ran.out().split_once("token\n").expect("what ls printed");
+    assert_eq!(said, "hush\n1000 7 400\nran\n");
+    for (place, options) in
+        [("/run/s/token", &["ro", "nosuid", "nodev", "noexec"][..]), ("/run/tool", &["ro"])]
+    {
+        let line = mounts.lines().find(|line| line.contains(&format!(" on {place} type tmpfs ")));
+        let line = line.unwrap_or_else(|| panic!("{place} is not in memory: {mounts}"));
+        for option in options {
+            assert!(line.contains(option), "{line}");
+        }
+        assert_eq!(line.contains("noexec"), place == "/run/s/token", "{line}");
+    }
+    assert_eq!(fs::read(upper.join("run/s/token")).unwrap(), b"", "the mount point alone is on the disk");
+    let mut step = world.sh("true");
+    step.files.push(file("relative", b"", 0));
+    assert!(matches!(step.run(world).error(), SandboxError::Invalid(_)));
 }
 
 pub(crate) fn links_do_not_lead_out(world: &World) {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use kiln_worker::sandbox::spec::{SpecParams, build};
 use kiln_worker::sandbox::{
-    Executor, ExecutorChoice, ExitOutcome, LayeredMount, RootSource, SandboxError, SandboxRequest,
+    Executor, ExecutorChoice, ExitOutcome, LayeredMount, MemoryFile, RootSource, SandboxError, SandboxRequest,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -69,6 +69,7 @@ pub(crate) struct Step {
     pub(crate) params: SpecParams,
     pub(crate) rootfs: RootSource,
     pub(crate) mounts: Vec<LayeredMount>,
+    pub(crate) files: Vec<MemoryFile>,
     pub(crate) dir: PathBuf,
 }
 
@@ -125,6 +126,7 @@ impl World {
                 work: Some(dir.join("work")),
             },
             mounts: Vec::new(),
+            files: Vec::new(),
             dir,
         }
     }
@@ -145,6 +147,7 @@ impl Step {
             spec: build(&self.params).unwrap(),
             rootfs: self.rootfs,
             layered_mounts: self.mounts,
+            memory_files: self.files,
             stdin: null(),
             stdout,
             stderr,

@@ -1,4 +1,4 @@
-//! What a step gets from the client while it runs: secrets as files or variables, ssh agents as sockets.
+//! What a step gets from the client while it runs: secrets, ssh agents as sockets.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,20 +27,6 @@ pub(crate) async fn secret(
         Ok(None) => Err(OpError::new(format!("secret {id}: not found"))),
         Err(err) => Err(err),
     }
-}
-
-/// Writes a secret where it can be mounted from. `None` if it is optional and missing.
-pub(crate) async fn secret_file(
-    sessions: &SessionGroup,
-    options: &pb::SecretOpt,
-    dir: &StepDir,
-    number: usize,
-) -> Result<Option<PathBuf>, OpError> {
-    let Some(value) = secret(sessions, &options.id, options.optional).await? else { return Ok(None) };
-    let failed = |err: std::io::Error| OpError::new(format!("secret {}: {err}", options.id));
-    let path = dir.write(&format!("secret-{number}"), &value, 0o600).map_err(failed)?;
-    give(&path, options.uid, options.gid, options.mode).map_err(failed)?;
-    Ok(Some(path))
 }
 
 /// Agent sockets of one step; dropping it ends them.

@@ -11,7 +11,7 @@ use super::Step;
 use super::cache_mounts::{CacheMount, Wanted};
 use super::stubs::Written;
 use crate::ops::file::root::clean;
-use crate::sandbox::spec::{Bind, Tmpfs};
+use crate::sandbox::spec::Tmpfs;
 use crate::sandbox::{LayeredMount, RootSource};
 use crate::worker::Layers;
 
@@ -189,9 +189,4 @@ impl Prepared {
         }
         Ok(results)
     }
-}
-
-/// A file or socket of the host at a mount's place.
-pub(super) fn bind_file(mount: &pb::Mount, cwd: &str, source: PathBuf, readonly: bool) -> Bind {
-    Bind { source, dest: PathBuf::from(dest(mount, cwd)), readonly }
 }

@@ -16,7 +16,7 @@ use super::{Emptied, Step, cache_mounts, identity, network_files, output, stubs}
 use crate::ops::run_dir::StepDir;
 use crate::ops::users::ProcessUser;
 use crate::sandbox::spec::{self, Bind, NetworkMode, Resources, SecurityMode, SpecParams, Ulimit};
-use crate::sandbox::{ExitOutcome, SandboxError, SandboxRequest};
+use crate::sandbox::{ExitOutcome, MemoryFile, SandboxError, SandboxRequest};
 use crate::worker::Worker;
 
 pub(super) struct Run {
@@ -32,8 +32,7 @@ pub(super) struct Run {
 struct Opened {
     files: StepDir,
     binds: Vec<Bind>,
-    /// Options of binds of secrets, by their place.
-    secrets: Vec<(PathBuf, Vec<String>)>,
+    secrets: Vec<MemoryFile>,
     env: Vec<String>,
     _agents: Agents,
 }
@@ -91,21 +90,21 @@ impl Run {
             match mount.mount_type() {
                 pb::MountType::Secret => {
                     let options = mount.secret_opt.clone().unwrap_or_default();
-                    let file = forwards::secret_file(&step.sessions, &options, &opened.files, number).await?;
-                    let Some(file) = file else { continue };
-                    let mut flags = vec!["nosuid".to_owned(), "nodev".to_owned()];
-                    if options.mode & 0o111 == 0 {
-                        flags.push("noexec".to_owned());
-                    }
-                    let bind = mounts::bind_file(mount, cwd, file, true);
-                    opened.secrets.push((bind.dest.clone(), flags));
-                    opened.binds.push(bind);
+                    let content = forwards::secret(&step.sessions, &options.id, options.optional).await?;
+                    opened.secrets.extend(content.map(|content| MemoryFile {
+                        dest: PathBuf::from(mounts::dest(mount, cwd)),
+                        content,
+                        uid: options.uid,
+                        gid: options.gid,
+                        mode: options.mode & 0o777,
+                    }));
                 }
                 pb::MountType::Ssh => {
                     let options = mount.ssh_opt.clone().unwrap_or_default();
                     let Opened { files, _agents: agents, .. } = &mut opened;
                     if let Some(socket) = agents.open(&step.sessions, &options, files, number).await? {
-                        opened.binds.push(mounts::bind_file(mount, cwd, socket, false));
+                        let dest = PathBuf::from(mounts::dest(mount, cwd));
+                        opened.binds.push(Bind { source: socket, dest, readonly: false });
                     }
                 }
                 pb::MountType::Bind | pb::MountType::Cache | pb::MountType::Tmpfs => {}
@@ -174,15 +173,7 @@ impl Run {
     ) -> Result<ExitOutcome, OpError> {
         let failed = |err: std::io::Error| OpError::new(format!("preparing the step's streams: {err}"));
         let id = kiln_session::new_id();
-        let mut spec =
-            spec::build(&self.params(&id, prepared, opened, user)).map_err(|err| self.failed(&err))?;
-        for mount in spec.mounts_mut().iter_mut().flatten() {
-            let Some((_, flags)) = opened.secrets.iter().find(|(dest, _)| dest == mount.destination()) else {
-                continue;
-            };
-            let options = mount.options().iter().flatten().chain(flags).cloned().collect();
-            mount.set_options(Some(options));
-        }
+        let spec = spec::build(&self.params(&id, prepared, opened, user)).map_err(|err| self.failed(&err))?;
         let (stdout, stdout_writer) = output::pipe().map_err(failed)?;
         let (stderr, stderr_writer) = output::pipe().map_err(failed)?;
         let stdin: OwnedFd = std::fs::File::open("/dev/null").map_err(failed)?.into();
@@ -191,6 +182,7 @@ impl Run {
             spec,
             rootfs: prepared.rootfs.clone(),
             layered_mounts: prepared.layered.clone(),
+            memory_files: opened.secrets.clone(),
             stdin,
             stdout: stdout_writer,
             stderr: stderr_writer,

@@ -1,11 +1,12 @@
 //! Sources: where a build's files come from. One module for each scheme of the identifier.
 
+mod http;
 mod image;
 mod local;
 
 use std::sync::Arc;
 
-use kiln_cache::Ref;
+use kiln_cache::{Ref, Store, StoreError};
 use kiln_proto::pb;
 use kiln_solver::op::{Op, OpError, OpVertex};
 
@@ -25,8 +26,14 @@ pub(super) fn make(
     match scheme {
         "docker-image" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest)?)),
         "local" => Ok(Arc::new(local::LocalSource::new(worker, context, op, rest)?)),
+        "http" | "https" => Ok(Arc::new(http::HttpSource::new(worker, context, op)?)),
         other => Err(OpError::new(format!("unsupported: source scheme {other} ({})", op.identifier))),
     }
+}
+
+/// Forgets what was noted of results that are no longer in the store; gives the number of notes. Blocking.
+pub(crate) fn forget_gone(store: &Store) -> Result<usize, StoreError> {
+    http::notes::forget_gone(store)
 }
 
 /// A flag among the attributes of a source.
