@@ -305,9 +305,12 @@ pub fn is_whiteout(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
+/// The extended attributes by which overlays mark a directory that hides what deeper layers have in it.
+pub const OPAQUE: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
+
 /// True if a directory of a layer hides what deeper layers have in it.
 pub fn is_opaque(dir: &Path) -> std::io::Result<bool> {
-    for name in ["trusted.overlay.opaque", "user.overlay.opaque"] {
+    for name in OPAQUE {
         let mut value = [0; 2];
         match rustix::fs::lgetxattr(dir, name, &mut value) {
             Ok(1) if value[0] == b'y' => return Ok(true),

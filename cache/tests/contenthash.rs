@@ -366,6 +366,8 @@ fn an_output_counts_by_what_was_made_and_on_what() {
     let on = |parent: &SnapshotRef, make: fn(&Path)| of(&layer(&f.store, Some(parent), make));
     let add: fn(&Path) = |fs| write(fs, "b", "1");
     assert_eq!(on(&base, add), on(&same_base, add));
+    let new: fn(&Path) = |fs| fs::create_dir(fs.join("d")).unwrap();
+    assert_eq!(on(&base, |fs| opaque(fs, "d")), on(&base, new), "it hides nothing");
     let all = [
         of(&base),
         on(&base, add),
@@ -373,8 +375,7 @@ fn an_output_counts_by_what_was_made_and_on_what() {
         on(&base, |_| {}),
         on(&base, |fs| whiteout(fs, "a")),
         on(&base, |fs| whiteout(fs, "b")),
-        on(&base, |fs| fs::create_dir(fs.join("d")).unwrap()),
-        on(&base, |fs| opaque(fs, "d")),
+        on(&base, new),
         on(&base, |fs| fs::set_permissions(fs, fs::Permissions::from_mode(0o700)).unwrap()),
         output_digest(None).unwrap(),
     ];

@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use kiln_cache::layerview::LayerView;
 use kiln_cache::{LayerBlob, LazyLayer, MutableKind, PruneOptions, RecordType, SnapshotMeta, StoreError};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
@@ -125,6 +126,57 @@ fn merging_puts_later_inputs_on_top() {
     assert!(matches!(snapshots.stack(&[merged], SnapshotMeta::new("")), Err(StoreError::Invalid(_))));
     let nothing = snapshots.stack(&[], SnapshotMeta::new("")).unwrap();
     assert!(nothing.layers().is_empty() && nothing.is_materialized());
+}
+
+#[test]
+fn a_directory_that_was_made_anew_hides_only_what_was_there() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let store = &open(dir.path());
+    let base = layer(store, None, |fs| {
+        for name in ["bar/old", "bar/sub/old", "bar/sub/deep/old", "bar/gone/old", "file"] {
+            write(fs, name, "base");
+        }
+    });
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    let anew = layer(store, Some(&base), |fs| {
+        opaque(fs, "bar");
+        write(fs, "bar/new", "anew");
+        write(fs, "bar/sub/deep/new", "anew");
+        opaque(fs, "elsewhere");
+        std::fs::File::open(fs.join("bar")).unwrap().set_modified(time).unwrap();
+    });
+    let other = layer(store, None, |fs| {
+        for name in ["bar/other", "bar/sub/deep/other", "elsewhere/other"] {
+            write(fs, name, "other");
+        }
+    });
+    assert_eq!(files(&anew), ["bar/new", "bar/sub/deep/new", "file"]);
+    assert_eq!(std::fs::metadata(anew.dir().join("bar")).unwrap().modified().unwrap(), time);
+    let merged = store.snapshots().merge(&[other, anew], SnapshotMeta::new("merged")).unwrap();
+    assert_eq!(
+        files(&merged),
+        ["bar/new", "bar/other", "bar/sub/deep/new", "bar/sub/deep/other", "elsewhere/other", "file"]
+    );
+}
+
+/// All files of a snapshot, by name.
+fn files(snapshot: &kiln_cache::SnapshotRef) -> Vec<String> {
+    let view = LayerView::of(snapshot).unwrap();
+    let mut pending = vec![view.root().unwrap()];
+    let mut found = Vec::new();
+    while let Some(dir) = pending.pop() {
+        for (_, node) in view.children(&dir).unwrap() {
+            match node.is_dir() {
+                true => pending.push(node),
+                false => found.push(String::from_utf8(node.path().to_vec()).unwrap()),
+            }
+        }
+    }
+    found.sort();
+    found
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use kiln_cache::layerview::OPAQUE;
 use kiln_cache::{RecordType, SnapshotMeta, SnapshotRef, Snapshots};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -22,8 +23,6 @@ const MAX_LAYERS: usize = 128;
 const GATHERED: usize = 96;
 /// Name under which a layer remembers the directory that stands for it and all below.
 const FLAT_KEY: &str = "flat";
-
-const OPAQUE: [&str; 2] = ["trusted.overlay.opaque", "user.overlay.opaque"];
 
 /// The layers to mount for `top`, bottom first; short enough for one overlay. Blocking.
 pub(crate) fn chain(snapshots: &Snapshots, top: &SnapshotRef) -> Result<Vec<SnapshotRef>, ViewError> {

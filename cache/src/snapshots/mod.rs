@@ -4,6 +4,7 @@
 //! on top of a parent. A stack is a snapshot made of layers that exist already; it has no
 //! directory of its own. This module mounts nothing.
 
+mod opaque;
 pub(crate) mod record;
 
 use std::collections::{HashMap, HashSet};
@@ -92,9 +93,13 @@ impl Snapshots {
         Ok(Staged { scratch, fs, work, parent: parent.cloned() })
     }
 
-    /// Turns a staged directory into a snapshot. No mount may have it as upper directory any more.
+    /// Turns a staged directory into a snapshot. No mount may have it as upper directory any more. What opaque
+    /// directories hide of the parent, the snapshot hides name by name.
     pub fn commit(&self, staged: Staged, meta: SnapshotMeta) -> Result<SnapshotRef> {
         let parent = staged.parent.clone();
+        if let Some(parent) = &parent {
+            opaque::spell_out(&staged.fs, parent)?;
+        }
         let id = fsx::random_id();
         let mut record = Record::new(&meta);
         record.bases = parent.iter().map(|parent| parent.id().to_owned()).collect();

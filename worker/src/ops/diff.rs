@@ -193,21 +193,10 @@ impl Walk<'_> {
                 _ => true,
             };
             let names = both_names(old.as_ref().map(|old| old.as_fd()), new.as_fd())?;
-            let replaced = before.is_some() && !same_kind;
             let mut below = Frame { old, new, out: None, name, stat: after, names };
             if changed {
                 let parent = make_out(stack)?;
-                let out = make_dir(parent, &below.name)?;
-                if replaced {
-                    // What stood here before must not show through.
-                    rustix::fs::fsetxattr(
-                        &out,
-                        "trusted.overlay.opaque",
-                        b"y",
-                        rustix::fs::XattrFlags::empty(),
-                    )?;
-                }
-                below.out = Some(out);
+                below.out = Some(make_dir(parent, &below.name)?);
             }
             return Ok(Some(below));
         }
