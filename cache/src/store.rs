@@ -53,7 +53,7 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { sync_interval: Duration::from_secs(20), eviction_notes: 4096, boot_id: None }
+        Self { sync_interval: Duration::from_secs(20), eviction_notes: 32_768, boot_id: None }
     }
 }
 

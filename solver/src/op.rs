@@ -117,6 +117,12 @@ pub trait Op<R>: Send + Sync + 'static {
     /// Runs the operation. `inputs` has one result per input edge; the answer has one for each output.
     fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<R>) -> BoxFuture<'a, Result<Vec<R>, OpError>>;
 
+    /// False if what comes of running it never depends on the client that it runs for: then a failure is the same for
+    /// all who wait for it, also when that client has left.
+    fn needs_client(&self) -> bool {
+        true
+    }
+
     /// Upper bound class: how many of these may run at once is limited per class by the solver.
     fn class(&self) -> OpClass {
         OpClass::Run

@@ -303,6 +303,17 @@ impl Graph {
         hashes
     }
 
+    /// How many parts of steps only one of two graphs has.
+    pub(super) fn apart(&self, other: &Self) -> usize {
+        let mut counts: HashMap<(&str, &str), isize, foldhash::fast::RandomState> = HashMap::default();
+        for (graph, one) in [(self, 1), (other, -1)] {
+            for part in graph.parts.chunks_exact(2) {
+                *counts.entry((graph.text(part[0]), graph.text(part[1]))).or_default() += one;
+            }
+        }
+        counts.values().map(|count| count.unsigned_abs()).sum()
+    }
+
     /// The build made everything itself and knows all that there is to know.
     pub(super) fn is_complete(&self) -> bool {
         (0..self.len()).all(|at| self.is_done(at) && !self.content(at).is_empty())

@@ -37,7 +37,9 @@ const GRAPHS: &str = "explain-graph";
 const OUTLINES: &str = "explain-outline";
 
 /// Builds are compared with one of so many before them.
-const COMPARABLE: usize = 32;
+const COMPARABLE: usize = 1024;
+/// Of equally similar builds so many are looked at more closely.
+const CLOSER: usize = 4;
 /// So much counts the same Dockerfile, target and directory, in hashes of a sketch.
 const SAME_PROJECT: usize = 8;
 /// After so many graphs were dropped, what only they referred to is dropped too.
@@ -320,9 +322,10 @@ impl Explanations {
         let mut graph = Graph::new(&vertices);
         drop(vertices);
         let sketch = graph.sketch();
-        let nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        let mut nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        self.look_closer(&graph, &sketch, &mut nearest)?;
         let (mut compared_with, mut before) = (String::new(), String::new());
-        for (other, digest) in nearest {
+        for Near { id: other, graph: digest, .. } in nearest {
             if !graph.is_complete() {
                 let Some(earlier) = self.graph(&digest)? else { continue };
                 graph.carry_over(&earlier);
@@ -338,6 +341,33 @@ impl Explanations {
         }
         let record = Record { ended: now(), graph: digest, sketch, project, before, steps };
         Ok((Outline { compared_with, total, missed }, record))
+    }
+
+    /// Puts the build first that differs least, where a sketch can't tell: all variants of a step look alike to it.
+    fn look_closer(&self, graph: &Graph, sketch: &[u64], nearest: &mut Vec<Near>) -> Result<(), StoreError> {
+        let Some(best) = nearest.first().map(|near| near.score).filter(|score| 2 * score >= sketch.len())
+        else {
+            return Ok(());
+        };
+        let mut seen = HashSet::new();
+        let mut equal: Vec<_> = (0..nearest.len()).take_while(|at| nearest[*at].score == best).collect();
+        equal.retain(|at| seen.insert(nearest[*at].graph.clone()));
+        if equal.len() < 2 {
+            return Ok(());
+        }
+        let mut closest = None;
+        for at in equal.into_iter().take(CLOSER) {
+            let Some(earlier) = self.graph(&nearest[at].graph)? else { continue };
+            let apart = graph.apart(&earlier);
+            if closest.is_none_or(|(least, _)| apart < least) {
+                closest = Some((apart, at));
+            }
+        }
+        if let Some((_, at)) = closest {
+            let first = nearest.remove(at);
+            nearest.insert(0, first);
+        }
+        Ok(())
     }
 
     /// Forgets a build.
@@ -455,8 +485,16 @@ fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
     blake3::hash(&bytes).as_bytes()[..16].to_vec()
 }
 
+/// An earlier build that a build may be compared with.
+struct Near {
+    score: usize,
+    id: String,
+    /// Digest of its graph.
+    graph: String,
+}
+
 /// The builds to compare with, most similar first, of equal ones the latest first.
-fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<(String, String)> {
+fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<Near> {
     let score = |record: &Record| {
         let shared = record.sketch.iter().filter(|hash| sketch.binary_search(hash).is_ok()).count();
         match (shared, record.project == project) {
@@ -465,13 +503,11 @@ fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<
             (shared, false) => shared,
         }
     };
-    let mut found: Vec<_> = records
-        .iter()
-        .rev()
-        .take(COMPARABLE)
-        .map(|(id, record)| (score(record), id, &record.graph))
-        .filter(|(score, ..)| *score > 0)
-        .collect();
-    found.sort_by_key(|(score, ..)| std::cmp::Reverse(*score));
-    found.into_iter().map(|(_, id, graph)| (id.clone(), graph.clone())).collect()
+    let near = |(id, record): &(String, Record)| {
+        let score = score(record);
+        (score > 0).then(|| Near { score, id: id.clone(), graph: record.graph.clone() })
+    };
+    let mut found: Vec<_> = records.iter().rev().take(COMPARABLE).filter_map(near).collect();
+    found.sort_by_key(|near| std::cmp::Reverse(near.score));
+    found
 }

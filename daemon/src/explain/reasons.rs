@@ -47,6 +47,9 @@ pub(super) struct Missed {
     /// It had a result that is gone.
     #[prost(message, optional, tag = "4")]
     evicted: Option<Evicted>,
+    /// It was in the making already, by this or another build.
+    #[prost(bool, tag = "5")]
+    shared: bool,
 }
 
 /// What removed a result; empty where that is no longer known.
@@ -67,6 +70,7 @@ impl Missed {
             digest: vertex.vertex.to_string(),
             ignored: vertex.ignore_cache,
             evicted: evicted(vertex, facts),
+            shared: vertex.lookups.iter().any(|lookup| lookup.found == Found::InFlight),
         };
         missed.map(note).collect()
     }
@@ -232,6 +236,7 @@ impl<'a> Comparison<'a> {
     /// Why a vertex that is what it was had nothing to be found by.
     fn otherwise(&self, at: usize) -> Reason {
         match self.counterpart(at) {
+            _ if self.missed.get(&at).is_some_and(|missed| missed.shared) => reason("shared"),
             Some((old, before)) if !old.is_done(before) => reason("unfinished"),
             _ => reason("lost"),
         }

@@ -62,6 +62,7 @@ fn text(explanation: &Explanation) -> String {
     let Explanation { r#ref, compared_with, total, steps } = explanation;
     let mut out = format!("Build {ref}: ");
     let _ = match (steps.len(), compared_with.is_empty()) {
+        (0, _) if *total == 0 => writeln!(out, "no step was reached"),
         (0, _) => writeln!(out, "all {total} steps were cached"),
         (missed, true) => {
             writeln!(out, "{missed} of {total} steps were not cached; there is no earlier build like it")
@@ -123,6 +124,7 @@ fn say(reason: &Reason) -> String {
         "evicted" if rule.is_empty() => "its result was removed".to_owned(),
         "evicted" => format!("its result was removed at {at} by {rule}"),
         "unfinished" => "the earlier build did not finish it".to_owned(),
+        "shared" => "it was being made already, for another build or step".to_owned(),
         "never-built" => "never built before".to_owned(),
         _ => "nothing was found, though nothing differs".to_owned(),
     }

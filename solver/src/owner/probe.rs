@@ -130,6 +130,15 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         vertex_key(OUTPUT_KEY, &map.digest, parts)
     }
 
+    fn kind_of(&self, place: NodeIndex, key: Key) -> KeyKind {
+        let vertex = &self.graph[place];
+        match vertex.definition {
+            Definition::Known(definition) if definition == key => KeyKind::Definition,
+            _ if vertex.output_key == Some(key) => KeyKind::Output,
+            _ => KeyKind::Content,
+        }
+    }
+
     /// Looks a key up among the work in flight, then in the store; true if something was found
     /// and the vertex waits for that.
     fn look_up(&mut self, place: NodeIndex, kind: KeyKind, key: Key) -> bool {
@@ -304,7 +313,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             looked_up: vertex.looked_up,
         };
         match work::start(&self.shared, job) {
-            Started::Begun(work) | Started::Joined(work) => self.work_on(place, work),
+            Started::Begun(work) => self.work_on(place, work),
+            Started::Joined(work, key) => {
+                self.note(place, self.kind_of(place, key), key, Found::InFlight);
+                self.work_on(place, work);
+            }
             Started::Ended { told: (began, events), outcome } => {
                 if let Some(at) = began {
                     self.note_started(place, at);
@@ -350,6 +363,11 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
+    /// A process ended by itself, and nothing that it was given came from a client.
+    fn is_own_failure(&self, place: NodeIndex, error: &OpError) -> bool {
+        error.exit_code.is_some() && !self.graph[place].op.needs_client()
+    }
+
     /// Work for a vertex ended; `ours` if it was this build's.
     fn ended(&mut self, place: NodeIndex, ours: bool, outcome: Outcome<R>) {
         match outcome.result {
@@ -362,7 +380,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 self.finish(place, produced);
             }
             // It may have failed for want of what the other build had; this one tries for itself.
-            Err(error) if outcome.orphaned || (!ours && error.is_transient()) => {
+            Err(error)
+                if (outcome.orphaned && !self.is_own_failure(place, &error))
+                    || (!ours && error.is_transient()) =>
+            {
                 self.start_over(place);
                 self.ready.insert(place);
             }

@@ -165,8 +165,8 @@ impl<R> InFlight<R> {
 pub(crate) enum Started<R> {
     /// It is queued or running.
     Begun(Arc<Work<R>>),
-    /// Somebody else was at it already.
-    Joined(Arc<Work<R>>),
+    /// Somebody else was at it already, under this key.
+    Joined(Arc<Work<R>>, Key),
     /// It is done.
     Ended {
         /// When it began, and what it said.
@@ -196,7 +196,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, j
     for key in wanted {
         match shared.in_flight.claim(key, &work) {
             None => claims.push(key),
-            Some(other) if claims.is_empty() => return Started::Joined(other),
+            Some(other) if claims.is_empty() => return Started::Joined(other, Key::from_bytes(key)),
             Some(other) => {
                 leader = Some(other);
                 break;

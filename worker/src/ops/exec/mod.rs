@@ -130,4 +130,9 @@ impl Op<Ref> for ExecOp {
             task.await.unwrap_or_else(|err| Err(OpError::new(format!("running the step failed: {err}"))))
         })
     }
+
+    fn needs_client(&self) -> bool {
+        // Secrets are there before the process starts; an agent is asked while it runs.
+        self.step.op.mounts.iter().any(|mount| mount.mount_type() == pb::MountType::Ssh)
+    }
 }
