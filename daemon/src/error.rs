@@ -147,6 +147,18 @@ pub(crate) fn source_detail(info: &pb::SourceInfo, ranges: &[pb::Range]) -> Any 
         }
         value
     };
+    let mut value = json!({ "info": source_json(info) });
+    if !ranges.is_empty() {
+        value["ranges"] = ranges
+            .iter()
+            .map(|range| json!({ "start": position(&range.start), "end": position(&range.end) }))
+            .collect();
+    }
+    detail("errdefs.Source", &value)
+}
+
+/// A source file.
+pub(crate) fn source_json(info: &pb::SourceInfo) -> Value {
     let mut file = json!({});
     if !info.filename.is_empty() {
         file["filename"] = info.filename.as_str().into();
@@ -160,14 +172,7 @@ pub(crate) fn source_detail(info: &pb::SourceInfo, ranges: &[pb::Range]) -> Any 
     if !info.language.is_empty() {
         file["language"] = info.language.as_str().into();
     }
-    let mut value = json!({ "info": file });
-    if !ranges.is_empty() {
-        value["ranges"] = ranges
-            .iter()
-            .map(|range| json!({ "start": position(&range.start), "end": position(&range.end) }))
-            .collect();
-    }
-    detail("errdefs.Source", &value)
+    file
 }
 
 /// A definition's operations; its metadata and source map are of no use to a reader of errors.

@@ -1,18 +1,16 @@
 //! The Dockerfile compiler as the frontend uses it: its input from the request, images through the
 //! build, its errors in the daemon's form.
 
-use std::sync::Arc;
-
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
-    CompileError, CompileInput, Compiled, ContextSource, ImageResolver, Options, ResolveError, ResolveMode,
-    ResolvedImage, SyntaxDirective,
+    CompileError, CompileInput, Compiled, ContextSource, ImageResolver, LintReport, LintWarning,
+    NamedContext, Options, ResolveError, ResolveMode, ResolvedImage, SyntaxDirective, TargetInfo,
 };
 use kiln_proto::{pb, platform};
 use tonic::Code;
 
+use super::contexts::Contexts;
 use crate::error::{BuildError, frontend_detail, source_detail};
-use crate::gateway::Bridge;
 
 /// Frontend images whose language is the one that is built in, without tag and digest.
 const BUILTIN: &[&str] = &[
@@ -33,14 +31,19 @@ pub(super) fn is_builtin(source: &str) -> bool {
     BUILTIN.contains(&name)
 }
 
-/// Compiles `file`, which was read with `file.definition`.
-pub(super) async fn compile(
-    bridge: &Arc<Bridge>,
-    options: &Options,
-    file: &pb::SourceInfo,
-    ignore_patterns: Option<Vec<String>>,
-    context: ContextSource,
-) -> Result<Compiled, BuildError> {
+/// What is compiled of a request.
+pub(super) struct Job<'a> {
+    /// The file, which was read with `file.definition`.
+    pub(super) file: &'a pb::SourceInfo,
+    pub(super) options: &'a Options,
+    pub(super) contexts: Contexts<'a>,
+    /// Of the build context.
+    pub(super) ignore_patterns: Option<Vec<String>>,
+    pub(super) context: ContextSource,
+}
+
+/// Refuses a file that names another frontend.
+pub(super) fn check_syntax(options: &Options, file: &pb::SourceInfo) -> Result<(), BuildError> {
     let syntax = match options.build_args.get("BUILDKIT_SYNTAX").filter(|image| !image.is_empty()) {
         Some(image) => Some(SyntaxDirective { value: image.clone(), ranges: Vec::new() }),
         None => kiln_dockerfile::syntax_directive(&file.data),
@@ -50,17 +53,38 @@ pub(super) async fn compile(
     {
         return Err(located(BuildError::unsupported(format_args!("frontend image {image}")), file, &ranges));
     }
-    let input = CompileInput {
-        dockerfile: &file.data,
-        filename: &file.filename,
-        options,
-        ignore_patterns,
-        context,
-        build_platform: platform::normalized(&platform::host()),
-        dockerfile_definition: file.definition.clone(),
-    };
-    let resolver = Resolver(bridge);
-    kiln_dockerfile::compile(input, &resolver).await.map_err(|error| explain(error, file))
+    Ok(())
+}
+
+impl<'a> Job<'a> {
+    fn input(&self) -> CompileInput<'a> {
+        CompileInput {
+            dockerfile: &self.file.data,
+            filename: &self.file.filename,
+            options: self.options,
+            ignore_patterns: self.ignore_patterns.clone(),
+            context: self.context.clone(),
+            build_platform: platform::normalized(&platform::host()),
+            dockerfile_definition: self.file.definition.clone(),
+        }
+    }
+
+    /// Compiles the file. What the checks find goes to `warn`, whether it compiles or not.
+    pub(super) async fn compile(&self, warn: impl Fn(&[LintWarning])) -> Result<Compiled, BuildError> {
+        let compiled = kiln_dockerfile::compile(self.input(), &Resolver(self.contexts)).await;
+        warn(compiled.as_ref().map_or_else(|error| &error.warnings, |compiled| &compiled.warnings));
+        compiled.map_err(|error| explain(error, self.file))
+    }
+
+    /// Checks the file, without what follows from it.
+    pub(super) async fn lint(&self) -> LintReport {
+        kiln_dockerfile::lint(self.input(), &Resolver(self.contexts)).await
+    }
+}
+
+/// The stages of a file.
+pub(super) fn targets(file: &pb::SourceInfo) -> Result<Vec<TargetInfo>, BuildError> {
+    kiln_dockerfile::targets(&file.data, &file.filename).map_err(|error| explain(error, file))
 }
 
 /// An error of the compiler, with the lines of the Dockerfile that it is about.
@@ -83,8 +107,8 @@ fn located(error: BuildError, file: &pb::SourceInfo, ranges: &[pb::Range]) -> Bu
     if ranges.is_empty() { error } else { error.with(source_detail(file, ranges)) }
 }
 
-/// Images as the build finds them.
-struct Resolver<'a>(&'a Arc<Bridge>);
+/// Images and named contexts as the build finds them.
+struct Resolver<'a>(Contexts<'a>);
 
 impl ImageResolver for Resolver<'_> {
     fn resolve<'a>(
@@ -95,7 +119,7 @@ impl ImageResolver for Resolver<'_> {
         log_name: &'a str,
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
         Box::pin(async move {
-            match self.0.resolve_image(reference, platform, mode.as_str(), log_name).await {
+            match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name).await {
                 Ok(image) => Ok(ResolvedImage {
                     digest: image.digest,
                     config: image.config,
@@ -106,6 +130,14 @@ impl ImageResolver for Resolver<'_> {
                     .into()),
             }
         })
+    }
+
+    fn context<'a>(
+        &'a self,
+        key: &'a str,
+        value: &'a str,
+    ) -> BoxFuture<'a, Result<NamedContext, ResolveError>> {
+        Box::pin(async move { self.0.named(key, value).await.map_err(Into::into) })
     }
 }
 

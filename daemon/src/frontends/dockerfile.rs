@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kiln_dockerfile::{Compiled, ContextSource, LintWarning, Options};
-use kiln_proto::{llb, pattern, pb, platform};
+use kiln_proto::{pattern, pb, platform};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
 use serde_json::json;
 use tonic::Code;
 
 use super::compiler;
+use super::contexts::{Contexts, Fetched, is_missing, optional};
+use super::subrequests::{self, Subrequest};
 use crate::engine::files;
-use crate::error::{BuildError, subrequest_detail};
-use crate::gateway::{Bridge, BuildResult, FrontendRequest, LazyRef, Refs};
+use crate::error::BuildError;
+use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 
 /// Local directory that holds the Dockerfile, unless `dockerfilekey` says otherwise.
 const DOCKERFILE_LOCAL: &str = "dockerfile";
@@ -23,34 +25,48 @@ const CONTEXT_LOCAL: &str = "context";
 
 /// Runs the frontend.
 pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Result<BuildResult, BuildError> {
-    if let Some(id) = request.opts.get("requestid").filter(|id| !id.is_empty()) {
-        return Err(BuildError::unsupported(format_args!("subrequest {id}")).with(subrequest_detail(id)));
+    let subrequest = request.opts.get("requestid").filter(|id| !id.is_empty());
+    let subrequest = subrequest.map(|id| Subrequest::parse(id)).transpose()?;
+    if subrequest == Some(Subrequest::Describe) {
+        return Ok(subrequests::describe());
     }
-    let locals = Locals { bridge, request };
+    let contexts = Contexts { bridge, request };
     let context_key = request.opts.get("contextkey").map_or(CONTEXT_LOCAL, String::as_str);
     if let Some(remote) = request.opts.get(context_key) {
         return Err(BuildError::unsupported(format_args!("remote build context {remote}")));
     }
     let options = Options::from_attrs(&request.opts)
         .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
-    let mut file = locals.dockerfile().await?;
+    let mut file = dockerfile(contexts).await?;
+    compiler::check_syntax(&options, &file.info)?;
+    if subrequest == Some(Subrequest::Targets) {
+        return Ok(subrequests::targets(&file.info, &compiler::targets(&file.info)?));
+    }
     let given = request.inputs.get(context_key);
     let ignore = match (file.ignore.take(), given) {
         (Some(own), _) => Some(own),
         (None, Some(_)) => None,
-        (None, None) => locals.ignore_file(context_key).await?,
+        (None, None) => contexts.ignore_file(context_key, context_key, "[internal]").await?,
     };
-    let patterns = ignore.map(|bytes| pattern::parse_ignore_file(&bytes));
     let context = match given {
         Some(definition) => ContextSource::Definition(definition.clone()),
         None => ContextSource::Local {
             name: context_key.to_owned(),
-            session: locals.session(context_key),
+            session: contexts.session(context_key),
             shared_key_hint: context_key.to_owned(),
         },
     };
-    let compiled = compiler::compile(bridge, &options, &file.info, patterns, context).await?;
-    warn(bridge, &file, &compiled.warnings);
+    let job = compiler::Job {
+        file: &file.info,
+        options: &options,
+        contexts,
+        ignore_patterns: ignore.map(|bytes| pattern::parse_ignore_file(&bytes)),
+        context,
+    };
+    if subrequest == Some(Subrequest::Lint) {
+        return Ok(subrequests::lint(&file.info, &job.lint().await));
+    }
+    let compiled = job.compile(|warnings| warn(bridge, &file, warnings)).await?;
     result(bridge, &options, compiled).await
 }
 
@@ -64,117 +80,59 @@ struct Dockerfile {
     vertex: String,
 }
 
-/// The client's directories.
-struct Locals<'a> {
-    bridge: &'a Arc<Bridge>,
-    request: &'a FrontendRequest,
-}
-
-impl Locals<'_> {
-    /// The session that serves a directory.
-    fn session(&self, name: &str) -> String {
-        match self.request.opts.get(&format!("local-sessionid:{name}")) {
-            Some(id) => id.clone(),
-            None => self.bridge.session().to_owned(),
+/// Reads the Dockerfile, from the client's directory unless a definition stands for that.
+async fn dockerfile(contexts: Contexts<'_>) -> Result<Dockerfile, BuildError> {
+    let Contexts { bridge, request } = contexts;
+    let name = match request.opts.get("filename").filter(|name| !name.is_empty()) {
+        Some(name) => pattern::clean(name).trim_start_matches('/').to_owned(),
+        None => "Dockerfile".to_owned(),
+    };
+    let own_ignore = format!("{name}.dockerignore");
+    let lower = match name.rsplit_once('/') {
+        None if name == "Dockerfile" => Some("dockerfile".to_owned()),
+        Some((dir, "Dockerfile")) => Some(format!("{dir}/dockerfile")),
+        _ => None,
+    };
+    let key = request.opts.get("dockerfilekey");
+    let fetched = match request.inputs.get(DOCKERFILE_LOCAL).filter(|_| key.is_none()) {
+        Some(definition) => Fetched {
+            reference: bridge.solve(definition.clone()).await?,
+            definition: definition.clone(),
+            vertex: kiln_proto::llb::load(definition)
+                .ok()
+                .and_then(|loaded| Some(loaded.vertices[loaded.root?.0].digest.to_string()))
+                .unwrap_or_default(),
+        },
+        None => {
+            let mut wanted = vec![name.clone(), own_ignore.clone()];
+            wanted.extend(lower.clone());
+            let title = format!("[internal] load build definition from {name}");
+            let local = key.map_or(DOCKERFILE_LOCAL, String::as_str);
+            contexts.fetch(local, &wanted, DOCKERFILE_LOCAL, &title).await?
         }
-    }
-
-    /// Some files of a client's directory. The answer has the definition and its source's digest.
-    async fn fetch(
-        &self,
-        local: &str,
-        files: &[String],
-        hint: &str,
-        title: &str,
-    ) -> Result<(Option<Arc<LazyRef>>, pb::Definition, String), BuildError> {
-        let attrs = [
-            ("local.differ", "none".to_owned()),
-            ("local.followpaths", json!(files).to_string()),
-            ("local.session", self.session(local)),
-            ("local.sharedkeyhint", hint.to_owned()),
-        ];
-        // Whichever session the build has.
-        let attrs = attrs.into_iter().filter(|(key, value)| *key != "local.session" || !value.is_empty());
-        let op = pb::Op {
-            op: Some(pb::op::Op::Source(pb::SourceOp {
-                identifier: format!("local://{local}"),
-                attrs: attrs.map(|(key, value)| (key.to_owned(), value)).collect(),
-            })),
-            ..pb::Op::default()
+    };
+    let unread = |error: BuildError| error.context("failed to read dockerfile");
+    let Some(reference) = fetched.reference else {
+        return Err(unread(BuildError::build(format!("open {name}: no such file or directory"))));
+    };
+    let asked = name.clone();
+    let read = reference.read(move |root| {
+        let data = match (files::read_file(root, &asked, 0, 0), lower) {
+            (Err(error), Some(lower)) if is_missing(&error) => {
+                files::read_file(root, &lower, 0, 0).map_err(|_| error)?
+            }
+            (data, _) => data?,
         };
-        let metadata = pb::OpMetadata {
-            description: [("llb.customname".to_owned(), title.to_owned())].into(),
-            ..pb::OpMetadata::default()
-        };
-        let mut builder = llb::Builder::new();
-        let digest = builder.add(&op, metadata);
-        let definition = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
-        let reference = self.bridge.solve(definition.clone()).await?;
-        Ok((reference, definition, digest))
-    }
-
-    async fn dockerfile(&self) -> Result<Dockerfile, BuildError> {
-        let name = match self.request.opts.get("filename").filter(|name| !name.is_empty()) {
-            Some(name) => pattern::clean(name).trim_start_matches('/').to_owned(),
-            None => "Dockerfile".to_owned(),
-        };
-        let local = self.request.opts.get("dockerfilekey").map_or(DOCKERFILE_LOCAL, String::as_str);
-        let own_ignore = format!("{name}.dockerignore");
-        let mut wanted = vec![name.clone(), own_ignore.clone()];
-        let lower = match name.rsplit_once('/') {
-            None if name == "Dockerfile" => Some("dockerfile".to_owned()),
-            Some((dir, "Dockerfile")) => Some(format!("{dir}/dockerfile")),
-            _ => None,
-        };
-        wanted.extend(lower.clone());
-        let title = format!("[internal] load build definition from {name}");
-        let (reference, definition, vertex) = self.fetch(local, &wanted, DOCKERFILE_LOCAL, &title).await?;
-        let unread = |error: BuildError| error.context("failed to read dockerfile");
-        let Some(reference) = reference else {
-            return Err(unread(BuildError::build(format!("open {name}: no such file or directory"))));
-        };
-        let asked = name.clone();
-        let read = reference.read(move |root| {
-            let data = match (files::read_file(root, &asked, 0, 0), lower) {
-                (Err(error), Some(lower)) if is_missing(&error) => {
-                    files::read_file(root, &lower, 0, 0).map_err(|_| error)?
-                }
-                (data, _) => data?,
-            };
-            Ok((data, optional(files::read_file(root, &own_ignore, 0, 0))?))
-        });
-        let (data, ignore) = read.await.map_err(unread)?;
-        let info = pb::SourceInfo {
-            filename: name,
-            data,
-            definition: Some(definition),
-            language: "Dockerfile".into(),
-        };
-        Ok(Dockerfile { info, ignore, vertex })
-    }
-
-    async fn ignore_file(&self, context: &str) -> Result<Option<Vec<u8>>, BuildError> {
-        const NAME: &str = ".dockerignore";
-        let hint = format!("{context}-{NAME}");
-        let wanted = [NAME.to_owned()];
-        let (reference, ..) = self.fetch(context, &wanted, &hint, "[internal] load .dockerignore").await?;
-        match reference {
-            Some(reference) => reference.read(|root| optional(files::read_file(root, NAME, 0, 0))).await,
-            None => Ok(None),
-        }
-    }
-}
-
-fn is_missing(error: &BuildError) -> bool {
-    error.message.ends_with("no such file or directory")
-}
-
-fn optional(read: Result<Vec<u8>, BuildError>) -> Result<Option<Vec<u8>>, BuildError> {
-    match read {
-        Ok(data) => Ok(Some(data)),
-        Err(error) if is_missing(&error) => Ok(None),
-        Err(error) => Err(error),
-    }
+        Ok((data, optional(files::read_file(root, &own_ignore, 0, 0))?))
+    });
+    let (data, ignore) = read.await.map_err(unread)?;
+    let info = pb::SourceInfo {
+        filename: name,
+        data,
+        definition: Some(fetched.definition),
+        language: "Dockerfile".into(),
+    };
+    Ok(Dockerfile { info, ignore, vertex: fetched.vertex })
 }
 
 fn warn(bridge: &Bridge, file: &Dockerfile, warnings: &[LintWarning]) {

@@ -1,7 +1,9 @@
 //! The frontends inside the daemon, by name.
 
 mod compiler;
+mod contexts;
 mod dockerfile;
+mod subrequests;
 
 use std::sync::Arc;
 
@@ -12,7 +14,11 @@ use crate::gateway::{Bridge, BuildResult, FrontendRequest};
 const DOCKERFILE: &str = "dockerfile.v0";
 
 /// What clients may require of a frontend.
-const CAPS: &[&str] = &["moby.buildkit.frontend.contexts", "moby.buildkit.frontend.inputs"];
+const CAPS: &[&str] = &[
+    "moby.buildkit.frontend.contexts",
+    "moby.buildkit.frontend.inputs",
+    "moby.buildkit.frontend.subrequests",
+];
 
 /// Runs the frontend that `request` names.
 ///

@@ -184,13 +184,135 @@ async fn errors_show_the_lines() {
     let error =
         client.build(&daemon, "three", &[("filename", "None")]).await.0.expect_err("no such Dockerfile");
     assert_eq!(error.message(), "failed to read dockerfile: open None: no such file or directory");
-    let error =
-        client.build(&daemon, "four", &[("requestid", "frontend.lint")]).await.0.expect_err("a subrequest");
+    let error = client
+        .build(&daemon, "four", &[("requestid", "frontend.outline")])
+        .await
+        .0
+        .expect_err("a subrequest");
     assert_eq!(
         (error.code(), error.message()),
-        (Code::Unimplemented, "unsupported: subrequest frontend.lint")
+        (Code::Unimplemented, "unsupported: subrequest frontend.outline")
     );
-    assert_eq!(details(&error)[0].1["name"], "frontend.lint");
+    assert_eq!(details(&error)[0].1["name"], "frontend.outline");
+    daemon.stop().await;
+}
+
+/// What the frontend answers a client that drives it.
+async fn ask(
+    daemon: &Daemon,
+    client: &Client,
+    id: &str,
+    opts: &[(&str, &str)],
+    inputs: HashMap<String, kiln_proto::pb::Definition>,
+) -> Result<GatewayResult, Status> {
+    let mut control = daemon.control().await;
+    let exporter = Exporter { r#type: "local".into(), attrs: HashMap::new() };
+    let request = SolveRequest {
+        r#ref: id.into(),
+        session: client.id.clone(),
+        exporters: vec![exporter],
+        ..SolveRequest::default()
+    };
+    let solve = tokio::spawn(async move { control.solve(request).await });
+    let mut gateway = daemon.gateway().await;
+    let ask = gateway::SolveRequest {
+        frontend: "dockerfile.v0".into(),
+        frontend_opt: attrs(opts),
+        frontend_inputs: inputs,
+        allow_result_return: true,
+        allow_result_array_ref: true,
+        ..gateway::SolveRequest::default()
+    };
+    let answer = gateway.solve(crate::common::for_build(id, ask)).await;
+    let answer = answer.map(|answer| answer.into_inner().result.expect("result"));
+    let back = ReturnRequest {
+        result: answer.clone().ok(),
+        error: answer.as_ref().err().map(|status| rpc::Status {
+            code: status.code() as i32,
+            message: status.message().into(),
+            details: Vec::new(),
+        }),
+    };
+    gateway.r#return(crate::common::for_build(id, back)).await.expect("return");
+    let ended = solve.await.expect("task");
+    assert_eq!(ended.is_ok(), answer.is_ok(), "{ended:?}");
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn questions_about_a_dockerfile() {
+    let mut daemon = Daemon::start().await;
+    let file = "# base is first\nFROM scratch AS base\nMAINTAINER x\nFROM base\nCOPY a /\n";
+    let client =
+        Client::attach(&daemon, &[("Dockerfile", file), ("Bad", "FROM scratch\nEXPOSE foo\n")]).await;
+    let answer = async |id: &str, opts: &[(&str, &str)]| {
+        let caps = [("frontend.caps", "moby.buildkit.frontend.subrequests+forward")];
+        let answer = ask(&daemon, &client, id, &[&caps, opts].concat(), HashMap::new()).await.expect(id);
+        assert_eq!(answer.metadata["version"], b"1.0.0");
+        let json: Value = serde_json::from_slice(&answer.metadata["result.json"]).expect("JSON");
+        (
+            json,
+            answer.metadata.get("result.statuscode").map(|code| String::from_utf8_lossy(code).into_owned()),
+        )
+    };
+    let (json, status) = answer("one", &[("requestid", "frontend.lint")]).await;
+    assert_eq!(status.as_deref(), Some("1"));
+    let warning = &json["warnings"][0];
+    assert_eq!(
+        (&warning["ruleName"], json["warnings"].as_array().map(Vec::len)),
+        (&"MaintainerDeprecated".into(), Some(1))
+    );
+    assert_eq!(warning["location"]["ranges"][0]["start"]["line"], 3);
+    assert_eq!(json["sources"][0]["filename"], "Dockerfile");
+    assert!(json["buildError"].is_null());
+
+    let (json, status) = answer("two", &[("requestid", "frontend.lint"), ("filename", "Bad")]).await;
+    assert_eq!(status.as_deref(), Some("1"));
+    assert_eq!(json["buildError"]["message"], "invalid containerPort: foo");
+    assert_eq!(json["buildError"]["location"]["ranges"][0]["start"]["line"], 2);
+
+    let (json, _) = answer("three", &[("requestid", "frontend.targets")]).await;
+    let [base, last] = json["targets"].as_array().expect("targets").as_slice() else { panic!("{json}") };
+    assert_eq!((&base["name"], &base["description"]), (&"base".into(), &"is first".into()));
+    assert_eq!((&last["base"], &last["default"]), (&"base".into(), &true.into()));
+
+    let (json, _) = answer("four", &[("requestid", "frontend.subrequests.describe")]).await;
+    assert!(json.as_array().expect("a list").iter().any(|entry| entry["name"] == "frontend.targets"));
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_of_builds_are_contexts_of_others() {
+    let mut daemon = Daemon::start().await;
+    let client =
+        Client::attach(&daemon, &[("Dockerfile", "FROM base\nCOPY --from=other /made /copied\n")]).await;
+    let (made, _) = crate::common::file("/made", "before");
+    // {"config":{"User":"maker"},"os":"linux","architecture":"amd64","rootfs":{"type":"layers"}}
+    let config = "eyJjb25maWciOnsiVXNlciI6Im1ha2VyIn0sIm9zIjoibGludXgiLCJhcmNoaXRlY3R1cmUiOiJhbWQ2NCIsInJvb3RmcyI6eyJ0eXBlIjoibGF5ZXJzIn19";
+    let metadata = format!(r#"{{"containerimage.config":"{config}"}}"#);
+    let opts = [
+        ("context:base", "input:0-base"),
+        ("context:other", "input:0-base"),
+        ("input-metadata:0-base", metadata.as_str()),
+        ("frontend.caps", "moby.buildkit.frontend.contexts+forward"),
+    ];
+    let inputs = HashMap::from([("0-base".to_owned(), made.clone())]);
+    let answer = ask(&daemon, &client, "one", &opts, inputs).await.expect("built");
+    let config: Value = serde_json::from_slice(&answer.metadata["containerimage.config"]).expect("JSON");
+    assert_eq!(config["config"]["User"], "maker");
+    assert_eq!(read(&client.written(), "made"), "before");
+    assert_eq!(read(&client.written(), "copied"), "before");
+    let error = ask(&daemon, &client, "two", &opts, HashMap::new()).await.expect_err("no such input");
+    assert!(error.message().contains("invalid input 0-base for base"), "{}", error.message());
+    let remote = [("context:base", "https://example.org/x.git")];
+    let error = ask(&daemon, &client, "three", &remote, HashMap::new()).await.expect_err("remote");
+    assert!(error.message().contains("unsupported: named context base=https://"), "{}", error.message());
+
+    // The Dockerfile, too.
+    let (file, _) = crate::common::file("/Dockerfile", "FROM scratch\nCOPY --from=other /made /alone\n");
+    let inputs = HashMap::from([("0-base".to_owned(), made), ("dockerfile".to_owned(), file)]);
+    ask(&daemon, &client, "four", &[("context:other", "input:0-base")], inputs).await.expect("built");
+    assert_eq!(read(&client.written(), "alone"), "before");
     daemon.stop().await;
 }
 

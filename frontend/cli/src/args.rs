@@ -112,6 +112,9 @@ pub(crate) struct BuildArgs {
     /// Value of an ARG; without =VALUE it is taken from the environment
     #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
     pub(crate) build_args: Vec<String>,
+    /// Directory or docker-image://NAME that takes the place of a stage or image of that name (may be repeated)
+    #[arg(long = "build-context", value_name = "NAME=VALUE")]
+    pub(crate) build_contexts: Vec<String>,
     /// Label of the image
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub(crate) labels: Vec<String>,
@@ -194,8 +197,6 @@ pub(crate) struct Absent {
     pub(crate) cache_from: Vec<String>,
     #[arg(long = "cache-to", hide = true)]
     pub(crate) cache_to: Vec<String>,
-    #[arg(long = "build-context", hide = true)]
-    pub(crate) build_context: Vec<String>,
     #[arg(long, hide = true)]
     pub(crate) load: bool,
     #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -213,7 +214,6 @@ impl Absent {
         [
             (!self.cache_from.is_empty(), "--cache-from"),
             (!self.cache_to.is_empty(), "--cache-to"),
-            (!self.build_context.is_empty(), "--build-context"),
             (self.load, "--load (use -o type=docker,dest=FILE)"),
             (!off(&self.provenance), "--provenance"),
             (!off(&self.sbom), "--sbom"),

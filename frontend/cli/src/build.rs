@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::args::{BuildArgs, Connection};
 use crate::auth::DockerConfig;
+use crate::contexts::{self, NamedContext};
 use crate::error::CliError;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
@@ -56,6 +57,7 @@ pub(crate) struct Plan {
     context: PathBuf,
     dockerfile_dir: PathBuf,
     filename: String,
+    named: Vec<NamedContext>,
     /// Holds a Dockerfile that came on standard input.
     _stdin: Option<TempDir>,
 }
@@ -66,6 +68,7 @@ impl Plan {
             return Err(CliError::usage(format!("unsupported: {flag}")));
         }
         let context = context(&args.context)?;
+        let named = contexts::parse(&args.build_contexts)?;
         let mut stdin = None;
         let (dockerfile_dir, filename) = match &args.file {
             None => (context.clone(), "Dockerfile".to_owned()),
@@ -96,7 +99,7 @@ impl Plan {
                 }
             }
         };
-        Ok(Self { args, context, dockerfile_dir, filename, _stdin: stdin })
+        Ok(Self { args, context, dockerfile_dir, filename, named, _stdin: stdin })
     }
 
     /// One attempt at building it.
@@ -128,10 +131,12 @@ impl Plan {
     /// What the frontend reads, and credentials for registries.
     pub(crate) fn attachables(&self) -> Result<Attachables, CliError> {
         let mut attachables = Attachables::new();
-        attachables.share(vec![
+        let mut shared = vec![
             SharedDir { name: "context".into(), path: self.context.clone() },
             SharedDir { name: "dockerfile".into(), path: self.dockerfile_dir.clone() },
-        ]);
+        ];
+        shared.extend(self.named.iter().filter_map(NamedContext::shared));
+        attachables.share(shared);
         attachables.auth(DockerConfig);
         Ok(attachables)
     }
@@ -152,6 +157,7 @@ impl Plan {
     pub(crate) fn attrs(&self) -> Result<HashMap<String, String>, CliError> {
         let args = &self.args;
         let mut attrs = HashMap::from([("filename".to_owned(), self.filename.clone())]);
+        attrs.extend(self.named.iter().flat_map(NamedContext::attrs));
         let mut set = |key: &str, value: String| {
             attrs.insert(key.to_owned(), value);
         };
@@ -216,9 +222,13 @@ fn dockerfile(file: &Path, dir: &Path, name: &str) -> std::io::Result<(PathBuf, 
     Ok((dir.to_owned(), name.to_owned()))
 }
 
+/// Whether a context is none of this machine.
+pub(crate) fn is_remote(text: &str) -> bool {
+    text.contains("://") || text.starts_with("git@") || text.starts_with("github.com/")
+}
+
 fn context(text: &str) -> Result<PathBuf, CliError> {
-    let remote = text.contains("://") || text.starts_with("git@") || text.starts_with("github.com/");
-    if text == "-" || (remote && !Path::new(text).exists()) {
+    if text == "-" || (is_remote(text) && !Path::new(text).exists()) {
         return Err(CliError::usage(format!("unsupported: build context {text:?} (give a directory)")));
     }
     let path = PathBuf::from(text);

@@ -10,6 +10,7 @@ mod build;
 mod buildctl;
 mod buildkitd;
 mod connect;
+mod contexts;
 mod csv;
 mod daemon;
 mod debug;

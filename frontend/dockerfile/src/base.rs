@@ -15,29 +15,53 @@ use crate::image::Image;
 use crate::options::ResolveMode;
 use crate::step::step_name;
 use crate::suggest::with_suggestion;
-use crate::{ImageResolver, ResolvedImage, lint};
+use crate::{ImageResolver, NamedContext, ResolvedImage, lint};
 
 /// Names that are suggested beside the file's own stages.
 const COMMON_IMAGES: &[&str] = &["alpine", "busybox", "centos", "debian", "golang", "ubuntu", "fedora"];
 
 /// A look-up that a resolver has to answer.
 #[derive(Debug, Clone, PartialEq)]
-struct Request {
+enum Request {
+    Image(ImageRequest),
+    Context {
+        /// Of the named contexts.
+        key: String,
+        value: String,
+        platform: pb::Platform,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct ImageRequest {
     reference: String,
     platform: pb::Platform,
     log_name: String,
 }
 
+/// The answer.
+enum Found {
+    Image(ResolvedImage),
+    Context(NamedContext),
+}
+
+/// What a named context puts in the place of a name.
+enum Replacement {
+    Scratch,
+    Image(Reference),
+    Other { value: String },
+}
+
 impl Compiler<'_> {
-    /// Resolves the base images of all stages that `target` needs, following ONBUILD triggers to
+    /// Resolves the base images of all stages that `targets` need, following ONBUILD triggers to
     /// further stages. The answer is what is needed.
     pub(crate) async fn resolve_stages(
         &mut self,
-        target: usize,
+        targets: &[usize],
         resolver: &dyn ImageResolver,
     ) -> Result<BTreeSet<usize>> {
         loop {
-            let needed = self.reachable(target);
+            let needed = self.reachable(targets);
             self.resolve_bases(&needed, resolver).await?;
             let mut more = false;
             for &at in &needed {
@@ -77,9 +101,13 @@ impl Compiler<'_> {
         }
         let mode = self.input.options.resolve_mode;
         let answers = try_join_all(unique.iter().map(|request| async move {
-            let answer =
-                resolver.resolve(&request.reference, &request.platform, mode, &request.log_name).await;
-            answer.map(|image| (request, image)).map_err(|cause| (request, cause))
+            let answer = match request {
+                Request::Image(ImageRequest { reference, platform, log_name }) => {
+                    resolver.resolve(reference, platform, mode, log_name).await.map(Found::Image)
+                }
+                Request::Context { key, value, .. } => resolver.context(key, value).await.map(Found::Context),
+            };
+            answer.map(|found| (request, found)).map_err(|cause| (request, cause))
         }))
         .await;
         let answers = match answers {
@@ -89,8 +117,15 @@ impl Compiler<'_> {
                 let name = asker.map(|s| s.base_written.clone()).unwrap_or_default();
                 let common = COMMON_IMAGES.iter().flat_map(|n| [n.to_string(), format!("{n}:latest")]);
                 let names = self.stages.iter().map(|s| s.display.clone()).chain(common);
-                let message =
-                    with_suggestion(format!("{name}: {cause}"), &name, names.filter(|n| !n.is_empty()), true);
+                let message = match failed {
+                    Request::Image(_) => with_suggestion(
+                        format!("{name}: {cause}"),
+                        &name,
+                        names.filter(|n| !n.is_empty()),
+                        true,
+                    ),
+                    Request::Context { .. } => cause.to_string(),
+                };
                 let fault = Fault::new(message).caused_by(cause);
                 return Err(match asker.and_then(|s| Some((s.lines?, s.start?))) {
                     Some((lines, start)) => fault.within(lines).at(start),
@@ -99,9 +134,14 @@ impl Compiler<'_> {
             }
         };
         for (at, request) in &requests {
-            let answer = answers.iter().find(|(r, _)| *r == request).map(|(_, image)| image.clone());
-            if let Some(image) = answer {
-                self.use_base(*at, request, image)?;
+            match (request, answers.iter().find(|(asked, _)| *asked == request)) {
+                (Request::Image(request), Some((_, Found::Image(image)))) => {
+                    self.use_base(*at, request, image.clone())?;
+                }
+                (Request::Context { key, platform, .. }, Some((_, Found::Context(context)))) => {
+                    self.use_context(*at, key, platform, context)?;
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -114,7 +154,7 @@ impl Compiler<'_> {
         let stage_platform = stage.platform.clone().unwrap_or_else(|| self.target_platform.clone());
         let whole_stage = match stage.name.as_str() {
             "" => None,
-            name => self.named_context(name, &stage_platform)?.map(|image| (name.to_string(), image)),
+            name => self.named_context(name, &stage_platform)?,
         };
         if is_scratch(&stage.base_name) && whole_stage.is_none() {
             self.use_scratch(at, stage_platform);
@@ -132,23 +172,31 @@ impl Compiler<'_> {
             None => {
                 let familiar = parsed.familiar();
                 let familiar = familiar.strip_suffix(":latest").unwrap_or(&familiar).to_string();
-                self.named_context(&familiar, &stage_platform)?.map(|image| ((familiar, image), false))
+                self.named_context(&familiar, &stage_platform)?.map(|found| (found, false))
             }
         };
-        if let Some(((context, image), whole_stage)) = replaced {
+        if let Some(((key, replacement), whole_stage)) = replaced {
             let stage = &mut self.stages[at];
             if whole_stage {
                 stage.commands.clear();
                 stage.deps.clear();
                 stage.steps = 1;
             }
-            let Some(image) = image else {
-                self.use_scratch(at, stage_platform);
-                return Ok(None);
-            };
-            stage.base_name = image.to_string();
-            let log_name = format!("[context {context}] load metadata for {image}");
-            return Ok(Some(Request { reference: image.to_string(), platform: stage_platform, log_name }));
+            return Ok(match replacement {
+                Replacement::Scratch => {
+                    self.use_scratch(at, stage_platform);
+                    None
+                }
+                Replacement::Image(image) => {
+                    stage.base_name = image.to_string();
+                    let log_name = format!("[context {key}] load metadata for {image}");
+                    let reference = image.to_string();
+                    Some(Request::Image(ImageRequest { reference, platform: stage_platform, log_name }))
+                }
+                Replacement::Other { value } => {
+                    Some(Request::Context { key, value, platform: stage_platform })
+                }
+            });
         }
         let reference = parsed.with_default_tag().to_string();
         self.stages[at].base_name = reference.clone();
@@ -158,7 +206,7 @@ impl Compiler<'_> {
             "[internal]".to_string()
         };
         let log_name = format!("{prefix} load metadata for {reference}");
-        Ok(Some(Request { reference, platform: stage_platform, log_name }))
+        Ok(Some(Request::Image(ImageRequest { reference, platform: stage_platform, log_name })))
     }
 
     fn use_scratch(&mut self, at: usize, on: pb::Platform) {
@@ -168,29 +216,63 @@ impl Compiler<'_> {
         stage.dispatched |= stage.implicit;
     }
 
-    /// The image that a named context puts in the place of `name`; the inner `None` is scratch.
-    pub(crate) fn named_context(
+    /// Whether a named context stands for `name`.
+    pub(crate) fn is_context(&self, name: &str, for_platform: &pb::Platform) -> Result<bool> {
+        Ok(self.named_context(name, for_platform)?.is_some())
+    }
+
+    /// What a named context puts in the place of `name`, after its key.
+    fn named_context(
         &self,
         name: &str,
         for_platform: &pb::Platform,
-    ) -> Result<Option<Option<Reference>>> {
+    ) -> Result<Option<(String, Replacement)>> {
+        if is_scratch(name) || name == "context" {
+            return Ok(None);
+        }
         let contexts = &self.input.options.named_contexts;
         let specific = format!("{name}::{}", platform::format_all(&platform::normalized(for_platform)));
-        let Some(value) = contexts.get(&specific).or_else(|| contexts.get(name)) else { return Ok(None) };
-        let Some(image) = value.strip_prefix("docker-image://") else {
-            return Err(Fault::new(format!(
-                "unsupported: named context {name}={value} (only docker-image:// is)"
-            )));
+        let found = contexts.get_key_value(&specific).or_else(|| contexts.get_key_value(name));
+        let Some((key, value)) = found else { return Ok(None) };
+        let replacement = match value.strip_prefix("docker-image://") {
+            None => Replacement::Other { value: value.clone() },
+            Some("scratch") => Replacement::Scratch,
+            Some(image) => {
+                let parsed = Reference::parse(image)
+                    .map_err(|e| Fault::new(format!("invalid image of named context {key}: {e}")))?;
+                Replacement::Image(parsed.with_default_tag())
+            }
         };
-        if image == "scratch" {
-            return Ok(Some(None));
-        }
-        let parsed = Reference::parse(image)
-            .map_err(|e| Fault::new(format!("invalid image of named context {name}: {e}")))?;
-        Ok(Some(Some(parsed.with_default_tag())))
+        Ok(Some((key.clone(), replacement)))
     }
 
-    fn use_base(&mut self, at: usize, request: &Request, found: ResolvedImage) -> Result<()> {
+    /// Starts a stage from files that are no image, or an image that was built just now.
+    fn use_context(
+        &mut self,
+        at: usize,
+        key: &str,
+        platform: &pb::Platform,
+        context: &NamedContext,
+    ) -> Result<()> {
+        let output = self.take_context(key, context)?;
+        let image = match &context.config {
+            Some(config) => Image {
+                created: None,
+                ..serde_json::from_slice(config)
+                    .map_err(|e| Fault::new(format!("failed to parse image config for {key}: {e}")))?
+            },
+            None => Image::scratch(platform),
+        };
+        let stage = &mut self.stages[at];
+        stage.base_config.clone_from(&context.config);
+        stage.image = image;
+        stage.platform = Some(platform.clone());
+        stage.fs.output = output;
+        stage.dispatched |= stage.implicit;
+        Ok(())
+    }
+
+    fn use_base(&mut self, at: usize, request: &ImageRequest, found: ResolvedImage) -> Result<()> {
         let ResolvedImage { digest, config, reference } = found;
         let parse = |text: &str| {
             Reference::parse(text).map_err(|e| Fault::new(format!("failed to parse ref {text}: {e}")))

@@ -5,19 +5,22 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_proto::pattern::PatternMatcher;
 use kiln_proto::reference::Reference;
-use kiln_proto::{llb, pb, platform};
+use kiln_proto::{pb, platform};
 
+use crate::context::{self, Directory};
 use crate::error::{Fault, Lines, Result};
 use crate::expand::{Env, EnvList, Lexer};
 use crate::gofmt;
-use crate::graph::{Graph, Meta, Out};
+use crate::graph::{Graph, Out};
 use crate::image::Image;
-use crate::instruction::{Instruction, Kind};
+use crate::instruction::{self, Instruction, Kind};
 use crate::lint::{self, Linter};
 use crate::parse;
 use crate::source::{self, Source};
 use crate::stage::{ByName, Stage, locate};
-use crate::{CompileError, CompileInput, Compiled, CompiledTarget, ContextSource, ImageResolver};
+use crate::{
+    CompileError, CompileInput, Compiled, CompiledTarget, ImageResolver, LintReport, LintWarning, TargetInfo,
+};
 
 /// The state of one pass.
 pub(crate) struct Compiler<'a> {
@@ -39,8 +42,8 @@ pub(crate) struct Compiler<'a> {
     pub(crate) epoch: Option<i64>,
     /// The build context; `None` if it is empty.
     pub(crate) context: Option<Out>,
-    /// What was read from the context.
-    pub(crate) context_paths: BTreeSet<String>,
+    /// The client's directories among the contexts.
+    pub(crate) directories: Vec<Directory>,
     pub(crate) ignore: Option<PatternMatcher>,
 }
 
@@ -54,30 +57,88 @@ pub async fn compile(
     input: CompileInput<'_>,
     resolver: &dyn ImageResolver,
 ) -> Result<Compiled, CompileError> {
-    compile_all(&input, resolver).await.map_err(|f| f.into_error(input.filename))
+    let mut warnings = Vec::new();
+    match compile_all(&input, resolver, &mut warnings).await {
+        Ok(targets) => Ok(Compiled { targets, warnings }),
+        Err(fault) => Err(CompileError { warnings, ..fault.into_error(input.filename) }),
+    }
 }
 
-async fn compile_all(input: &CompileInput<'_>, resolver: &dyn ImageResolver) -> Result<Compiled> {
-    let source = source::read(input.dockerfile).map_err(parse_error)?;
-    let instructions: Vec<Instruction> = source
+/// Checks a Dockerfile for the first platform that the options name. Without a target, all stages are checked.
+pub async fn lint(input: CompileInput<'_>, resolver: &dyn ImageResolver) -> LintReport {
+    let mut warnings = Vec::new();
+    let outcome = lint_all(&input, resolver, &mut warnings).await;
+    LintReport { warnings, error: outcome.err().map(|f| f.into_error(input.filename)) }
+}
+
+async fn lint_all(
+    input: &CompileInput<'_>,
+    resolver: &dyn ImageResolver,
+    warnings: &mut Vec<LintWarning>,
+) -> Result<()> {
+    let (source, instructions) = read(input.dockerfile)?;
+    let mut compiler = Compiler::new(input, &source, &instructions, input.options.platforms.first())?;
+    let every = input.options.target.is_empty();
+    let outcome = compiler.run_stages(&instructions, resolver, every).await;
+    *warnings = std::mem::take(&mut compiler.lint.warnings);
+    outcome.map(drop)
+}
+
+/// The stages of a Dockerfile, in order.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn targets(dockerfile: &[u8], filename: &str) -> Result<Vec<TargetInfo>, CompileError> {
+    let (_, instructions) = read(dockerfile).map_err(|f| f.into_error(filename))?;
+    let stages = instructions.into_iter().filter_map(|i| match i.kind {
+        Kind::From(from) => Some((i.comments, i.lines, from)),
+        _ => None,
+    });
+    let target = |(comments, lines, from): (Vec<String>, Lines, instruction::From)| TargetInfo {
+        description: comments
+            .iter()
+            .filter_map(|comment| comment.strip_prefix(&from.name)?.strip_prefix(' '))
+            .find(|_| !from.name.is_empty())
+            .unwrap_or_default()
+            .to_owned(),
+        name: from.name,
+        base: from.base,
+        platform: from.platform,
+        lines: (lines.start, lines.end),
+    };
+    Ok(stages.map(target).collect())
+}
+
+fn read(dockerfile: &[u8]) -> Result<(Source, Vec<Instruction>)> {
+    let source = source::read(dockerfile).map_err(parse_error)?;
+    let instructions = source
         .lines
         .iter()
         .map(|line| parse::parse(line, source.escape).map_err(parse_error))
         .collect::<Result<_>>()?;
+    Ok((source, instructions))
+}
+
+async fn compile_all(
+    input: &CompileInput<'_>,
+    resolver: &dyn ImageResolver,
+    warnings: &mut Vec<LintWarning>,
+) -> Result<Vec<CompiledTarget>> {
+    let (source, instructions) = read(input.dockerfile)?;
     let mut platforms: Vec<Option<&pb::Platform>> = input.options.platforms.iter().map(Some).collect();
     if platforms.is_empty() {
         platforms.push(None);
     }
-    let mut compiled = Compiled { targets: Vec::new(), warnings: Vec::new() };
+    let mut targets = Vec::new();
     for target in platforms {
         let mut compiler = Compiler::new(input, &source, &instructions, target)?;
-        let result = compiler.run(&instructions, resolver).await?;
-        if compiled.targets.is_empty() {
-            compiled.warnings = std::mem::take(&mut compiler.lint.warnings);
+        let result = compiler.run(&instructions, resolver).await;
+        if targets.is_empty() {
+            *warnings = std::mem::take(&mut compiler.lint.warnings);
         }
-        compiled.targets.push(result);
+        targets.push(result?);
     }
-    Ok(compiled)
+    Ok(targets)
 }
 
 fn parse_error(mut fault: Fault) -> Fault {
@@ -97,10 +158,14 @@ impl<'a> Compiler<'a> {
         let options = input.options;
         let check = options.check.as_deref().or(source.check.as_deref()).unwrap_or_default();
         let mut graph = Graph::default();
-        let context = match &input.context {
-            ContextSource::Local { .. } => Some(graph.reserve()),
-            ContextSource::Definition(def) => graph.import(def)?,
-        };
+        let mut directories = Vec::new();
+        let context = context::take(
+            &mut graph,
+            &mut directories,
+            &input.context,
+            input.ignore_patterns.as_deref(),
+            "[internal] load build context".into(),
+        )?;
         let ignore = match &input.ignore_patterns {
             Some(patterns) => {
                 let matcher =
@@ -123,7 +188,7 @@ impl<'a> Compiler<'a> {
             implicit_target: target.is_none(),
             epoch: None,
             context,
-            context_paths: BTreeSet::new(),
+            directories,
             ignore,
         };
         for &line in &source.empty_continuations {
@@ -146,18 +211,31 @@ impl<'a> Compiler<'a> {
         instructions: &[Instruction],
         resolver: &dyn ImageResolver,
     ) -> Result<CompiledTarget> {
+        let (target, needed) = self.run_stages(instructions, resolver, false).await?;
+        self.reads(self.stages[target].fs.output, "/".into());
+        self.fill_directories();
+        self.result(target, &needed)
+    }
+
+    /// Runs the stages that the target needs, or `every` one. The answer is the target, and what was run.
+    async fn run_stages(
+        &mut self,
+        instructions: &[Instruction],
+        resolver: &dyn ImageResolver,
+        every: bool,
+    ) -> Result<(usize, BTreeSet<usize>)> {
         self.make_stages(instructions)?;
         let target = self.find_target()?;
+        let wanted: Vec<usize> = if every { (0..self.stages.len()).collect() } else { vec![target] };
         self.link_stages()?;
-        let needed = self.resolve_stages(target, resolver).await?;
+        let needed = self.resolve_stages(&wanted, resolver).await?;
         for at in 0..self.stages.len() {
             if needed.contains(&at) && !self.stages[at].dispatched {
                 self.run_stage(at)?;
             }
         }
         self.lint.finish()?;
-        self.fill_context()?;
-        self.result(target, &needed)
+        Ok((target, needed))
     }
 
     /// Variables that exist without being declared.
@@ -217,42 +295,6 @@ impl<'a> Compiler<'a> {
     pub(crate) fn epoch_text(&self) -> Option<String> {
         let epoch = jiff::Timestamp::from_second(self.epoch?).ok()?;
         Some(epoch.to_string())
-    }
-
-    fn fill_context(&mut self) -> Result<()> {
-        let (ContextSource::Local { name, session, shared_key_hint }, Some(context)) =
-            (&self.input.context, self.context)
-        else {
-            return Ok(());
-        };
-        let mut attrs = BTreeMap::new();
-        let mut caps = vec![llb::caps::SOURCE_LOCAL];
-        let mut set = |key: &str, value: String, cap: &'static str| {
-            attrs.insert(key.to_string(), value);
-            caps.push(cap);
-        };
-        if !session.is_empty() {
-            set("local.session", session.clone(), llb::caps::SOURCE_LOCAL_SESSION_ID);
-        }
-        if let Some(patterns) = self.input.ignore_patterns.as_ref().filter(|p| !p.is_empty()) {
-            set(
-                "local.excludepatterns",
-                gofmt::json_list(patterns),
-                llb::caps::SOURCE_LOCAL_EXCLUDE_PATTERNS,
-            );
-        }
-        if !self.context_paths.is_empty() && !self.context_paths.contains("/") {
-            let mut paths: Vec<String> =
-                self.context_paths.iter().map(|p| p.trim_start_matches('/').to_string()).collect();
-            paths.sort();
-            set("local.followpaths", gofmt::json_list(&paths), llb::caps::SOURCE_LOCAL_FOLLOW_PATHS);
-        }
-        if !shared_key_hint.is_empty() {
-            set("local.sharedkeyhint", shared_key_hint.clone(), llb::caps::SOURCE_LOCAL_SHARED_KEY_HINT);
-        }
-        let op = pb::op::Op::Source(pb::SourceOp { identifier: format!("local://{name}"), attrs });
-        self.graph.fill(context, op, Meta::named("[internal] load build context", &caps));
-        Ok(())
     }
 
     fn result(&mut self, target: usize, needed: &BTreeSet<usize>) -> Result<CompiledTarget> {

@@ -72,8 +72,8 @@ impl Compiler<'_> {
             } else {
                 if local {
                     self.lint_ignored(source, add, i);
-                    self.context_paths.insert(absolute("/", source));
                 }
+                self.reads(tree, absolute("/", source));
                 Source { from: tree, action: path_action(source, &copy, add) }
             };
             sources.push(made);

@@ -58,6 +58,9 @@ impl Compiler<'_> {
             stage.fs.user.clone_from(&config.user);
         }
         let commands = std::mem::take(&mut stage.commands);
+        if !commands.is_empty() {
+            self.reads(stage.fs.output, "/".into());
+        }
         for command in &commands {
             self.run_command(stage, command).map_err(|f| locate(f, &command.instruction))?;
         }

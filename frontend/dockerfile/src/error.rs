@@ -2,6 +2,8 @@
 
 use kiln_proto::pb;
 
+use crate::lint::LintWarning;
+
 /// What a resolver failed with; kept as the source of the [`CompileError`] so that a daemon can
 /// recover its own details.
 pub type ResolveError = Box<dyn std::error::Error + Send + Sync>;
@@ -23,6 +25,8 @@ pub struct CompileError {
     /// The resolver's error, when one caused this.
     #[source]
     pub cause: Option<ResolveError>,
+    /// What the checks had found until then.
+    pub warnings: Vec<LintWarning>,
 }
 
 impl CompileError {
@@ -125,6 +129,7 @@ impl Fault {
             column: pos.map_or(0, |p| p.column),
             ranges,
             cause: self.cause,
+            warnings: Vec::new(),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod base;
 mod compile;
+mod context;
 mod copy;
 mod dispatch;
 mod error;
@@ -27,12 +28,12 @@ mod suggest;
 use futures::future::BoxFuture;
 use kiln_proto::pb;
 
-pub use compile::compile;
+pub use compile::{compile, lint, targets};
 pub use error::{CompileError, ResolveError};
 pub use lint::LintWarning;
 pub use options::{Options, OptionsError, ResolveMode};
 
-/// Resolves names of images to what they stand for.
+/// Resolves names of images and named contexts to what they stand for.
 pub trait ImageResolver: Send + Sync {
     /// The digest and configuration of the image `reference` (normalised, with a tag or digest) for
     /// `platform`. `log_name` is the progress vertex's name,
@@ -45,6 +46,13 @@ pub trait ImageResolver: Send + Sync {
         mode: ResolveMode,
         log_name: &'a str,
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>>;
+
+    /// What `value` stands for in [`Options::named_contexts`], where it is the value of `key`; never an image.
+    fn context<'a>(
+        &'a self,
+        key: &'a str,
+        value: &'a str,
+    ) -> BoxFuture<'a, Result<NamedContext, ResolveError>>;
 }
 
 /// An image as a resolver found it.
@@ -72,6 +80,17 @@ pub enum ContextSource {
     },
     /// The result of a definition (git, an unpacked archive, another build); an empty one is an empty directory.
     Definition(pb::Definition),
+}
+
+/// A named context that is no image of a registry.
+#[derive(Debug, Clone)]
+pub struct NamedContext {
+    /// Its files.
+    pub source: ContextSource,
+    /// Patterns of its own `.dockerignore`.
+    pub ignore_patterns: Option<Vec<String>>,
+    /// The image configuration that goes with the files, JSON.
+    pub config: Option<Vec<u8>>,
 }
 
 /// What is compiled.
@@ -133,4 +152,28 @@ pub struct SyntaxDirective {
 pub fn syntax_directive(dockerfile: &[u8]) -> Option<SyntaxDirective> {
     let (value, line) = source::syntax(dockerfile)?;
     Some(SyntaxDirective { value, ranges: error::Lines { start: line, end: line }.ranges() })
+}
+
+/// What the checks find in a Dockerfile.
+#[derive(Debug)]
+pub struct LintReport {
+    /// The findings.
+    pub warnings: Vec<LintWarning>,
+    /// Why the file does not compile, if it does not.
+    pub error: Option<CompileError>,
+}
+
+/// A stage that can be built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetInfo {
+    /// Its name; empty if it has none.
+    pub name: String,
+    /// The comment before it that begins with its name, without that.
+    pub description: String,
+    /// What it starts from, as written.
+    pub base: String,
+    /// Its platform, as written.
+    pub platform: String,
+    /// First and last line of its FROM, from 1.
+    pub lines: (u32, u32),
 }

@@ -156,9 +156,9 @@ impl Compiler<'_> {
         } else if mount.kind == MountKind::Cache {
             None
         } else {
-            self.context_paths.insert(selector.clone());
             self.context
         };
+        self.reads(shown, selector.clone());
         let mut out =
             pb::Mount { dest: target, readonly: mount.readonly, output: llb::EMPTY, ..Default::default() };
         if mount.kind == MountKind::Cache {

@@ -165,7 +165,7 @@ impl Compiler<'_> {
             ..Stage::default()
         };
         let on = stage.platform.clone().unwrap_or_else(|| self.target_platform.clone());
-        let replaced = !stage.name.is_empty() && self.named_context(&stage.name, &on)?.is_some();
+        let replaced = !stage.name.is_empty() && self.is_context(&stage.name, &on)?;
         let at = self.push_stage(stage);
         if replaced {
             self.stages[at].base = None;
@@ -320,9 +320,9 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    pub(crate) fn reachable(&self, target: usize) -> BTreeSet<usize> {
+    pub(crate) fn reachable(&self, targets: &[usize]) -> BTreeSet<usize> {
         let mut seen = BTreeSet::new();
-        let mut todo = vec![target];
+        let mut todo = targets.to_vec();
         while let Some(at) = todo.pop() {
             if seen.insert(at) {
                 todo.extend(self.stages[at].base);

@@ -2,9 +2,12 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use common::{
     Images, base, compile, compile_with_ignore, config, error, history, loaded, names, render, try_compile,
 };
+use kiln_proto::pb;
 use serde_json::json;
 
 #[test]
@@ -302,9 +305,60 @@ fn named_contexts_replace_images() {
         try_compile(&images, "FROM nosuch AS dep\nRUN never\nFROM alpine\nCOPY --from=dep /a /a\n", &attrs);
     assert!(!names(&c.expect("compiles")).iter().any(|n| n.contains("never")));
     assert_eq!(
-        error("FROM alpine\n", &[("context:alpine", "local:x")]),
-        "Dockerfile:1:1: unsupported: named context alpine=local:x (only docker-image:// is)"
+        error("FROM alpine\n", &[("context:alpine", "tape:x")]),
+        "Dockerfile:1:1: no context alpine=tape:x"
     );
+}
+
+/// The attributes of the source that reads a named directory.
+fn directory(file: &str, attrs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let compiled = compile(file, attrs);
+    let mut sources = loaded(&compiled.targets[0]).vertices.into_iter().filter_map(|v| match &v.op.op {
+        Some(pb::op::Op::Source(source)) if source.identifier == "local://x" => {
+            assert!(v.name.ends_with("] load from client"), "{}", v.name);
+            Some(source.attrs.clone())
+        }
+        _ => None,
+    });
+    let attrs = sources.next().expect("the directory");
+    assert!(sources.next().is_none(), "it is read once");
+    attrs
+}
+
+#[test]
+fn named_contexts_that_are_directories() {
+    let named: &[(&str, &str)] = &[("context:dir", "local:x")];
+    let file = "FROM alpine\nCOPY --from=dir /a b/c /\nRUN --mount=from=dir,source=/d,target=/m x\n";
+    let attrs = directory(file, named);
+    assert_eq!(attrs["local.followpaths"], r#"["a","b/c","d"]"#);
+    assert_eq!(attrs["local.excludepatterns"], r#"["junk"]"#);
+    assert_eq!(attrs["local.sharedkeyhint"], "context:dir-");
+    assert_eq!(attrs["local.session"], "sess");
+    // In the place of a stage, of which no instruction is left.
+    let file = "FROM nosuch AS dir\nRUN never\nFROM scratch\nCOPY --from=dir /a /\n";
+    assert_eq!(directory(file, named)["local.followpaths"], r#"["a"]"#);
+    // What starts from it has all of it.
+    for file in ["FROM dir\n", "FROM dir\nRUN x\n", "FROM dir AS s\nRUN x\nFROM alpine\nCOPY --from=s /a /\n"]
+    {
+        assert!(!directory(file, named).contains_key("local.followpaths"), "{file}");
+    }
+    // For one platform only.
+    let named: &[(&str, &str)] = &[("context:dir", "local:y"), ("context:dir::linux/amd64", "local:x")];
+    assert_eq!(
+        directory("FROM scratch\nCOPY --from=dir /a /\n", named)["local.sharedkeyhint"],
+        "context:dir::linux/amd64-"
+    );
+}
+
+#[test]
+fn named_contexts_that_are_results_of_builds() {
+    let made = compile("FROM alpine\nRUN made\n", &[]).targets.remove(0).definition.expect("not scratch");
+    let named: &[(&str, &str)] = &[("context:base", "input:other")];
+    let c = try_compile(&Images::new().with_input(made), "FROM base\nRUN x\n", named).expect("compiles");
+    assert_eq!(config(&c)["config"]["User"], "maker");
+    let names = names(&c);
+    assert!(names.iter().any(|name| name.ends_with("RUN made")), "{names:?}");
+    assert!(names.iter().any(|name| name.ends_with("RUN x")), "{names:?}");
 }
 
 #[test]
@@ -395,6 +449,8 @@ fn mistakes() {
         error("# check=error=true\nFROM alpine\nMAINTAINER x", &[]),
         "Dockerfile: lint violation found for rules: MaintainerDeprecated"
     );
+    let e = try_compile(&Images::new(), "# check=error=true\nFROM alpine\nMAINTAINER x", &[]);
+    assert_eq!(e.expect_err("a finding").warnings.len(), 1);
     let e = try_compile(&Images::new(), "FROM nosuch\n", &[]).expect_err("no such image");
     assert!(e.cause.is_some());
     assert_eq!(e.ranges.len(), 1);
@@ -408,6 +464,33 @@ fn long_chains_need_no_stack() {
     }
     let c = compile(&file, &[]);
     assert_eq!(loaded(&c.targets[0]).vertices.len(), 1000);
+}
+
+#[test]
+fn a_report_of_the_checks() {
+    let report = |file: &str, attrs: &[(&str, &str)]| common::lint(file, attrs);
+    let found = report("FROM alpine AS Foo\nFROM alpine\nMAINTAINER x", &[]);
+    let rules: Vec<&str> = found.warnings.iter().map(|w| w.rule).collect();
+    assert_eq!(rules, ["StageNameCasing", "MaintainerDeprecated"]);
+    assert!(found.error.is_none());
+    // Without a target, stages that nothing needs are checked.
+    let file = "FROM alpine AS a\nENV A=$PAHT\nFROM alpine AS b\n";
+    assert_eq!(report(file, &[]).warnings.len(), 1);
+    assert_eq!(report(file, &[("target", "b")]).warnings.len(), 0);
+    let failed = report("FROM alpine\nMAINTAINER x\nEXPOSE foo", &[]);
+    assert_eq!(failed.warnings.len(), 1);
+    assert_eq!(failed.error.expect("it does not compile").message, "invalid containerPort: foo");
+}
+
+#[test]
+fn the_stages_of_a_file() {
+    let file = "# base has the tools\nFROM --platform=$BUILDPLATFORM golang:$V AS base\nFROM base\n";
+    let found = kiln_dockerfile::targets(file.as_bytes(), "Dockerfile").expect("reads");
+    assert_eq!(found.len(), 2);
+    assert_eq!((found[0].name.as_str(), found[0].description.as_str()), ("base", "has the tools"));
+    assert_eq!((found[0].base.as_str(), found[0].platform.as_str()), ("golang:$V", "$BUILDPLATFORM"));
+    assert_eq!((found[1].name.as_str(), found[1].base.as_str(), found[1].lines), ("", "base", (3, 3)));
+    assert!(kiln_dockerfile::targets(b"FORM x", "Dockerfile").is_err());
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod build;
 mod buildkitd;
 mod cancel;
 mod concurrency;
+mod contexts;
 mod crash;
 mod crowd;
 mod early_cutoff;

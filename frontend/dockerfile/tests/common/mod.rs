@@ -5,8 +5,8 @@ use std::sync::Mutex;
 
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
-    CompileError, CompileInput, Compiled, CompiledTarget, ContextSource, ImageResolver, Options,
-    ResolveError, ResolveMode, ResolvedImage,
+    CompileError, CompileInput, Compiled, CompiledTarget, ContextSource, ImageResolver, LintReport,
+    NamedContext, Options, ResolveError, ResolveMode, ResolvedImage,
 };
 use kiln_proto::{llb, pattern, pb, platform};
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ pub(crate) const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4
 #[derive(Default)]
 pub(crate) struct Images {
     configs: HashMap<String, Value>,
+    input: pb::Definition,
     pub(crate) asked: Mutex<Vec<String>>,
 }
 
@@ -30,6 +31,11 @@ impl Images {
     pub(crate) fn with(mut self, reference: &str, config: Value) -> Self {
         self.configs.insert(reference.to_string(), config);
         self
+    }
+
+    /// `input` is what named contexts are that are inputs.
+    pub(crate) fn with_input(self, input: pb::Definition) -> Self {
+        Self { input, ..self }
     }
 }
 
@@ -70,6 +76,33 @@ impl ImageResolver for Images {
             }
         })
     }
+
+    /// `local:NAME` has an ignore file, `input:NAME` is the given definition, and nothing else is there.
+    fn context<'a>(
+        &'a self,
+        key: &'a str,
+        value: &'a str,
+    ) -> BoxFuture<'a, Result<NamedContext, ResolveError>> {
+        Box::pin(async move {
+            match value.split_once(':') {
+                Some(("local", name)) => Ok(NamedContext {
+                    source: ContextSource::Local {
+                        name: name.into(),
+                        session: "sess".into(),
+                        shared_key_hint: format!("context:{key}-"),
+                    },
+                    ignore_patterns: Some(vec!["junk".into()]),
+                    config: None,
+                }),
+                Some(("input", _)) => Ok(NamedContext {
+                    source: ContextSource::Definition(self.input.clone()),
+                    ignore_patterns: None,
+                    config: Some(base(json!({"User": "maker"})).to_string().into_bytes()),
+                }),
+                _ => Err(format!("no context {key}={value}").into()),
+            }
+        })
+    }
 }
 
 /// Compiles with attributes as a client sends them.
@@ -87,12 +120,28 @@ pub(crate) fn compile_with_ignore(
     attrs: &[(&str, &str)],
     ignore: Option<&str>,
 ) -> Result<Compiled, CompileError> {
+    let options = options(attrs);
+    let input = input(dockerfile, &options, ignore);
+    futures::executor::block_on(kiln_dockerfile::compile(input, images))
+}
+
+/// What the checks find.
+pub(crate) fn lint(dockerfile: &str, attrs: &[(&str, &str)]) -> LintReport {
+    let options = options(attrs);
+    let input = input(dockerfile, &options, None);
+    futures::executor::block_on(kiln_dockerfile::lint(input, &Images::new()))
+}
+
+fn options(attrs: &[(&str, &str)]) -> Options {
     let attrs = attrs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    let options = Options::from_attrs(&attrs).unwrap_or_else(|e| panic!("{e}"));
-    let input = CompileInput {
+    Options::from_attrs(&attrs).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn input<'a>(dockerfile: &'a str, options: &'a Options, ignore: Option<&str>) -> CompileInput<'a> {
+    CompileInput {
         dockerfile: dockerfile.as_bytes(),
         filename: "Dockerfile",
-        options: &options,
+        options,
         ignore_patterns: ignore.map(|text| pattern::parse_ignore_file(text.as_bytes())),
         context: ContextSource::Local {
             name: "context".into(),
@@ -101,8 +150,7 @@ pub(crate) fn compile_with_ignore(
         },
         build_platform: platform::parse("linux/amd64").unwrap_or_else(|e| panic!("{e}")),
         dockerfile_definition: None,
-    };
-    futures::executor::block_on(kiln_dockerfile::compile(input, images))
+    }
 }
 
 pub(crate) fn compile(dockerfile: &str, attrs: &[(&str, &str)]) -> Compiled {

@@ -1,0 +1,163 @@
+//! Where the frontend's files come from: directories of the client, and definitions that came with
+//! the request. Named contexts that are no images are found here, too.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_dockerfile::{ContextSource, NamedContext};
+use kiln_proto::{llb, pattern, pb};
+use serde_json::json;
+
+use crate::engine::files;
+use crate::error::BuildError;
+use crate::gateway::{Bridge, FrontendRequest, LazyRef};
+
+/// Keeps files of a context out of the build.
+const IGNORE_FILE: &str = ".dockerignore";
+
+/// The contexts of a request.
+#[derive(Clone, Copy)]
+pub(super) struct Contexts<'a> {
+    pub(super) bridge: &'a Arc<Bridge>,
+    pub(super) request: &'a FrontendRequest,
+}
+
+/// Some files of a client's directory.
+pub(super) struct Fetched {
+    /// `None` if there are none.
+    pub(super) reference: Option<Arc<LazyRef>>,
+    pub(super) definition: pb::Definition,
+    /// Digest of the vertex that fetched them.
+    pub(super) vertex: String,
+}
+
+impl Contexts<'_> {
+    /// The session that serves a directory.
+    pub(super) fn session(&self, name: &str) -> String {
+        match self.request.opts.get(&format!("local-sessionid:{name}")) {
+            Some(id) => id.clone(),
+            None => self.bridge.session().to_owned(),
+        }
+    }
+
+    /// Fetches `wanted` of a client's directory; `title` is shown.
+    pub(super) async fn fetch(
+        &self,
+        local: &str,
+        wanted: &[String],
+        hint: &str,
+        title: &str,
+    ) -> Result<Fetched, BuildError> {
+        let attrs = [
+            ("local.differ", "none".to_owned()),
+            ("local.followpaths", json!(wanted).to_string()),
+            ("local.session", self.session(local)),
+            ("local.sharedkeyhint", hint.to_owned()),
+        ];
+        // Whichever session the build has.
+        let attrs = attrs.into_iter().filter(|(key, value)| *key != "local.session" || !value.is_empty());
+        let op = pb::Op {
+            op: Some(pb::op::Op::Source(pb::SourceOp {
+                identifier: format!("local://{local}"),
+                attrs: attrs.map(|(key, value)| (key.to_owned(), value)).collect(),
+            })),
+            ..pb::Op::default()
+        };
+        let metadata = pb::OpMetadata {
+            description: [("llb.customname".to_owned(), title.to_owned())].into(),
+            ..pb::OpMetadata::default()
+        };
+        let mut builder = llb::Builder::new();
+        let vertex = builder.add(&op, metadata);
+        let definition = builder.finish(&pb::Input { digest: vertex.clone(), index: 0 });
+        let reference = self.bridge.solve(definition.clone()).await?;
+        Ok(Fetched { reference, definition, vertex })
+    }
+
+    /// The ignore file of a client's directory, if there is one.
+    pub(super) async fn ignore_file(
+        &self,
+        local: &str,
+        hint: &str,
+        title: &str,
+    ) -> Result<Option<Vec<u8>>, BuildError> {
+        let hint = format!("{hint}-{IGNORE_FILE}");
+        let title = format!("{title} load {IGNORE_FILE}");
+        match self.fetch(local, &[IGNORE_FILE.to_owned()], &hint, &title).await?.reference {
+            Some(reference) => {
+                reference.read(|root| optional(files::read_file(root, IGNORE_FILE, 0, 0))).await
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// What the value of a named context stands for, unless it is an image.
+    pub(super) async fn named(&self, key: &str, value: &str) -> Result<NamedContext, BuildError> {
+        let Some((kind, name)) = value.split_once(':') else {
+            return Err(BuildError::build(format!("invalid context specifier {value} for {key}")));
+        };
+        match kind {
+            "local" => self.named_directory(key, name).await,
+            "input" => self.named_input(key, name),
+            "git" | "http" | "https" | "oci-layout" => {
+                Err(BuildError::unsupported(format_args!("named context {key}={value}")))
+            }
+            git if git.starts_with("git@") => {
+                Err(BuildError::unsupported(format_args!("named context {key}={value}")))
+            }
+            _ => Err(BuildError::build(format!("unsupported context source {kind} for {key}"))),
+        }
+    }
+
+    async fn named_directory(&self, key: &str, local: &str) -> Result<NamedContext, BuildError> {
+        let hint = format!("context:{key}");
+        let ignore = self.ignore_file(local, &hint, &format!("[context {key}]")).await?;
+        let shared = self.request.opts.get(&format!("sharedkey:localdir:{key}"));
+        Ok(NamedContext {
+            source: ContextSource::Local {
+                name: local.to_owned(),
+                session: self.session(local),
+                shared_key_hint: format!("{hint}-{}", shared.map_or("", String::as_str)),
+            },
+            ignore_patterns: ignore.map(|bytes| pattern::parse_ignore_file(&bytes)),
+            config: None,
+        })
+    }
+
+    fn named_input(&self, key: &str, input: &str) -> Result<NamedContext, BuildError> {
+        let Some(definition) = self.request.inputs.get(input) else {
+            return Err(BuildError::build(format!("invalid input {input} for {key}")));
+        };
+        let mut config = None;
+        if let Some(metadata) = self.request.opts.get(&format!("input-metadata:{input}")) {
+            let invalid = |error: &dyn std::fmt::Display| {
+                BuildError::build(format!("failed to parse input metadata {metadata}: {error}"))
+            };
+            let fields: HashMap<String, String> =
+                serde_json::from_str(metadata).map_err(|error| invalid(&error))?;
+            if let Some(encoded) = fields.get("containerimage.config") {
+                config = Some(STANDARD.decode(encoded).map_err(|error| invalid(&error))?);
+            }
+        }
+        Ok(NamedContext {
+            source: ContextSource::Definition(definition.clone()),
+            ignore_patterns: None,
+            config,
+        })
+    }
+}
+
+pub(super) fn is_missing(error: &BuildError) -> bool {
+    error.message.ends_with("no such file or directory")
+}
+
+/// `None` if the file is not there.
+pub(super) fn optional(read: Result<Vec<u8>, BuildError>) -> Result<Option<Vec<u8>>, BuildError> {
+    match read {
+        Ok(data) => Ok(Some(data)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,88 @@
+//! Named contexts: directories and images that take the place of what a Dockerfile names.
+
+use std::path::Path;
+
+use kiln_integration::{Context, Kiln, Registry};
+use tempfile::TempDir;
+
+/// Builds into a directory.
+fn build(kiln: &Kiln, context: &Context, args: &[&str]) -> (TempDir, kiln_integration::Built) {
+    let out = TempDir::new().expect("temporary directory");
+    let output = format!("type=local,dest={}", out.path().display());
+    let mut all = vec!["-o", &output];
+    all.extend_from_slice(args);
+    let built = kiln.build(context.path(), &all).ok();
+    (out, built)
+}
+
+fn read(dir: &TempDir, name: &str) -> String {
+    std::fs::read_to_string(dir.path().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn flag(name: &str, dir: &Path) -> String {
+    format!("--build-context={name}={}", dir.display())
+}
+
+#[test]
+fn a_directory_takes_the_place_of_a_stage() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context =
+        Context::new("FROM busybox AS base\nRUN false\nFROM scratch\nCOPY --from=base /o* /sub/in /\n");
+    let other = Context::new("never built");
+    other.file("out", "1").file("out2", "2").file("sub/in", "3").file("big", "4");
+    other.file(".dockerignore", "out2\n");
+    let (out, built) = build(&kiln, &context, &[&flag("base", other.path())]);
+    assert_eq!((read(&out, "out"), read(&out, "in")), ("1".to_owned(), "3".to_owned()));
+    assert!(!out.path().join("out2").exists(), "it is in the directory's own ignore file");
+    for step in ["[context base] load .dockerignore", "[context base] load from client"] {
+        assert!(built.stderr.contains(step), "{}", built.stderr);
+    }
+
+    // What is not copied may change.
+    other.file("big", "changed");
+    assert_eq!(build(&kiln, &context, &[&flag("base", other.path())]).1.cached(), 1);
+    other.file("out", "changed");
+    let (out, built) = build(&kiln, &context, &[&flag("base", other.path())]);
+    assert_eq!((read(&out, "out").as_str(), built.cached()), ("changed", 0));
+}
+
+#[test]
+fn a_directory_is_mounted_and_is_built_upon() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let tools = Context::new("");
+    tools.file("bin/tool", "tool").file("etc/x", "x");
+    let context = Context::new(concat!(
+        "FROM busybox AS made\n",
+        "RUN --mount=from=tools,source=/bin,target=/tools cp /tools/tool /made\n",
+        "FROM tools\n",
+        "COPY --from=made /made /made\n",
+    ));
+    let (out, _) = build(&kiln, &context, &[&flag("tools", tools.path())]);
+    assert_eq!((read(&out, "made"), read(&out, "etc/x")), ("tool".to_owned(), "x".to_owned()));
+}
+
+#[test]
+fn an_image_takes_the_place_of_another() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context =
+        Context::new("FROM nosuch AS made\nRUN echo yes > /made\nFROM scratch\nCOPY --from=made /made /\n");
+    let (out, _) = build(&kiln, &context, &["--build-context", "nosuch=docker-image://busybox"]);
+    assert_eq!(read(&out, "made"), "yes\n");
+    let refused = ["--build-context", "nosuch=oci-layout:///layout"];
+    kiln.build(context.path(), &refused).fails(&["unsupported: --build-context"]);
+}
+
+#[test]
+fn the_main_directories_keep_their_names() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let other = Context::new("FROM scratch\n");
+    other.file("a", "other");
+    let context = Context::new("FROM scratch\nCOPY --from=dockerfile a /other\nCOPY a /own\n");
+    context.file("a", "own");
+    let (out, _) = build(&kiln, &context, &[&flag("dockerfile", other.path())]);
+    assert_eq!((read(&out, "other"), read(&out, "own")), ("other".to_owned(), "own".to_owned()));
+}
