@@ -13,6 +13,7 @@ use tonic::Code;
 
 use super::compiler;
 use super::contexts::{Contexts, Fetched, is_missing, optional};
+use super::remote::{self, Remote};
 use super::subrequests::{self, Subrequest};
 use crate::engine::files;
 use crate::error::BuildError;
@@ -32,17 +33,22 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     }
     let contexts = Contexts { bridge, request };
     let context_key = request.opts.get("contextkey").map_or(CONTEXT_LOCAL, String::as_str);
-    if let Some(remote) = request.opts.get(context_key) {
-        return Err(BuildError::unsupported(format_args!("remote build context {remote}")));
-    }
     let options = Options::from_attrs(&request.opts)
         .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
-    let mut file = dockerfile(contexts).await?;
+    let subdir = request.opts.get("contextsubdir").map_or("", String::as_str);
+    let remote = match request.opts.get(context_key) {
+        Some(url) => Some(remote::fetch(contexts, url, subdir).await?),
+        None => None,
+    };
+    let mut file = dockerfile(contexts, remote.as_ref()).await?;
     compiler::check_syntax(&options, &file.info)?;
     if subrequest == Some(Subrequest::Targets) {
         return Ok(subrequests::targets(&file.info, &compiler::targets(&file.info)?));
     }
-    let given = request.inputs.get(context_key);
+    let given = remote.as_ref().map(|remote| &remote.definition).or(request.inputs.get(context_key));
+    if remote.is_none() && given.is_some() && !subdir.is_empty() {
+        return Err(BuildError::unsupported("contextsubdir of a definition"));
+    }
     let ignore = match (file.ignore.take(), given) {
         (Some(own), _) => Some(own),
         (None, Some(_)) => None,
@@ -80,12 +86,16 @@ struct Dockerfile {
     vertex: String,
 }
 
-/// Reads the Dockerfile, from the client's directory unless a definition stands for that.
-async fn dockerfile(contexts: Contexts<'_>) -> Result<Dockerfile, BuildError> {
+/// Reads the Dockerfile, from the client's directory unless a definition or a remote context has it.
+async fn dockerfile(contexts: Contexts<'_>, remote: Option<&Remote>) -> Result<Dockerfile, BuildError> {
     let Contexts { bridge, request } = contexts;
-    let name = match request.opts.get("filename").filter(|name| !name.is_empty()) {
-        Some(name) => pattern::clean(name).trim_start_matches('/').to_owned(),
-        None => "Dockerfile".to_owned(),
+    let key = request.opts.get("dockerfilekey");
+    let remote = remote.filter(|_| key.is_none());
+    let named = request.opts.get("filename").filter(|name| !name.is_empty());
+    let name = match (remote.and_then(|remote| remote.dockerfile), named) {
+        (Some(name), _) => name.to_owned(),
+        (None, Some(name)) => pattern::clean(name).trim_start_matches('/').to_owned(),
+        (None, None) => "Dockerfile".to_owned(),
     };
     let own_ignore = format!("{name}.dockerignore");
     let lower = match name.rsplit_once('/') {
@@ -93,8 +103,11 @@ async fn dockerfile(contexts: Contexts<'_>) -> Result<Dockerfile, BuildError> {
         Some((dir, "Dockerfile")) => Some(format!("{dir}/dockerfile")),
         _ => None,
     };
-    let key = request.opts.get("dockerfilekey");
-    let fetched = match request.inputs.get(DOCKERFILE_LOCAL).filter(|_| key.is_none()) {
+    let given = match remote {
+        Some(remote) => Some(&remote.whole),
+        None => request.inputs.get(DOCKERFILE_LOCAL).filter(|_| key.is_none()),
+    };
+    let fetched = match given {
         Some(definition) => Fetched {
             reference: bridge.solve(definition.clone()).await?,
             definition: definition.clone(),

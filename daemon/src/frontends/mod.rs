@@ -3,6 +3,7 @@
 mod compiler;
 mod contexts;
 mod dockerfile;
+mod remote;
 mod subrequests;
 
 use std::sync::Arc;

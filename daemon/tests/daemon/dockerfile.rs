@@ -25,12 +25,16 @@ impl Client {
     async fn attach(daemon: &Daemon, files: &[(&str, &str)]) -> Self {
         let context = tempfile::tempdir().expect("temporary directory");
         for (path, text) in files {
-            std::fs::write(context.path().join(path), text).expect("write");
+            let path = context.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("directories");
+            std::fs::write(path, text).expect("write");
         }
         let out = tempfile::tempdir().expect("temporary directory");
         let share = |name: &str| SharedDir { name: name.into(), path: context.path().to_owned() };
         let mut attachables = Attachables::new();
         attachables.share(vec![share("context"), share("dockerfile")]);
+        let archive = std::process::Command::new("tar").arg("-cC").arg(context.path()).arg(".").output();
+        attachables.upload("archive", std::io::Cursor::new(archive.expect("tar").stdout));
         let target = ExportTarget::Dir { path: out.path().join("tree"), mirror: false };
         attachables.export(vec![Some(target)]);
         let id = kiln_session::new_id();
@@ -194,6 +198,34 @@ async fn errors_show_the_lines() {
         (Code::Unimplemented, "unsupported: subrequest frontend.outline")
     );
     assert_eq!(details(&error)[0].1["name"], "frontend.outline");
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_of_an_archive_is_built() {
+    let mut daemon = Daemon::start().await;
+    let files = [("Dockerfile", "FROM scratch\nCOPY a /\n"), ("a", "outside"), ("sub/dir/a", "inside")];
+    let client = Client::attach(&daemon, &files).await;
+    let opts = [("context", "http://buildkit-session/archive"), ("contextsubdir", "sub/dir")];
+    client.build(&daemon, "one", &opts).await.0.expect("built");
+    assert_eq!(read(&client.written(), "a"), "inside");
+    let error = client.build(&daemon, "two", &opts).await.0.expect_err("it was sent once");
+    assert!(error.message().contains("no upload archive"), "{}", error.message());
+    let git = [("context", "https://example.org/x.git#main")];
+    let error = client.build(&daemon, "three", &git).await.0.expect_err("a repository");
+    assert_eq!(error.message(), "unsupported: remote build context https://example.org/x.git#main");
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn findings_that_stop_a_build_are_shown() {
+    let mut daemon = Daemon::start().await;
+    let file = "# check=error=true\nFROM scratch\nMAINTAINER x\n";
+    let client = Client::attach(&daemon, &[("Dockerfile", file)]).await;
+    let (error, status) = client.build(&daemon, "one", &[]).await;
+    assert!(error.expect_err("a finding").message().contains("lint violation found"));
+    let found = status.iter().flat_map(|message| &message.warnings).next().expect("a warning");
+    assert!(found.short.starts_with(b"MaintainerDeprecated: "));
     daemon.stop().await;
 }
 

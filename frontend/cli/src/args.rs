@@ -97,7 +97,7 @@ pub(crate) enum ProgressMode {
 
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
-    /// Build context: a directory
+    /// Build context: a directory; - reads an archive, or a Dockerfile alone, from standard input
     #[arg(value_name = "PATH")]
     pub(crate) context: String,
     /// Name and optionally tag of the image (may be repeated)

@@ -22,6 +22,8 @@ use crate::{attach, csv, explain, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
+/// The file that keeps what came on standard input.
+const UPLOADED: &str = "uploaded";
 
 /// Builds a Dockerfile.
 pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliError> {
@@ -58,8 +60,17 @@ pub(crate) struct Plan {
     dockerfile_dir: PathBuf,
     filename: String,
     named: Vec<NamedContext>,
+    /// The build context, if it came on standard input.
+    upload: Option<Upload>,
     /// Holds a Dockerfile that came on standard input.
     _stdin: Option<TempDir>,
+}
+
+/// A context from standard input. It is kept, as a build may be tried again.
+struct Upload {
+    /// What the daemon asks for.
+    id: String,
+    dir: TempDir,
 }
 
 impl Plan {
@@ -67,8 +78,11 @@ impl Plan {
         if let Some(flag) = args.absent.given() {
             return Err(CliError::usage(format!("unsupported: {flag}")));
         }
-        let context = context(&args.context)?;
         let named = contexts::parse(&args.build_contexts)?;
+        if args.context == "-" {
+            return Self::from_stdin(args, named);
+        }
+        let context = context(&args.context)?;
         let mut stdin = None;
         let (dockerfile_dir, filename) = match &args.file {
             None => (context.clone(), "Dockerfile".to_owned()),
@@ -99,7 +113,29 @@ impl Plan {
                 }
             }
         };
-        Ok(Self { args, context, dockerfile_dir, filename, named, _stdin: stdin })
+        Ok(Self { args, context, dockerfile_dir, filename, named, upload: None, _stdin: stdin })
+    }
+
+    /// The context is an archive on standard input, or a Dockerfile alone; the daemon finds out.
+    fn from_stdin(args: BuildArgs, named: Vec<NamedContext>) -> Result<Self, CliError> {
+        let filename = match &args.file {
+            None => "Dockerfile",
+            Some(file) if file == Path::new("-") => {
+                return Err(CliError::usage("standard input can't be both build context and Dockerfile"));
+            }
+            Some(file) => file
+                .to_str()
+                .ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?,
+        };
+        let filename = filename.to_owned();
+        let dir = TempDir::new()?;
+        let path = dir.0.join(UPLOADED);
+        std::fs::File::create_new(&path)
+            .and_then(|mut file| std::io::copy(&mut std::io::stdin().lock(), &mut file))
+            .map_err(|error| CliError::file("write", &path, error))?;
+        let (context, dockerfile_dir) = (dir.0.clone(), dir.0.clone());
+        let upload = Some(Upload { id: kiln_session::new_id(), dir });
+        Ok(Self { args, context, dockerfile_dir, filename, named, upload, _stdin: None })
     }
 
     /// One attempt at building it.
@@ -131,10 +167,19 @@ impl Plan {
     /// What the frontend reads, and credentials for registries.
     pub(crate) fn attachables(&self) -> Result<Attachables, CliError> {
         let mut attachables = Attachables::new();
-        let mut shared = vec![
-            SharedDir { name: "context".into(), path: self.context.clone() },
-            SharedDir { name: "dockerfile".into(), path: self.dockerfile_dir.clone() },
-        ];
+        let mut shared = Vec::new();
+        match &self.upload {
+            Some(Upload { id, dir }) => {
+                let path = dir.0.join(UPLOADED);
+                let file =
+                    std::fs::File::open(&path).map_err(|error| CliError::file("read", &path, error))?;
+                attachables.upload(id, file);
+            }
+            None => shared.extend([
+                SharedDir { name: "context".into(), path: self.context.clone() },
+                SharedDir { name: "dockerfile".into(), path: self.dockerfile_dir.clone() },
+            ]),
+        }
         shared.extend(self.named.iter().filter_map(NamedContext::shared));
         attachables.share(shared);
         attachables.auth(DockerConfig);
@@ -158,6 +203,9 @@ impl Plan {
         let args = &self.args;
         let mut attrs = HashMap::from([("filename".to_owned(), self.filename.clone())]);
         attrs.extend(self.named.iter().flat_map(NamedContext::attrs));
+        if let Some(upload) = &self.upload {
+            attrs.insert("context".to_owned(), format!("http://buildkit-session/{}", upload.id));
+        }
         let mut set = |key: &str, value: String| {
             attrs.insert(key.to_owned(), value);
         };
@@ -228,8 +276,8 @@ pub(crate) fn is_remote(text: &str) -> bool {
 }
 
 fn context(text: &str) -> Result<PathBuf, CliError> {
-    if text == "-" || (is_remote(text) && !Path::new(text).exists()) {
-        return Err(CliError::usage(format!("unsupported: build context {text:?} (give a directory)")));
+    if is_remote(text) && !Path::new(text).exists() {
+        return Err(CliError::usage(format!("unsupported: build context {text:?} (give a directory or -)")));
     }
     let path = PathBuf::from(text);
     let meta = path.metadata().map_err(|error| CliError::file("read build context", &path, error))?;
@@ -322,12 +370,16 @@ impl TempDir {
         Self::with_dockerfile(&text)
     }
 
-    fn with_dockerfile(text: &[u8]) -> Result<Self, CliError> {
+    fn new() -> Result<Self, CliError> {
         use std::os::unix::fs::DirBuilderExt;
         let path = std::env::temp_dir().join(format!("kiln-{}", kiln_session::new_id()));
         let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|error| CliError::file("make directory", &path, error))?;
-        let dir = Self(path);
+        Ok(Self(path))
+    }
+
+    fn with_dockerfile(text: &[u8]) -> Result<Self, CliError> {
+        let dir = Self::new()?;
         let file = dir.0.join("Dockerfile");
         std::fs::write(&file, text).map_err(|error| CliError::file("write", &file, error))?;
         Ok(dir)
@@ -431,7 +483,7 @@ mod tests {
             (vec!["/no/such/context"], "/no/such/context"),
             (vec!["-f", "/no/such/Dockerfile", "/"], "/no/such/Dockerfile"),
             (vec!["https://example.org/x.git"], "unsupported: build context"),
-            (vec!["-"], "unsupported: build context"),
+            (vec!["-f", "-", "-"], "both build context and Dockerfile"),
             (vec!["--cache-from", "x", "/"], "unsupported: --cache-from"),
         ] {
             let error = plan(&flags).err().expect("refused").to_string();

@@ -1,6 +1,8 @@
 //! Named contexts: directories and images that take the place of what a Dockerfile names.
 
+use std::io::Write;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use kiln_integration::{Context, Kiln, Registry};
 use tempfile::TempDir;
@@ -73,6 +75,53 @@ fn an_image_takes_the_place_of_another() {
     assert_eq!(read(&out, "made"), "yes\n");
     let refused = ["--build-context", "nosuch=oci-layout:///layout"];
     kiln.build(context.path(), &refused).fails(&["unsupported: --build-context"]);
+}
+
+#[test]
+fn standard_input_is_a_context() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new("FROM scratch\nCOPY a sub /\n");
+    context.file("a", "1").file("sub/b", "2").file("Other", "FROM scratch\nCOPY a /other\n");
+    let archive = |flags: &str| {
+        let tar = Command::new("tar")
+            .args(["-C", context.path().to_str().expect("UTF-8"), flags, "-", "."])
+            .output();
+        tar.expect("tar").stdout
+    };
+    let build = |input: &[u8], args: &[&str]| {
+        let out = TempDir::new().expect("temporary directory");
+        let output = format!("type=local,dest={}", out.path().display());
+        let mut command =
+            kiln.command(&[&["build", "--progress=plain", "-o", &output], args, &["-"]].concat());
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kiln");
+        child.stdin.take().expect("piped").write_all(input).expect("write");
+        (out, kiln_integration::Built::from(child.wait_with_output().expect("kiln")))
+    };
+    for flags in ["-cf", "-czf"] {
+        let (out, built) = build(&archive(flags), &[]);
+        built.ok();
+        assert_eq!((read(&out, "a"), read(&out, "b")), ("1".to_owned(), "2".to_owned()));
+    }
+    for known in [false, true] {
+        let (out, built) = build(&archive("-cf"), &["-f", "Other"]);
+        let progress = built.ok().stderr;
+        assert_eq!(read(&out, "other"), "1");
+        let step = progress.lines().find(|line| line.ends_with("] COPY a /other")).expect("the step");
+        let number = step.split(' ').next().unwrap_or_default();
+        assert_eq!(progress.contains(&format!("{number} CACHED")), known, "{progress}");
+    }
+    let (out, built) =
+        build(b"FROM busybox AS made\nRUN echo alone > /made\nFROM scratch\nCOPY --from=made /made /\n", &[]);
+    built.ok();
+    assert_eq!(read(&out, "made"), "alone\n");
+    let (_, built) = build(&archive("-cf"), &["-f", "None"]);
+    built.fails(&["failed to read dockerfile"]);
 }
 
 #[test]

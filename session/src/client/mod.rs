@@ -5,6 +5,7 @@ mod export;
 mod files;
 mod secrets;
 mod ssh;
+mod upload;
 
 use futures::StreamExt;
 use kiln_proto::control::BytesMessage;
@@ -71,6 +72,12 @@ impl Attachables {
     pub fn ssh(&mut self, agents: Vec<Agent>) {
         self.routes.add_service(ssh::service(agents));
         self.methods.extend(["/moby.sshforward.v1.SSH/CheckAgent", "/moby.sshforward.v1.SSH/ForwardAgent"]);
+    }
+
+    /// Sends what `source` gives to whom asks for `path`, once.
+    pub fn upload(&mut self, path: &str, source: impl std::io::Read + Send + 'static) {
+        self.routes.add_service(upload::service(path, Box::new(source)));
+        self.methods.push("/moby.upload.v1.Upload/Pull");
     }
 
     /// Answers for registry credentials.

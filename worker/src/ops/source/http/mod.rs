@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use futures::future::BoxFuture;
+use futures::{StreamExt, TryStreamExt};
 use kiln_cache::{Ref, StoreError};
 use kiln_proto::pb;
 use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
@@ -29,6 +30,7 @@ use crate::ops::{BuildContext, SessionGroup};
 use crate::registry::http::{self, IDLE};
 use crate::worker::Worker;
 use notes::Note;
+use save::Body;
 
 /// Secrets that hold what a host is to be sent: the whole header, or a token.
 const HEADER_SECRET: &str = "HTTP_AUTH_HEADER_";
@@ -103,9 +105,6 @@ impl HttpSource {
     ) -> Result<Self, OpError> {
         let url = Url::parse(&op.identifier)
             .map_err(|err| OpError::new(format!("invalid URL {:?}: {err}", op.identifier)))?;
-        if url.host_str() == Some(CLIENT) {
-            return Err(OpError::new("unsupported: a context that the client uploads"));
-        }
         if ["http.sig.pubkey", "http.sig.signature"].iter().any(|attr| op.attrs.contains_key(*attr)) {
             return Err(OpError::new("unsupported: signature verification of http sources"));
         }
@@ -226,6 +225,9 @@ impl HttpSource {
 
     async fn resolve(&self, ctx: &OpContext) -> Result<&Resolved, OpError> {
         let resolve = || async {
+            if self.url.host_str() == Some(CLIENT) {
+                return self.upload(ctx).await;
+            }
             match &self.checksum {
                 Some(checksum) => Ok(Resolved {
                     digest: checksum.clone(),
@@ -270,8 +272,24 @@ impl HttpSource {
         Ok(Resolved { digest, name, modified, file: Some(Some(snapshot)) })
     }
 
+    /// What the client sends. It can do so once.
+    async fn upload(&self, ctx: &OpContext) -> Result<Resolved, OpError> {
+        let mut refused = self.failed("the client uploads nothing");
+        for session in self.sessions.attached(None).await? {
+            match session.upload(CLIENT, self.url.path()).await {
+                Ok(stream) => {
+                    let name = names::file_name(&self.url, &self.name, None);
+                    let stream = stream.map_err(|status| status.message().to_owned()).boxed();
+                    return self.store(ctx, Body::Upload(stream), name, None, 0).await;
+                }
+                Err(err) => refused = self.failed(err),
+            }
+        }
+        Err(refused)
+    }
+
     /// Stores the file and remembers how to ask whether it changed.
-    async fn receive(&self, ctx: &OpContext, mut response: Response) -> Result<Resolved, OpError> {
+    async fn receive(&self, ctx: &OpContext, response: Response) -> Result<Resolved, OpError> {
         if !response.status().is_success() {
             return Err(self.failed(format!("invalid response status {}", response.status().as_u16())));
         }
@@ -279,8 +297,26 @@ impl HttpSource {
         let modified = header(&response, &LAST_MODIFIED).and_then(seconds);
         let etag = entity_tag(&response);
         let size = response.content_length().and_then(|size| i64::try_from(size).ok()).unwrap_or(0);
+        let resolved = self.store(ctx, Body::Answer(response), name, modified, size).await?;
+        if let (Some(etag), Some(file)) = (etag, &resolved.file) {
+            let Resolved { digest, name, .. } = &resolved;
+            let note = Note { etag, digest: digest.clone(), name: name.clone(), modified };
+            let saved = notes::save(self.worker.store(), &self.request_key(), &note, file);
+            saved.map_err(|err| self.storage(err))?;
+        }
+        Ok(resolved)
+    }
+
+    async fn store(
+        &self,
+        ctx: &OpContext,
+        body: Body,
+        name: String,
+        modified: Option<u64>,
+        size: i64,
+    ) -> Result<Resolved, OpError> {
         let status = ctx.progress.status(&name, "downloading", size);
-        let saved = save::receive(&self.worker, &mut response, &name, status).await;
+        let saved = save::receive(&self.worker, body, &name, status).await;
         let saved = saved.map_err(|err| self.failed(err))?;
         let digest = saved.digest.clone();
         if let Some(expected) = self.checksum.as_ref().filter(|expected| **expected != digest) {
@@ -297,11 +333,6 @@ impl HttpSource {
         let description = format!("http url {}", self.shown());
         let file = save::commit(&self.worker, saved, attributes, description).await;
         let file = file.map_err(|err| self.failed(err))?;
-        if let Some(etag) = etag {
-            let note = Note { etag, digest: digest.clone(), name: name.clone(), modified };
-            let saved = notes::save(self.worker.store(), &self.request_key(), &note, &file);
-            saved.map_err(|err| self.storage(err))?;
-        }
         Ok(Resolved { digest, name, modified, file: Some(file) })
     }
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use flate2::write::MultiGzDecoder;
+use futures::TryStreamExt;
+use futures::stream::BoxStream;
 use kiln_cache::{Ref, SnapshotMeta, Staged};
 use kiln_solver::progress::StatusHandle;
 use reqwest::Response;
@@ -37,10 +39,27 @@ pub(super) struct Saved {
     pub(super) digest: String,
 }
 
+/// Where the content comes from.
+pub(super) enum Body {
+    /// A server.
+    Answer(Response),
+    /// The client.
+    Upload(BoxStream<'static, Result<Bytes, String>>),
+}
+
+impl Body {
+    async fn next(&mut self) -> Result<Option<Bytes>, String> {
+        match self {
+            Self::Answer(response) => next_chunk(response).await,
+            Self::Upload(stream) => stream.try_next().await,
+        }
+    }
+}
+
 /// Writes the body, decompressed if the server compressed it for the way.
 pub(super) async fn receive(
     worker: &Worker,
-    response: &mut Response,
+    mut body: Body,
     name: &str,
     mut status: StatusHandle,
 ) -> Result<Saved, String> {
@@ -50,10 +69,10 @@ pub(super) async fn receive(
     let path = staged.fs().join(name);
     let written = |err: io::Error| format!("write {name}: {err}");
     let mut file = File::options().write(true).create_new(true).open(&path).await.map_err(written)?;
-    let mut decoder = Decoder::of(response);
+    let mut decoder = Decoder::of(&body);
     let mut hash = Sha256::new();
     let (mut received, mut reported) = (0, Instant::now());
-    while let Some(chunk) = next_chunk(response).await? {
+    while let Some(chunk) = body.next().await? {
         received += chunk.len();
         let bytes = decoder.decode(chunk).map_err(|err| format!("decompress: {err}"))?;
         hash.update(&bytes);
@@ -108,7 +127,8 @@ enum Decoder {
 }
 
 impl Decoder {
-    fn of(response: &Response) -> Self {
+    fn of(body: &Body) -> Self {
+        let Body::Answer(response) = body else { return Self::Plain };
         let encoding = response.headers().get(reqwest::header::CONTENT_ENCODING);
         match encoding.is_some_and(|encoding| encoding.as_bytes().eq_ignore_ascii_case(b"gzip")) {
             true => Self::Gzip(Box::new(MultiGzDecoder::new(Vec::new()))),

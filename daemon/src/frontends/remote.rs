@@ -1,0 +1,147 @@
+//! Build contexts that are a URL: an archive, which is unpacked, or a lone Dockerfile. Clients give what comes on
+//! their standard input a URL, too.
+
+use kiln_proto::{llb, pattern, pb};
+
+use super::contexts::Contexts;
+use crate::engine::files;
+use crate::error::BuildError;
+
+/// What the file is called that holds what the URL gave.
+const NAME: &str = "context";
+/// How much of it says what it is.
+const HEAD: u64 = 1024;
+
+/// A context that was fetched.
+pub(super) struct Remote {
+    pub(super) definition: pb::Definition,
+    /// The same with what stands outside the directory that is built, such as the Dockerfile.
+    pub(super) whole: pb::Definition,
+    /// The Dockerfile, if there is nothing else.
+    pub(super) dockerfile: Option<&'static str>,
+}
+
+/// Fetches the context at `url`; of an archive, `subdir` is what is built.
+///
+/// # Errors
+/// The URL is none of http, or there is nothing.
+pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Result<Remote, BuildError> {
+    if !is_http(url) {
+        return Err(BuildError::unsupported(format_args!("remote build context {url}")));
+    }
+    let source = pb::op::Op::Source(pb::SourceOp {
+        identifier: url.to_owned(),
+        attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
+    });
+    let source = pb::Op { op: Some(source), ..pb::Op::default() };
+    let mut builder = llb::Builder::new();
+    let digest = builder.add(&source, named("load remote build context"));
+    let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
+    let failed = |error: BuildError| error.context("failed to read downloaded context");
+    let reference = contexts.bridge.solve(fetched.clone()).await?;
+    let head = match reference {
+        Some(reference) => {
+            reference.read(|root| files::read_file(root, NAME, 0, HEAD)).await.map_err(failed)?
+        }
+        None => Vec::new(),
+    };
+    if !is_archive(&head) {
+        return Ok(Remote { definition: fetched.clone(), whole: fetched, dockerfile: Some(NAME) });
+    }
+    let unpack = pb::FileActionCopy {
+        src: format!("/{NAME}"),
+        attempt_unpack_docker_compatibility: true,
+        ..pb::FileActionCopy::default()
+    };
+    let mut digest = builder.add(&copy(digest, unpack), named("unpack remote build context"));
+    let whole = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
+    if !subdir.is_empty() {
+        let part = pb::FileActionCopy {
+            src: pattern::clean(&format!("/{subdir}")),
+            dir_copy_contents: true,
+            ..pb::FileActionCopy::default()
+        };
+        digest = builder.add(&copy(digest, part), named(&format!("take {subdir} of the build context")));
+    }
+    Ok(Remote { definition: builder.finish(&pb::Input { digest, index: 0 }), whole, dockerfile: None })
+}
+
+/// Copies to the root of an empty file system.
+fn copy(from: String, action: pb::FileActionCopy) -> pb::Op {
+    let action = pb::FileActionCopy { dest: "/".into(), mode: -1, timestamp: -1, ..action };
+    let action = pb::FileAction {
+        input: llb::EMPTY,
+        secondary_input: 0,
+        output: 0,
+        action: Some(pb::file_action::Action::Copy(action)),
+    };
+    pb::Op {
+        inputs: vec![pb::Input { digest: from, index: 0 }],
+        op: Some(pb::op::Op::File(pb::FileOp { actions: vec![action] })),
+        ..pb::Op::default()
+    }
+}
+
+fn named(title: &str) -> pb::OpMetadata {
+    pb::OpMetadata {
+        description: [("llb.customname".to_owned(), format!("[internal] {title}"))].into(),
+        ..pb::OpMetadata::default()
+    }
+}
+
+/// Whether a URL is fetched by http; those that end in `.git` are repositories.
+fn is_http(url: &str) -> bool {
+    let path = url.split(['#', '?']).next().unwrap_or(url);
+    (url.starts_with("http://") || url.starts_with("https://")) && !path.ends_with(".git")
+}
+
+/// Whether a file that begins like this is a tar archive or may be a compressed one.
+fn is_archive(head: &[u8]) -> bool {
+    const COMPRESSED: [&[u8]; 3] = [b"BZh", b"\x1f\x8b\x08", b"\xfd7zXZ\0"];
+    COMPRESSED.iter().any(|magic| head.starts_with(magic)) || is_tar(head)
+}
+
+/// Whether the first block is a tar header: its checksum is right.
+fn is_tar(head: &[u8]) -> bool {
+    const CHECKSUM: std::ops::Range<usize> = 148..156;
+    let Some(block) = head.first_chunk::<512>() else { return false };
+    let digits = String::from_utf8_lossy(&block[CHECKSUM]);
+    let Ok(expected) = u32::from_str_radix(digits.trim_matches(['\0', ' ']), 8) else { return false };
+    let sum = block.iter().enumerate().map(|(at, byte)| {
+        // The field itself counts as blanks.
+        u32::from(if CHECKSUM.contains(&at) { b' ' } else { *byte })
+    });
+    sum.sum::<u32>() == expected
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls() {
+        assert!(is_http("http://buildkit-session/abc"));
+        assert!(is_http("https://example.org/x.tar.gz?y=.git"));
+        for not in
+            ["https://example.org/x.git", "https://example.org/x.git#main", "git://x", "git@x:y", "/dir"]
+        {
+            assert!(!is_http(not), "{not}");
+        }
+    }
+
+    #[test]
+    fn archives() {
+        let mut header = [0; 1024];
+        header[..4].copy_from_slice(b"file");
+        header[148..156].copy_from_slice(b"000645\0 ");
+        let sum: u32 = b"file".iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * 32;
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        assert!(is_archive(&header));
+        header[0] = b'g';
+        assert!(!is_archive(&header));
+        assert!(is_archive(b"\x1f\x8b\x08rest"));
+        for not in [&b""[..], b"FROM scratch\n", &[0; 1024]] {
+            assert!(!is_archive(not));
+        }
+    }
+}
