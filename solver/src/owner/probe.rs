@@ -137,7 +137,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // In this order: work that ends in between has recorded its result before it leaves the table.
         if let Some(work) = self.shared.in_flight.join(&key) {
             self.note(place, kind, key, Found::InFlight);
-            self.work_on(place, work);
+            self.work_on(place, work, false);
             return true;
         }
         match self.shared.keys.get(key.as_bytes()) {
@@ -304,7 +304,8 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             looked_up: vertex.looked_up,
         };
         match work::start(&self.shared, job) {
-            Started::Begun(work) | Started::Joined(work) => self.work_on(place, work),
+            Started::Begun(work) => self.work_on(place, work, true),
+            Started::Joined(work) => self.work_on(place, work, false),
             Started::Ended { told: (began, events), outcome } => {
                 if let Some(at) = began {
                     self.note_started(place, at);
@@ -318,7 +319,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>) {
+    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
         let vertex = &mut self.graph[place];
         let started = Arc::new(OnceLock::new());
         let watcher = BuildWatcher {
@@ -329,7 +330,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             epoch: vertex.epoch,
             started: started.clone(),
         };
-        let asker = work.ask(Arc::new(watcher), self.id);
+        let asker = work.ask(Arc::new(watcher), self.id, starter);
         self.graph[place].step = Step::Working(Watched { asker, started });
         self.release_inputs(place);
     }
