@@ -146,7 +146,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         // In this order: work that ends in between has recorded its result before it leaves the table.
         if let Some(work) = self.shared.in_flight.join(&key) {
             self.note(place, kind, key, Found::InFlight);
-            self.work_on(place, work);
+            self.work_on(place, work, false);
             return true;
         }
         match self.shared.keys.get(key.as_bytes()) {
@@ -313,10 +313,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             looked_up: vertex.looked_up,
         };
         match work::start(&self.shared, job) {
-            Started::Begun(work) => self.work_on(place, work),
+            Started::Begun(work) => self.work_on(place, work, true),
             Started::Joined(work, key) => {
                 self.note(place, self.kind_of(place, key), key, Found::InFlight);
-                self.work_on(place, work);
+                self.work_on(place, work, false);
             }
             Started::Ended { told: (began, events), outcome } => {
                 if let Some(at) = began {
@@ -331,7 +331,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>) {
+    fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
         let vertex = &mut self.graph[place];
         let started = Arc::new(OnceLock::new());
         let watcher = BuildWatcher {
@@ -342,7 +342,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             epoch: vertex.epoch,
             started: started.clone(),
         };
-        let asker = work.ask(Arc::new(watcher), self.id);
+        let asker = work.ask(Arc::new(watcher), self.id, starter);
         self.graph[place].step = Step::Working(Watched { asker, started });
         self.release_inputs(place);
     }

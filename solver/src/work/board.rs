@@ -45,7 +45,7 @@ pub(crate) struct Board<R> {
 struct State<R> {
     watchers: Vec<(u64, Arc<dyn Watcher<R>>)>,
     next: u64,
-    /// How many ask for the build that started it.
+    /// How many ask for the build that started it. Who started it counts before they ask.
     own: usize,
     started: Option<SystemTime>,
     outcome: Option<Outcome<R>>,
@@ -55,7 +55,7 @@ struct State<R> {
 impl<R> Board<R> {
     pub(super) fn new(vertex: Arc<str>) -> Self {
         let state =
-            State { watchers: Vec::new(), next: 0, own: 0, started: None, outcome: None, replay: None };
+            State { watchers: Vec::new(), next: 0, own: 1, started: None, outcome: None, replay: None };
         Self { vertex, state: Mutex::new(state) }
     }
 
@@ -63,9 +63,9 @@ impl<R> Board<R> {
         &self.vertex
     }
 
-    pub(super) fn watch(&self, watcher: Arc<dyn Watcher<R>>, ours: bool) -> u64 {
+    pub(super) fn watch(&self, watcher: Arc<dyn Watcher<R>>, another_own: bool) -> u64 {
         let mut state = self.lock();
-        state.own += usize::from(ours);
+        state.own += usize::from(another_own);
         if let Some(at) = state.started {
             watcher.started(at);
         }

@@ -102,10 +102,11 @@ impl<R> Asker<R> {
 }
 
 impl<R> Work<R> {
-    /// Tells `watcher`, who asks for a build, all that happened so far and all that will.
-    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, build: u64) -> Asker<R> {
+    /// Tells `watcher`, who asks for a build, all that happened so far and all that will. `starter` is who it was
+    /// begun for: that one counted as an asker from then on.
+    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, build: u64, starter: bool) -> Asker<R> {
         let ours = build == self.build;
-        let watcher = self.board.watch(watcher, ours);
+        let watcher = self.board.watch(watcher, ours && !starter);
         Asker { work: self, watcher, ours }
     }
 }

@@ -128,7 +128,7 @@ pub(super) async fn follow<R: Send + Sync + 'static>(
 ) -> Outcome<R> {
     let (reply, answer) = oneshot::channel();
     let follower = Follower { board: board.clone(), reply: Mutex::new(Some(reply)) };
-    let _asker = leader.ask(Arc::new(follower), build);
+    let _asker = leader.ask(Arc::new(follower), build, false);
     answer.await.unwrap_or_else(|_| Outcome {
         result: Err(OpError { code: Some(INTERNAL), ..OpError::new("shared work ended without a result") }),
         cached: false,
