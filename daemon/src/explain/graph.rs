@@ -117,15 +117,14 @@ fn text<'a>(all: &'a str, ends: &[u32], place: u32) -> &'a str {
 
 impl Texts {
     fn place(&mut self, text: &str) -> u32 {
-        let Self { places, hasher, all, ends } = self;
-        let same = |place: &u32| self::text(all, ends, *place) == text;
-        if let Some(place) = places.find(hasher.hash_one(text), same) {
+        let hash = self.hasher.hash_one(text);
+        if let Some(place) = self.places.find(hash, |place| self::text(&self.all, &self.ends, *place) == text)
+        {
             return *place;
         }
         let place = self.add(text);
         let Self { places, hasher, all, ends } = self;
-        let hash = |place: &u32| hasher.hash_one(self::text(all, ends, *place));
-        places.insert_unique(hasher.hash_one(text), place, hash);
+        places.insert_unique(hash, place, |place| hasher.hash_one(self::text(all, ends, *place)));
         place
     }
 

@@ -65,12 +65,8 @@ impl Contexts<'_> {
             })),
             ..pb::Op::default()
         };
-        let metadata = pb::OpMetadata {
-            description: [("llb.customname".to_owned(), title.to_owned())].into(),
-            ..pb::OpMetadata::default()
-        };
         let mut builder = llb::Builder::new();
-        let vertex = builder.add(&op, metadata);
+        let vertex = builder.add(&op, named(title));
         let definition = builder.finish(&pb::Input { digest: vertex.clone(), index: 0 });
         let reference = self.bridge.solve(definition.clone()).await?;
         Ok(Fetched { reference, definition, vertex })
@@ -146,6 +142,14 @@ impl Contexts<'_> {
             ignore_patterns: None,
             config,
         })
+    }
+}
+
+/// Metadata of a vertex that is shown as `title`.
+pub(super) fn named(title: &str) -> pb::OpMetadata {
+    pb::OpMetadata {
+        description: [(llb::CUSTOM_NAME.to_owned(), title.to_owned())].into(),
+        ..pb::OpMetadata::default()
     }
 }
 

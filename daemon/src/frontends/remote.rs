@@ -3,7 +3,7 @@
 
 use kiln_proto::{llb, pattern, pb};
 
-use super::contexts::Contexts;
+use super::contexts::{Contexts, named};
 use crate::engine::files;
 use crate::error::BuildError;
 
@@ -35,7 +35,7 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
     });
     let source = pb::Op { op: Some(source), ..pb::Op::default() };
     let mut builder = llb::Builder::new();
-    let digest = builder.add(&source, named("load remote build context"));
+    let digest = builder.add(&source, named("[internal] load remote build context"));
     let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     let failed = |error: BuildError| error.context("failed to read downloaded context");
     let reference = contexts.bridge.solve(fetched.clone()).await?;
@@ -53,7 +53,7 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
         attempt_unpack_docker_compatibility: true,
         ..pb::FileActionCopy::default()
     };
-    let mut digest = builder.add(&copy(digest, unpack), named("unpack remote build context"));
+    let mut digest = builder.add(&copy(digest, unpack), named("[internal] unpack remote build context"));
     let whole = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     if !subdir.is_empty() {
         let part = pb::FileActionCopy {
@@ -61,7 +61,8 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
             dir_copy_contents: true,
             ..pb::FileActionCopy::default()
         };
-        digest = builder.add(&copy(digest, part), named(&format!("take {subdir} of the build context")));
+        digest = builder
+            .add(&copy(digest, part), named(&format!("[internal] take {subdir} of the build context")));
     }
     Ok(Remote { definition: builder.finish(&pb::Input { digest, index: 0 }), whole, dockerfile: None })
 }
@@ -79,13 +80,6 @@ fn copy(from: String, action: pb::FileActionCopy) -> pb::Op {
         inputs: vec![pb::Input { digest: from, index: 0 }],
         op: Some(pb::op::Op::File(pb::FileOp { actions: vec![action] })),
         ..pb::Op::default()
-    }
-}
-
-fn named(title: &str) -> pb::OpMetadata {
-    pb::OpMetadata {
-        description: [("llb.customname".to_owned(), format!("[internal] {title}"))].into(),
-        ..pb::OpMetadata::default()
     }
 }
 

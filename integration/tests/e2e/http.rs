@@ -178,7 +178,7 @@ fn failures_name_url_and_status_but_no_secrets() {
     });
     context.file("Dockerfile", format!("FROM scratch\nADD http://{}/file /\n", web.address));
     kiln.build(context.path(), &[]).fails(&[&format!("http://{}/file", web.address)]);
-    assert_eq!(kiln.usage().iter().filter(|record| record["type"] == "regular").count(), 0);
+    assert_eq!(kiln.usage().iter().filter(|record| record["recordType"] == "regular").count(), 0);
     *cut.lock().expect("not poisoned") = false;
     web.requests();
     let (_, out, _) = tree(&kiln, &context, &[]);

@@ -16,11 +16,6 @@ impl KeyBuilder {
         Self { hasher, parts: Some(vec![("operation".to_owned(), kind.to_owned())]) }
     }
 
-    /// Like [`Self::new`] without noting the parts.
-    pub(crate) fn without_parts(kind: &str) -> Self {
-        Self { parts: None, ..Self::new(kind) }
-    }
-
     /// Parts are noted.
     pub(crate) fn notes(&self) -> bool {
         self.parts.is_some()
@@ -56,16 +51,28 @@ impl KeyBuilder {
         }
     }
 
-    /// What was noted.
-    pub(crate) fn into_parts(self) -> Vec<Part> {
-        self.parts.unwrap_or_default()
-    }
-
     /// The finished map for an operation with these inputs.
     pub(crate) fn finish(self, inputs: Vec<InputMap>, persistent: bool) -> CacheMap {
         let parts = self.parts.map(Parts::from).unwrap_or_default();
         CacheMap { digest: self.hasher.finalize(), inputs, persistent, parts }
     }
+}
+
+/// The map of an operation of which a build may have many: `describe` tells a builder all that it is made of, once for
+/// the digest and again when somebody asks for the parts.
+pub(crate) fn described(
+    kind: &'static str,
+    inputs: Vec<InputMap>,
+    describe: impl Fn(&mut KeyBuilder) + Send + Sync + 'static,
+) -> CacheMap {
+    let mut key = KeyBuilder { parts: None, ..KeyBuilder::new(kind) };
+    describe(&mut key);
+    let parts = Parts::new(move || {
+        let mut key = KeyBuilder::new(kind);
+        describe(&mut key);
+        key.parts.unwrap_or_default()
+    });
+    CacheMap { parts, ..key.finish(inputs, true) }
 }
 
 /// Length first: no two sequences of values can be confused.

@@ -6,15 +6,12 @@
 use std::sync::Arc;
 
 use kiln_proto::{pb, platform};
-use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, OpError, Parts};
+use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, OpError};
 use prost::Message;
 
 use super::mounts;
 use crate::ops::file::root::clean;
-use crate::ops::keys::KeyBuilder;
-
-/// Names the key of exec operations.
-const KIND: &str = "kiln.exec.v1";
+use crate::ops::keys::{self, KeyBuilder};
 
 /// The map of an operation with so many inputs, which is to run for `platform`.
 pub(super) fn cache_map(
@@ -24,15 +21,8 @@ pub(super) fn cache_map(
 ) -> Result<CacheMap, OpError> {
     let inputs = self::inputs(op, inputs)?;
     let platform = platform::normalized(&platform.cloned().unwrap_or_else(platform::host));
-    let mut key = KeyBuilder::without_parts(KIND);
-    describe(&mut key, op, &platform);
     let op = op.clone();
-    let parts = Parts::new(move || {
-        let mut key = KeyBuilder::new(KIND);
-        describe(&mut key, &op, &platform);
-        key.into_parts()
-    });
-    Ok(CacheMap { parts, ..key.finish(inputs, true) })
+    Ok(keys::described("kiln.exec.v1", inputs, move |key| describe(key, &op, &platform)))
 }
 
 fn describe(key: &mut KeyBuilder, op: &pb::ExecOp, platform: &pb::Platform) {

@@ -24,9 +24,7 @@ use kiln_cache::Ref;
 use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
-use kiln_solver::op::{
-    CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError, Parts,
-};
+use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError};
 use tokio_util::sync::CancellationToken;
 
 pub use actions::FileError;
@@ -34,12 +32,9 @@ use engine::Engine;
 use plan::{Operand, Plan};
 
 use super::BuildContext;
-use super::keys::KeyBuilder;
+use super::keys::{self, KeyBuilder};
 use crate::registry::Credentials;
 use crate::worker::Worker;
-
-/// Names the key of file operations.
-const KIND: &str = "kiln.file.v1";
 
 /// A file operation of one vertex.
 pub(crate) struct FileOp {
@@ -72,15 +67,8 @@ impl FileOp {
     }
 
     fn cache_map(&self) -> CacheMap {
-        let mut key = KeyBuilder::without_parts(KIND);
-        self.work.describe(&mut key);
         let work = self.work.clone();
-        let parts = Parts::new(move || {
-            let mut key = KeyBuilder::new(KIND);
-            work.describe(&mut key);
-            key.into_parts()
-        });
-        CacheMap { parts, ..key.finish(self.work.inputs(self.inputs), true) }
+        keys::described("kiln.file.v1", self.work.inputs(self.inputs), move |key| work.describe(key))
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::UNIX_EPOCH;
 
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
-use kiln_cache::{Ref, StoreError};
+use kiln_cache::Ref;
 use kiln_proto::pb;
 use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
 use reqwest::header::{
@@ -150,10 +150,6 @@ impl HttpSource {
         OpError::new(format!("{}: {err}", self.shown()))
     }
 
-    fn storage(&self, err: StoreError) -> OpError {
-        self.failed(err)
-    }
-
     /// All that decides what a server answers, and how the file looks.
     fn request_key(&self) -> String {
         let mut key = KeyBuilder::new("kiln.http.request.v1");
@@ -245,7 +241,7 @@ impl HttpSource {
     async fn revalidate(&self, ctx: &OpContext) -> Result<Resolved, OpError> {
         let mut headers = self.request_headers().await?;
         let store = self.worker.store();
-        let known = notes::load(store, &self.request_key()).map_err(|err| self.storage(err))?;
+        let known = notes::load(store, &self.request_key()).map_err(|err| self.failed(err))?;
         let Some((note, snapshot)) = known else {
             return self.receive(ctx, self.send(Method::GET, &headers).await?).await;
         };
@@ -302,7 +298,7 @@ impl HttpSource {
             let Resolved { digest, name, .. } = &resolved;
             let note = Note { etag, digest: digest.clone(), name: name.clone(), modified };
             let saved = notes::save(self.worker.store(), &self.request_key(), &note, file);
-            saved.map_err(|err| self.storage(err))?;
+            saved.map_err(|err| self.failed(err))?;
         }
         Ok(resolved)
     }
