@@ -27,6 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Large and, in graphs of many vertices, rare: without this every operation takes as much.
         .boxed(".pb.Op.op.exec")
         .boxed(".pb.Op.op.build")
+        .boxed(".pb.FileAction.action.copy")
+        .boxed(".pb.FileAction.action.mkfile")
         // What clients print as JSON.
         .type_attribute(".kiln.explain.v1", "#[derive(serde::Serialize)]")
         .message_attribute(".kiln.explain.v1", "#[serde(rename_all = \"camelCase\")]")

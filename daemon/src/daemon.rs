@@ -17,7 +17,7 @@ use crate::explain::Explanations;
 use crate::history::History;
 use crate::jobs::Jobs;
 use crate::server::{Activity, Listener};
-use crate::{memory, server, services, workers};
+use crate::{server, services, workers};
 
 /// How long connections may take to end once the daemon stops.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -86,7 +86,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     let manager = ServiceManager::from_environment();
     kiln_worker::sandbox::raise_open_files();
-    memory::configure();
+    kiln_alloc::purge_at_once();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(Duration::from_secs(3))
@@ -175,6 +175,7 @@ async fn serve_for(
     let activity = Activity::new();
     let outcome = listen(&daemon, listeners, &manager, &activity).await;
     shutdown.cancel();
+    daemon.history.settled().await;
     daemon.explanations.idle().await;
     let closed = daemon.engine.close().await;
     outcome.and(closed.map_err(DaemonError::from))

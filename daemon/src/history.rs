@@ -16,7 +16,7 @@ use kiln_proto::control::{
 };
 use prost::Message;
 use sha2::Digest;
-use tokio::sync::broadcast;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 use tonic::Code;
 
 use crate::config::HistoryConfig;
@@ -36,6 +36,9 @@ const ERROR_TYPE: &str = "application/vnd.googeapis.google.rpc.status+proto";
 /// Builds that fall behind a slow listener by more than this end its stream.
 const LIVE_EVENTS: usize = 256;
 
+/// So many builds may be answered and not stored yet.
+const ENDING: u32 = 64;
+
 /// All records.
 pub(crate) struct History {
     values: Values,
@@ -45,6 +48,8 @@ pub(crate) struct History {
     /// By ref; `None` until the records are read. Held by who changes one.
     finished: Mutex<Option<HashMap<String, Finished>>>,
     events: broadcast::Sender<BuildHistoryEvent>,
+    /// One permit for each build that was answered and is not stored yet.
+    ending: Arc<Semaphore>,
 }
 
 /// What decides on the stay of a record and of what it names.
@@ -85,7 +90,20 @@ impl History {
             active: DashMap::new(),
             finished: Mutex::default(),
             events,
+            ending: Arc::new(Semaphore::new(ENDING as usize)),
         })
+    }
+
+    /// For a build about to be answered, whose record is stored afterwards: until what this gives is dropped, who asks
+    /// for records waits. Waits itself if very many are being stored.
+    pub(crate) async fn ending(&self) -> OwnedSemaphorePermit {
+        // Never closed.
+        self.ending.clone().acquire_owned().await.expect("open")
+    }
+
+    /// Waits until the records of all builds that were answered are stored.
+    pub(crate) async fn settled(&self) {
+        let _all = self.ending.acquire_many(ENDING).await;
     }
 
     /// Starts the record of a build.
@@ -182,7 +200,8 @@ impl History {
         }
         self.values.put(RECORDS, &id, &record.encode_to_vec()).map_err(storage)?;
         let former = finished.insert(id.clone(), build);
-        self.active.remove(&id);
+        // Another build may run under that name by now.
+        self.active.remove_if(&id, |_, running| running.created_at == record.created_at);
         self.send(BuildHistoryEventType::Complete, record);
         self.drop_contents(finished, former)?;
         self.clean(finished)
@@ -353,11 +372,11 @@ fn field(record: &BuildHistoryRecord, name: &str) -> Option<String> {
 
 /// Each message with its length before it.
 fn encode_log(log: &[StatusResponse]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for message in log {
-        let encoded = message.encode_to_vec();
-        bytes.extend_from_slice(&u32::try_from(encoded.len()).unwrap_or(u32::MAX).to_le_bytes());
-        bytes.extend_from_slice(&encoded);
+    let lengths: Vec<usize> = log.iter().map(Message::encoded_len).collect();
+    let mut bytes = Vec::with_capacity(lengths.iter().map(|length| length + 4).sum());
+    for (message, length) in log.iter().zip(lengths) {
+        bytes.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+        message.encode_raw(&mut bytes);
     }
     bytes
 }
@@ -410,9 +429,9 @@ fn store(
     record.num_cached_steps = number(counts.cached);
     record.num_completed_steps = number(counts.completed);
     record.num_warnings = number(counts.warnings);
-    let id = record.r#ref.clone();
+    let (id, created) = (record.r#ref.clone(), record.created_at);
     if let Err(error) = history.finish(record, &progress.replay(), error) {
-        history.active.remove(&id);
+        history.active.remove_if(&id, |_, running| running.created_at == created);
         tracing::warn!(%error, build = id, "the build is not in the history");
     }
 }

@@ -67,8 +67,10 @@ impl Jobs {
             bridge: Mutex::new(None),
         });
         match self.jobs.entry(id.to_owned()) {
+            // One that ended only waits for its record.
+            Entry::Occupied(mut former) if former.get().progress.is_closed() => former.insert(job.clone()),
             Entry::Occupied(_) => return Err(BuildError::build(format!("job ID {id} exists"))),
-            Entry::Vacant(entry) => entry.insert(job.clone()),
+            Entry::Vacant(entry) => entry.insert(job.clone()).clone(),
         };
         self.bump();
         Ok(JobGuard { jobs: self.clone(), job, succeeded: false })
@@ -195,6 +197,11 @@ mod tests {
         assert_eq!(again.message, "job ID a exists");
         drop(guard);
         let job = jobs.get("a").expect("a finished job can still be asked about");
+        let next = jobs.start("a").expect("the ref is free");
+        jobs.forget(&job);
+        assert!(jobs.get("a").is_some(), "the other job of that ref stays");
+        drop(next);
+        let job = jobs.get("a").expect("it is still there");
         jobs.forget(&job);
         assert!(jobs.get("a").is_none());
         let _guard = jobs.start("a").expect("the ref is free");

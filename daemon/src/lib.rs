@@ -13,7 +13,6 @@ mod frontends;
 mod gateway;
 mod history;
 mod jobs;
-mod memory;
 mod progress;
 mod server;
 mod services;

@@ -11,15 +11,14 @@ use futures::future::BoxFuture;
 use kiln_cache::{Store, StoreOptions};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
-    CacheMap, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, Parts,
-    ResultStore,
+    CacheMap, ContentQuery, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, Parts, ResultStore,
 };
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
 
 /// As in the daemon.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: kiln_alloc::Allocator = kiln_alloc::Allocator;
 
 const ROUNDS: usize = 3;
 const SHAPES: [&str; 4] = ["chain", "wide", "grid", "random"];
@@ -145,24 +144,17 @@ impl OpFactory<u32> for Factory {
     fn op(&self, vertex: OpVertex) -> Result<Arc<dyn Op<u32>>, OpError> {
         let Some(pb::op::Op::Source(source)) = &vertex.op.op else { return Err(OpError::new("no source")) };
         let digest = blake3::hash(source.identifier.as_bytes());
-        Ok(Arc::new(Fake { digest, inputs: vertex.op.inputs.len() }))
+        Ok(Arc::new(Fake { digest }))
     }
 }
 
 struct Fake {
     digest: Key,
-    inputs: usize,
 }
 
 impl Op<u32> for Fake {
-    fn cache_map<'a>(&'a self, _: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        let map = CacheMap {
-            digest: self.digest,
-            inputs: vec![InputMap::default(); self.inputs],
-            persistent: true,
-            parts: Parts::default(),
-        };
-        std::future::ready(Ok(map)).boxed()
+    fn known_map(&self) -> Option<CacheMap> {
+        Some(CacheMap { digest: self.digest, inputs: Vec::new(), persistent: true, parts: Parts::default() })
     }
 
     fn execute<'a>(&'a self, _: &'a OpContext, _: Vec<u32>) -> BoxFuture<'a, Result<Vec<u32>, OpError>> {

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
 pub use kiln_cache::contenthash::{ContentPath, ContentQuery};
 use kiln_proto::pb;
@@ -26,7 +27,7 @@ pub struct InputMap {
 pub struct CacheMap {
     /// blake3 over everything in the operation that may change the result.
     pub digest: Key,
-    /// One for each input of the operation, in its order.
+    /// For the inputs of the operation, in its order. Those that are missing at the end are read as a whole.
     pub inputs: Vec<InputMap>,
     /// False for a source that has no identity beyond this build (a client's directory): its
     /// definition key is never looked up or recorded, and its consumers are recognised by content.
@@ -110,9 +111,19 @@ impl OpError {
 /// one of these methods returned cancels the work; it must then leave no process, mount or
 /// half record behind.
 pub trait Op<R>: Send + Sync + 'static {
+    /// What the result depends on, if the operation's bytes leave nothing open. May be called on any thread, and does
+    /// not block.
+    fn known_map(&self) -> Option<CacheMap> {
+        None
+    }
+
     /// Resolves what the operation's bytes leave open (tag to digest, branch to commit) and says
-    /// what the result depends on. Called at most once per operation and build.
-    fn cache_map<'a>(&'a self, ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>>;
+    /// what the result depends on. Called at most once per operation and build, and only if [`Self::known_map`] says
+    /// nothing.
+    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
+        let unknown = || OpError::new("the operation does not say what it depends on");
+        std::future::ready(self.known_map().ok_or_else(unknown)).boxed()
+    }
 
     /// Runs the operation. `inputs` has one result per input edge; the answer has one for each output.
     fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<R>) -> BoxFuture<'a, Result<Vec<R>, OpError>>;

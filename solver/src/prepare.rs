@@ -9,7 +9,7 @@ use kiln_proto::pb;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::error::SolveError;
-use crate::op::{Op, OpError, OpFactory, OpVertex};
+use crate::op::{CacheMap, Op, OpError, OpFactory, OpVertex};
 use crate::progress::VertexInfo;
 
 /// A definition, ready to enter the graph.
@@ -23,6 +23,8 @@ pub(crate) struct Prepared<R> {
 pub(crate) struct PreparedVertex<R> {
     pub(crate) info: Arc<VertexInfo>,
     pub(crate) op: Arc<dyn Op<R>>,
+    /// What the result depends on, if that needs no resolution.
+    pub(crate) map: Option<Arc<CacheMap>>,
     pub(crate) ignore_cache: bool,
     /// For each input: its place among the vertices, and its output index.
     pub(crate) inputs: Vec<(usize, u32)>,
@@ -66,5 +68,6 @@ fn prepare_vertex<R: 'static>(
     let vertex = OpVertex { digest: digest.clone(), op, metadata, name: name.clone() };
     let op = factory.op(vertex).map_err(|error| SolveError::load(Some(&digest), &name, error))?;
     let info = Arc::new(VertexInfo { digest, inputs: input_digests, name, group });
-    Ok(PreparedVertex { info, op, ignore_cache, inputs })
+    let map = op.known_map().map(Arc::new);
+    Ok(PreparedVertex { info, op, map, ignore_cache, inputs })
 }

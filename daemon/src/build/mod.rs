@@ -35,6 +35,7 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     // A client that leaves drops this future, and what it built is garbage like any other.
     let _ended = Ended(daemon);
     let mut guard = daemon.jobs.start(&request.r#ref)?;
+    let build = request.r#ref.clone();
     let progress = guard.job().progress.clone();
     let recording = (!request.internal).then(|| daemon.history.begin(&request, progress.clone()));
     let cancel = guard.job().cancel.clone();
@@ -53,27 +54,33 @@ pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result
     let job = guard.job().clone();
     drop(guard);
     if let Some(recording) = recording {
+        // Before the answer, with which the client's session goes.
+        let ended = explain::Ended { project: project(daemon, &request), vertices };
+        let ending = daemon.history.ending().await;
         // Announced before the history knows the build, and could be told to forget it.
         let expected = daemon.explanations.expect(&request.r#ref);
-        recording.finish(metadata, outcome.as_ref().err().cloned()).await;
-        if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
-            daemon.jobs.forget(&job);
-            // What the history does not keep needs no explanation.
-            if !vertices.is_empty() {
-                let project = project(daemon, &request).await;
-                daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
+        let (daemon, error) = (daemon.clone(), outcome.as_ref().err().cloned());
+        tokio::spawn(async move {
+            recording.finish(metadata, error).await;
+            if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
+                daemon.jobs.forget(&job);
+                // What the history does not keep needs no explanation.
+                if !ended.vertices.is_empty() {
+                    daemon.explanations.add(expected, ended).await;
+                }
             }
-        }
+            drop(ending);
+        });
     }
     match &outcome {
-        Ok(_) => tracing::debug!(build = request.r#ref, "built"),
-        Err(error) => tracing::debug!(build = request.r#ref, %error, "build failed"),
+        Ok(_) => tracing::debug!(build, "built"),
+        Err(error) => tracing::debug!(build, %error, "build failed"),
     }
     outcome
 }
 
 /// What tells builds of one thing from those of another, apart from its content.
-async fn project(daemon: &Daemon, request: &SolveRequest) -> Vec<u8> {
+fn project(daemon: &Daemon, request: &SolveRequest) -> Vec<u8> {
     let mut hasher = blake3::Hasher::new();
     let attr = |name: &str| request.frontend_attrs.get(name).map(String::as_str).unwrap_or_default();
     let session = daemon.engine.sessions().get(&request.session);

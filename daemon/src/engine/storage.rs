@@ -15,7 +15,6 @@ use super::Engine;
 use super::failure::store_error;
 use crate::config::{self, DiskSpace, GcConfig};
 use crate::error::BuildError;
-use crate::memory;
 
 /// Builds that end within this time share one collection.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -161,7 +160,7 @@ async fn collect(rounds: Arc<Rounds>, wanted: Arc<Notify>) {
         wanted.notified().await;
         tokio::time::sleep(SETTLE).await;
         if Instant::now() < next {
-            if tokio::task::spawn_blocking(memory::give_back).await.is_err() {
+            if tokio::task::spawn_blocking(kiln_alloc::give_back).await.is_err() {
                 return;
             }
             tokio::select! {
@@ -175,7 +174,7 @@ async fn collect(rounds: Arc<Rounds>, wanted: Arc<Notify>) {
         let rounds = rounds.clone();
         let done = tokio::task::spawn_blocking(move || {
             let goes_on = rounds.collect();
-            memory::give_back();
+            kiln_alloc::give_back();
             goes_on
         });
         if !matches!(done.await, Ok(true)) {
@@ -200,6 +199,7 @@ impl Rounds {
         });
         if records > 0 {
             tracing::info!(records, bytes, "collected garbage");
+            self.warn_of_narrow_limits(&store);
         }
         let forgotten = collected.and_then(|()| store.forget_gone());
         match forgotten {
@@ -211,6 +211,25 @@ impl Rounds {
             tracing::debug!(%error, "notes of images that are gone stay");
         }
         true
+    }
+}
+
+impl Rounds {
+    /// What the store takes for itself can't be collected: with a limit below that, nothing ever stays.
+    fn warn_of_narrow_limits(&self, store: &Store) {
+        let limits = self.policies.iter().filter(|policy| policy.max_used_space > 0);
+        let Some(limit) = limits.map(|policy| policy.max_used_space.max(policy.reserved_space)).min() else {
+            return;
+        };
+        let own = store.usage(&[crate::STORE_RECORDS.to_owned()], None).unwrap_or_default();
+        let own: u64 = own.iter().map(|record| record.size).sum();
+        if own >= limit {
+            tracing::warn!(
+                own,
+                limit,
+                "the cache's own records take more bytes than its limit: nothing stays cached"
+            );
+        }
     }
 }
 

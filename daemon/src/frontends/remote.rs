@@ -74,7 +74,7 @@ fn copy(from: String, action: pb::FileActionCopy) -> pb::Op {
         input: llb::EMPTY,
         secondary_input: 0,
         output: 0,
-        action: Some(pb::file_action::Action::Copy(action)),
+        action: Some(pb::file_action::Action::Copy(action.into())),
     };
     pb::Op {
         inputs: vec![pb::Input { digest: from, index: 0 }],

@@ -5,10 +5,10 @@
 mod limits;
 mod wire;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use hashbrown::HashMap;
 use kiln_proto::control;
 use kiln_solver::progress::{Event, ProgressSink, VertexInfo, VertexState, VertexStatus};
 use tokio::sync::watch;
@@ -41,7 +41,8 @@ pub(crate) struct ProgressLog {
 #[derive(Default)]
 struct State {
     events: Vec<Arc<Event>>,
-    vertices: HashMap<Arc<str>, VertexState>,
+    /// Where in `events` the last state of each vertex is.
+    vertices: HashMap<Arc<str>, usize>,
     statuses: HashMap<(String, String), SystemTime>,
     limits: LogLimits,
     warnings: usize,
@@ -66,8 +67,7 @@ impl ProgressLog {
         state.flush_clipped();
         let now = SystemTime::now();
         let open: Vec<VertexState> = state
-            .vertices
-            .values()
+            .states()
             .filter(|vertex| vertex.started.is_some() && vertex.completed.is_none())
             .cloned()
             .collect();
@@ -84,13 +84,18 @@ impl ProgressLog {
         self.grown.send_replace((length, true));
     }
 
+    /// Nothing is added any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.grown.borrow().1
+    }
+
     /// What has happened to how many vertices.
     pub(crate) fn counts(&self) -> Counts {
         let state = self.lock();
         Counts {
             total: state.vertices.len(),
-            cached: state.vertices.values().filter(|vertex| vertex.cached).count(),
-            completed: state.vertices.values().filter(|vertex| vertex.completed.is_some()).count(),
+            cached: state.states().filter(|vertex| vertex.cached).count(),
+            completed: state.states().filter(|vertex| vertex.completed.is_some()).count(),
             warnings: state.warnings,
         }
     }
@@ -153,8 +158,7 @@ impl State {
             // Inputs that nobody had to look at were answered by a hit further down.
             for input in vertex.inputs.iter() {
                 let skipped = self
-                    .vertices
-                    .get(input)
+                    .last(input)
                     .filter(|input| !input.cached && input.completed.is_none() && input.started.is_none())
                     .cloned();
                 if let Some(mut input) = skipped {
@@ -172,8 +176,24 @@ impl State {
         self.push_vertex(vertex);
     }
 
+    /// The last state of each vertex.
+    fn states(&self) -> impl Iterator<Item = &VertexState> {
+        self.vertices.values().filter_map(|&at| self.state_at(at))
+    }
+
+    fn last(&self, digest: &str) -> Option<&VertexState> {
+        self.state_at(*self.vertices.get(digest)?)
+    }
+
+    fn state_at(&self, at: usize) -> Option<&VertexState> {
+        match &**self.events.get(at)? {
+            Event::Vertex(state) => Some(state),
+            _ => None,
+        }
+    }
+
     fn push_vertex(&mut self, vertex: VertexState) {
-        self.vertices.insert(vertex.digest.clone(), vertex.clone());
+        self.vertices.insert(vertex.digest.clone(), self.events.len());
         self.events.push(Arc::new(Event::Vertex(vertex)));
     }
 

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 use kiln_proto::control;
 use kiln_solver::progress::{Event, VertexLog, VertexState, VertexStatus, VertexWarning};
 use prost_types::Timestamp;
@@ -12,51 +14,82 @@ const MAX_LOG_BYTES: usize = 1 << 20;
 /// Vertices and statuses in one message, so that a graph of any size stays within gRPC's limit.
 const MAX_ITEMS: usize = 2000;
 
-/// Messages that carry `events` in order of what clients need: vertices before what names them.
+/// Messages that carry `events` in order of what clients need: vertices before what names them. A message tells the
+/// last state of a vertex only, which says all that the states before it said.
 pub(super) fn messages(events: &[Arc<Event>]) -> Vec<control::StatusResponse> {
     let mut messages = Vec::new();
-    let mut message = control::StatusResponse::default();
-    let mut log_bytes = 0;
-    let mut items = 0;
+    let mut batch = Batch::default();
     for event in events {
-        items += 1;
-        if items > MAX_ITEMS {
-            messages.push(sorted(std::mem::take(&mut message)));
-            (items, log_bytes) = (1, 0);
+        if batch.items == MAX_ITEMS {
+            messages.extend(batch.take());
         }
         match &**event {
-            Event::Vertex(state) => message.vertexes.push(vertex(state)),
-            Event::Status(state) => message.statuses.push(status(state)),
-            Event::Warning(state) => message.warnings.push(warning(state)),
+            Event::Vertex(state) => batch.vertex(state),
+            Event::Status(state) => {
+                batch.items += 1;
+                batch.statuses.push(state);
+            }
+            Event::Warning(state) => {
+                batch.items += 1;
+                batch.warnings.push(state);
+            }
             Event::Log(state) => {
-                if log_bytes > 0 && log_bytes + state.data.len() > MAX_LOG_BYTES {
-                    messages.push(sorted(std::mem::take(&mut message)));
-                    log_bytes = 0;
+                if batch.log_bytes > 0 && batch.log_bytes + state.data.len() > MAX_LOG_BYTES {
+                    messages.extend(batch.take());
                 }
                 for chunk in state.data.chunks(MAX_LOG_BYTES) {
-                    if log_bytes + chunk.len() > MAX_LOG_BYTES {
-                        messages.push(sorted(std::mem::take(&mut message)));
-                        log_bytes = 0;
+                    if batch.items == MAX_ITEMS || batch.log_bytes + chunk.len() > MAX_LOG_BYTES {
+                        messages.extend(batch.take());
                     }
-                    log_bytes += chunk.len();
-                    message.logs.push(log(state, chunk));
+                    batch.items += 1;
+                    batch.log_bytes += chunk.len();
+                    batch.logs.push((state, chunk));
                 }
             }
         }
     }
-    if message != control::StatusResponse::default() {
-        messages.push(sorted(message));
-    }
+    messages.extend(batch.take());
     messages
 }
 
-/// Vertices by start (not started first), statuses and logs by time; equal ones keep their order.
-fn sorted(mut message: control::StatusResponse) -> control::StatusResponse {
-    let key = |time: &Option<Timestamp>| time.map(|time| (time.seconds, time.nanos));
-    message.vertexes.sort_by_key(|vertex| key(&vertex.started));
-    message.statuses.sort_by_key(|status| key(&status.timestamp));
-    message.logs.sort_by_key(|log| key(&log.timestamp));
-    message
+/// What goes into one message.
+#[derive(Default)]
+struct Batch<'a> {
+    vertices: Vec<&'a VertexState>,
+    /// Where in `vertices` a digest is.
+    places: HashMap<&'a str, usize>,
+    statuses: Vec<&'a VertexStatus>,
+    warnings: Vec<&'a VertexWarning>,
+    logs: Vec<(&'a VertexLog, &'a [u8])>,
+    items: usize,
+    log_bytes: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn vertex(&mut self, state: &'a VertexState) {
+        match self.places.entry(&state.digest) {
+            Entry::Occupied(place) => self.vertices[*place.get()] = state,
+            Entry::Vacant(place) => {
+                place.insert(self.vertices.len());
+                self.vertices.push(state);
+                self.items += 1;
+            }
+        }
+    }
+
+    /// Vertices by start (not started first), statuses and logs by time; equal ones keep their order.
+    fn take(&mut self) -> Option<control::StatusResponse> {
+        let Self { mut vertices, mut statuses, warnings, mut logs, items, .. } = std::mem::take(self);
+        vertices.sort_by_key(|state| state.started);
+        statuses.sort_by_key(|state| state.timestamp);
+        logs.sort_by_key(|(state, _)| state.timestamp);
+        (items > 0).then(|| control::StatusResponse {
+            vertexes: vertices.into_iter().map(vertex).collect(),
+            statuses: statuses.into_iter().map(status).collect(),
+            logs: logs.into_iter().map(|(state, chunk)| log(state, chunk)).collect(),
+            warnings: warnings.into_iter().map(warning).collect(),
+        })
+    }
 }
 
 fn vertex(state: &VertexState) -> control::Vertex {

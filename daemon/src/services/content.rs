@@ -156,6 +156,7 @@ impl Content for ContentService {
     async fn list(&self, request: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
         let filter = Arc::new(filter(&request.into_inner().filters)?);
         let daemon = self.0.clone();
+        daemon.history.settled().await;
         let digests = blocking(move || {
             let mut all = daemon.engine.blobs()?;
             all.extend(daemon.history.contents()?);

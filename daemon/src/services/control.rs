@@ -128,6 +128,7 @@ impl Control for ControlService {
     ) -> Result<Response<Self::ListenBuildHistoryStream>, Status> {
         let request = request.into_inner();
         let (history, query) = (self.0.history.clone(), request.clone());
+        history.settled().await;
         let (past, live) = blocking(move || history.listen(&query)).await?;
         let past = stream::iter(past.into_iter().map(Ok));
         let Some(live) = live else { return Ok(with_clock(past.boxed())) };
@@ -156,6 +157,7 @@ impl Control for ControlService {
         request: Request<UpdateBuildHistoryRequest>,
     ) -> Result<Response<UpdateBuildHistoryResponse>, Status> {
         let (history, request) = (self.0.history.clone(), request.into_inner());
+        history.settled().await;
         blocking(move || history.update(&request)).await?;
         Ok(Response::new(UpdateBuildHistoryResponse {}))
     }

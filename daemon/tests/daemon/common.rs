@@ -140,13 +140,13 @@ pub(crate) fn chain(files: &[(&str, &str)]) -> (pb::Definition, String) {
             input: if last.is_some() { 0 } else { -1 },
             secondary_input: -1,
             output: 0,
-            action: Some(pb::file_action::Action::Mkfile(pb::FileActionMkFile {
+            action: Some(pb::file_action::Action::Mkfile(Box::new(pb::FileActionMkFile {
                 path: (*path).into(),
                 mode: 0o644,
                 data: text.as_bytes().to_vec(),
                 timestamp: -1,
                 ..pb::FileActionMkFile::default()
-            })),
+            }))),
         };
         let op = pb::Op {
             inputs: last.take().into_iter().collect(),

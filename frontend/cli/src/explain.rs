@@ -61,14 +61,15 @@ fn json(explanation: &Explanation) -> Result<String, CliError> {
 fn text(explanation: &Explanation) -> String {
     let Explanation { r#ref, compared_with, total, steps } = explanation;
     let mut out = format!("Build {ref}: ");
+    let were = if steps.len() == 1 { "was" } else { "were" };
     let _ = match (steps.len(), compared_with.is_empty()) {
         (0, _) if *total == 0 => writeln!(out, "no step was reached"),
         (0, _) => writeln!(out, "all {total} steps were cached"),
         (missed, true) => {
-            writeln!(out, "{missed} of {total} steps were not cached; there is no earlier build like it")
+            writeln!(out, "{missed} of {total} steps {were} not cached; there is no earlier build like it")
         }
         (missed, false) => {
-            writeln!(out, "{missed} of {total} steps were not cached, compared with build {compared_with}:")
+            writeln!(out, "{missed} of {total} steps {were} not cached, compared with build {compared_with}:")
         }
     };
     for step in steps.iter().filter(|_| !compared_with.is_empty()) {

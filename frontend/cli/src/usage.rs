@@ -92,7 +92,7 @@ fn details(record: &UsageRecord) -> String {
         ("Reclaimable", (!record.in_use).to_string()),
         ("Shared", record.shared.to_string()),
         ("Size", units::bytes(record.size)),
-        ("Description", record.description.clone()),
+        ("Description", stdout::harmless(&record.description).into_owned()),
         ("Usage count", record.usage_count.to_string()),
         ("Last used", time(record.last_used_at.as_ref())),
         ("Type", record.record_type.clone()),

@@ -173,7 +173,7 @@ impl Compiler<'_> {
                 input: if n == 0 { base } else { count + n as i64 - 1 },
                 secondary_input: source,
                 output: if n == last { 0 } else { llb::EMPTY },
-                action: Some(pb::file_action::Action::Copy(action)),
+                action: Some(pb::file_action::Action::Copy(action.into())),
             }
         });
         let op = pb::op::Op::File(pb::FileOp { actions: actions.collect() });

@@ -217,7 +217,7 @@ impl Compiler<'_> {
             input: llb::EMPTY,
             secondary_input: llb::EMPTY,
             output: 0,
-            action: Some(pb::file_action::Action::Mkfile(mkfile)),
+            action: Some(pb::file_action::Action::Mkfile(mkfile.into())),
         };
         let meta = Meta::named("[internal] preparing inline document", &[llb::caps::FILE_BASE]);
         self.graph.add(pb::op::Op::File(pb::FileOp { actions: vec![action] }), None, Vec::new(), meta)

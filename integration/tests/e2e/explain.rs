@@ -337,7 +337,7 @@ const CASES: &[Case] = &[
         name: "a network mode",
         change: |context| edit(context, "RUN echo last", "RUN --network=none echo last"),
         args: &[],
-        says: &["[stage-1 7/7] RUN --network=none echo last: network: \"UNSET\" became \"NONE\""],
+        says: &["[stage-1 7/7] RUN --network=none echo last: network: \"default\" became \"none\""],
     },
     Case {
         name: "a platform",

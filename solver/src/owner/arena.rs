@@ -125,6 +125,8 @@ pub(super) struct Vertex<R> {
 /// What the operation says it depends on.
 pub(super) enum Map {
     Unasked,
+    /// The operation needs no asking, but nothing has been made of its answer.
+    Told(Arc<CacheMap>),
     Asked(Arc<MapProgress>),
     Known(Arc<CacheMap>),
 }
@@ -213,7 +215,7 @@ impl<R> Vertex<R> {
     pub(super) fn map(&self) -> Option<&Arc<CacheMap>> {
         match &self.map {
             Map::Known(map) => Some(map),
-            Map::Unasked | Map::Asked(_) => None,
+            Map::Unasked | Map::Told(_) | Map::Asked(_) => None,
         }
     }
 
@@ -231,7 +233,7 @@ impl<R> Vertex<R> {
 
     /// The operation is still to be asked what it depends on.
     pub(super) fn is_unasked(&self) -> bool {
-        matches!(self.map, Map::Unasked) && !self.is_settled()
+        matches!(self.map, Map::Unasked | Map::Told(_)) && !self.is_settled()
     }
 
     /// Digest of the content that the operation reads of this input, if it says what that is.

@@ -86,6 +86,12 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             if !vertex.is_unasked() {
                 continue;
             }
+            if let Map::Told(map) = &vertex.map {
+                let map = map.clone();
+                let _ = self.know_map(place, map);
+                self.consider(place);
+                continue;
+            }
             let progress = Arc::new(MapProgress::new(vertex.state.info.clone(), self.progress.clone()));
             vertex.map = Map::Asked(progress.clone());
             let context = OpContext {

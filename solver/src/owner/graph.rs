@@ -60,7 +60,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     fn add(&mut self, vertex: PreparedVertex<R>, inputs: Vec<Edge>) -> NodeIndex {
-        let PreparedVertex { info, op, ignore_cache, .. } = vertex;
+        let PreparedVertex { info, op, map, ignore_cache, .. } = vertex;
         let digest = info.digest.clone();
         let state = VertexState { info, ..VertexState::default() };
         let below = |edge: &Edge| &self.graph[edge.vertex];
@@ -78,7 +78,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             namesake: None,
             announced: false,
             reported_below: false,
-            map: Map::Unasked,
+            map: map.map_or(Map::Unasked, Map::Told),
             definition: Definition::Unknown,
             definition_missing: 0,
             content: None,
@@ -104,10 +104,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
 
     /// Takes in what an operation depends on and makes the keys for which that suffices. The caller tells those above.
     #[must_use]
-    pub(super) fn know_map(&mut self, place: NodeIndex, map: CacheMap) -> News {
+    pub(super) fn know_map(&mut self, place: NodeIndex, map: Arc<CacheMap>) -> News {
         let persistent = map.persistent;
         let count = self.graph[place].inputs.len();
-        self.graph[place].map = Map::Known(Arc::new(map));
+        self.graph[place].map = Map::Known(map);
         let (mut absent, mut missing, mut unknown) = (!persistent, 0, 0);
         for input in 0..count {
             let vertex = &self.graph[place];

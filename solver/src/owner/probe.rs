@@ -22,7 +22,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         match map {
             Ok(_) if self.graph[place].is_settled() => {}
             Err(error) if self.graph[place].is_settled() => self.report_failed(place, &error.message),
-            Ok(map) => return self.know_map(place, map),
+            Ok(map) => return self.know_map(place, Arc::new(map)),
             Err(mut error) => {
                 error.message = format!("failed to load cache key: {}", error.message);
                 self.fail_op(place, error);

@@ -179,7 +179,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 vertex.step = step;
                 match &vertex.map {
                     Map::Asked(progress) => progress.started.get().copied(),
-                    Map::Unasked | Map::Known(_) => None,
+                    Map::Unasked | Map::Told(_) | Map::Known(_) => None,
                 }
             }
         };

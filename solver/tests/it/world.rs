@@ -444,7 +444,38 @@ impl Drop for Running<'_> {
     }
 }
 
+impl FakeOp {
+    fn map(&self) -> CacheMap {
+        let input = |i: usize| match self.recipe.reads.get(&i) {
+            None => InputMap::default(),
+            Some(path) => InputMap {
+                selector: Some(path.clone()),
+                content: Some(ContentQuery {
+                    paths: vec![ContentPath {
+                        path: path.clone(),
+                        must_exist: true,
+                        ..ContentPath::default()
+                    }],
+                }),
+            },
+        };
+        CacheMap {
+            digest: blake3::hash(self.recipe.text.as_bytes()),
+            inputs: (0..self.inputs).map(input).collect(),
+            persistent: self.recipe.persistent,
+            parts: vec![("text".to_owned(), self.recipe.text.clone())].into(),
+        }
+    }
+}
+
 impl Op<Tree> for FakeOp {
+    fn known_map(&self) -> Option<CacheMap> {
+        // Half of them, always the same.
+        let known = blake3::hash(self.recipe.text.as_bytes()).as_bytes()[0] < 128;
+        let open = self.recipe.map_gate.is_some() || self.recipe.map_fails.is_some();
+        (known && !open).then(|| self.map())
+    }
+
     fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
         async move {
             self.world.delay().await;
@@ -454,25 +485,7 @@ impl Op<Tree> for FakeOp {
             if let Some(text) = &self.recipe.map_fails {
                 return Err(OpError::new(text));
             }
-            let input = |i: usize| match self.recipe.reads.get(&i) {
-                None => InputMap::default(),
-                Some(path) => InputMap {
-                    selector: Some(path.clone()),
-                    content: Some(ContentQuery {
-                        paths: vec![ContentPath {
-                            path: path.clone(),
-                            must_exist: true,
-                            ..ContentPath::default()
-                        }],
-                    }),
-                },
-            };
-            Ok(CacheMap {
-                digest: blake3::hash(self.recipe.text.as_bytes()),
-                inputs: (0..self.inputs).map(input).collect(),
-                persistent: self.recipe.persistent,
-                parts: vec![("text".to_owned(), self.recipe.text.clone())].into(),
-            })
+            Ok(self.map())
         }
         .boxed()
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::{Ref, SnapshotMeta, SnapshotRef};
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, InputMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,6 @@ pub(crate) struct DiffOp {
     credentials: Arc<dyn Credentials>,
     lower: Option<usize>,
     upper: Option<usize>,
-    inputs: usize,
     name: String,
 }
 
@@ -47,19 +46,17 @@ impl DiffOp {
         let lower = side(op.lower.as_ref().map(|lower| lower.input))?;
         let upper = side(op.upper.as_ref().map(|upper| upper.input))?;
         let credentials = context.credentials.clone();
-        Ok(Self { worker, credentials, lower, upper, inputs, name: name.into() })
+        Ok(Self { worker, credentials, lower, upper, name: name.into() })
     }
 }
 
 impl Op<Ref> for DiffOp {
-    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(async {
-            let mut key = KeyBuilder::new("kiln.diff.v1");
-            for (side, index) in [("lower", self.lower), ("upper", self.upper)] {
-                key.part(format!("diff {side}"), index.map_or("scratch".into(), |index| index.to_string()));
-            }
-            Ok(key.finish(vec![InputMap::default(); self.inputs], true))
-        })
+    fn known_map(&self) -> Option<CacheMap> {
+        let mut key = KeyBuilder::new("kiln.diff.v1");
+        for (side, index) in [("lower", self.lower), ("upper", self.upper)] {
+            key.part(format!("diff {side}"), index.map_or("scratch".into(), |index| index.to_string()));
+        }
+        Some(key.finish(Vec::new(), true))
     }
 
     fn execute<'a>(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::{Ref, SnapshotMeta};
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, InputMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
 
 use super::keys::KeyBuilder;
 use crate::worker::Worker;
@@ -15,7 +15,6 @@ pub(crate) struct MergeOp {
     worker: Arc<Worker>,
     /// Input of the vertex for each merged tree; `None` is scratch.
     parts: Vec<Option<usize>>,
-    inputs: usize,
     name: String,
 }
 
@@ -31,19 +30,17 @@ impl MergeOp {
         if parts.len() < 2 {
             return Err(OpError::new("merge needs at least two inputs"));
         }
-        Ok(Self { worker, parts, inputs, name: name.into() })
+        Ok(Self { worker, parts, name: name.into() })
     }
 }
 
 impl Op<Ref> for MergeOp {
-    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(async {
-            let mut key = KeyBuilder::new("kiln.merge.v1");
-            for part in &self.parts {
-                key.part("merge input", part.map_or("scratch".into(), |index| index.to_string()));
-            }
-            Ok(key.finish(vec![InputMap::default(); self.inputs], true))
-        })
+    fn known_map(&self) -> Option<CacheMap> {
+        let mut key = KeyBuilder::new("kiln.merge.v1");
+        for part in &self.parts {
+            key.part("merge input", part.map_or("scratch".into(), |index| index.to_string()));
+        }
+        Some(key.finish(Vec::new(), true))
     }
 
     fn execute<'a>(

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, InputMap, Op, OpClass, OpContext, OpError, OpFactory, OpVertex};
+use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError, OpFactory, OpVertex};
 
 pub(crate) use exec::CacheMountLocks;
 pub use sessions::SessionGroup;
@@ -100,26 +100,23 @@ fn operand(index: i64, inputs: usize) -> Result<Option<usize>, OpError> {
 struct Passthrough {
     id: String,
     outputs: Vec<Option<usize>>,
-    inputs: usize,
 }
 
 impl Passthrough {
     fn new(op: &pb::PassthroughOp, inputs: usize) -> Result<Self, OpError> {
         let outputs = op.outputs.iter().map(|output| operand(*output, inputs)).collect::<Result<_, _>>()?;
-        Ok(Self { id: op.id.clone(), outputs, inputs })
+        Ok(Self { id: op.id.clone(), outputs })
     }
 }
 
 impl Op<Ref> for Passthrough {
-    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(async {
-            let mut key = keys::KeyBuilder::new("kiln.passthrough.v1");
-            key.part("id", &self.id);
-            for output in &self.outputs {
-                key.part("output", output.map_or("scratch".into(), |index| index.to_string()));
-            }
-            Ok(key.finish(vec![InputMap::default(); self.inputs], true))
-        })
+    fn known_map(&self) -> Option<CacheMap> {
+        let mut key = keys::KeyBuilder::new("kiln.passthrough.v1");
+        key.part("id", &self.id);
+        for output in &self.outputs {
+            key.part("output", output.map_or("scratch".into(), |index| index.to_string()));
+        }
+        Some(key.finish(Vec::new(), true))
     }
 
     fn execute<'a>(

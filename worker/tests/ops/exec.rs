@@ -323,14 +323,14 @@ pub(crate) async fn keys_leave_out_what_does_not_matter(world: &World) {
         let actions = sources.iter().enumerate().map(|(at, source)| {
             let base = if at == 0 { 0 } else { 1 + at as i64 };
             let output = if at + 1 == sources.len() { 0 } else { -1 };
-            action(base, 1, output, Action::Copy(copy(source, "/d/")))
+            action(base, 1, output, Action::Copy(copy(source, "/d/").into()))
         });
         file(actions.collect())
     };
     let (ends, starts) = (copies(&["/p/f", "/q/f", "/p/f"]), copies(&["/p/f", "/q/f", "/q/f"]));
     assert_ne!(world.key(ends, 2).await.inputs[1].content, world.key(starts, 2).await.inputs[1].content);
 
-    let from = |src: &str| file(vec![action(0, 1, 0, Action::Copy(copy(src, "/x")))]);
+    let from = |src: &str| file(vec![action(0, 1, 0, Action::Copy(copy(src, "/x").into()))]);
     let (one, other) = (world.key(from("/a/f"), 2).await, world.key(from("/b/f"), 2).await);
     assert_eq!(one.digest, other.digest, "only the name of the source shows");
     assert_ne!(one.inputs[1], other.inputs[1]);

@@ -19,7 +19,7 @@ pub(crate) async fn file_actions_make_layers(world: &World) {
     let chained = file(vec![action(-1, -1, -1, mkfile("/a", "A")), action(0, -1, 0, mkfile("/b", "B"))]);
     let base = world.run(chained, &[]).await.unwrap().remove(0);
     assert_eq!((top(&base).layers().len(), layer(&base)), (1, vec!["a".to_owned(), "b".to_owned()]));
-    let copied = file(vec![action(0, 1, 0, Action::Copy(copy("/a", "/dir/c")))]);
+    let copied = file(vec![action(0, 1, 0, Action::Copy(copy("/a", "/dir/c").into()))]);
     let copied = world.run(copied, &[&base, &base]).await.unwrap().remove(0);
     assert_eq!(layer(&copied), ["dir", "dir/c"]);
     assert_eq!(world.read(&copied, "/dir/c").await.as_deref(), Some("A"));
@@ -31,11 +31,11 @@ pub(crate) async fn file_actions_make_layers(world: &World) {
         -1,
         -1,
         0,
-        Action::Copy(pb::FileActionCopy {
+        Action::Copy(Box::new(pb::FileActionCopy {
             allow_wildcard: true,
             allow_empty_wildcard: true,
             ..copy("/*", "/")
-        }),
+        })),
     )]);
     let empty = world.run(scratch, &[]).await.unwrap().remove(0);
     assert!(layer(&empty).is_empty());
@@ -65,12 +65,12 @@ pub(crate) async fn users_are_looked_up_in_their_input(world: &World) {
         Some(pb::UserOpt { user: Some(user) })
     };
     let owner = Some(pb::ChownOpt { user: named("ann"), group: named("staff") });
-    let owned = Action::Mkfile(pb::FileActionMkFile {
+    let owned = Action::Mkfile(Box::new(pb::FileActionMkFile {
         path: "/f".into(),
         owner,
         timestamp: -1,
         ..Default::default()
-    });
+    }));
     let made = world.run(file(vec![action(0, -1, 0, owned)]), &[&None, &users]).await.unwrap().remove(0);
     let stat = top(&made).dir().join("f").metadata().unwrap();
     assert_eq!((stat.uid(), stat.gid()), (1000, 50));
@@ -97,10 +97,10 @@ pub(crate) async fn device_nodes_are_not_opened(world: &World) {
     assert!(pack.status().unwrap().success());
     let source = world.snapshot(|root| std::fs::copy(&tar, root.join("nodes.tar")).map(drop).unwrap());
     for (name, base) in [("null", -1), ("pipe", -1), ("null", 1), ("pipe", 1)] {
-        let unpack = Action::Copy(pb::FileActionCopy {
+        let unpack = Action::Copy(Box::new(pb::FileActionCopy {
             attempt_unpack_docker_compatibility: true,
             ..copy("/nodes.tar", "/")
-        });
+        }));
         let chain = vec![action(base, 0, -1, unpack), action(2, -1, 0, mkfile(&format!("/{name}"), "data"))];
         let error = world.run(file(chain), &[&source, &world.busybox()]).await.unwrap_err();
         assert_eq!(error.message, format!("mkfile /{name}: not a regular file"));

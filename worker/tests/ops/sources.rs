@@ -108,7 +108,7 @@ pub(crate) async fn an_unchanged_file_keeps_the_steps_that_read_it(world: &World
         let made = action(-1, -1, -1, mkfile("/read", read));
         let source = add(vec![], file(vec![made, action(0, -1, 0, mkfile("/unread", unread))]));
         let copied =
-            add(vec![edge(&source)], file(vec![action(-1, 0, 0, Action::Copy(copy("/read", "/x")))]));
+            add(vec![edge(&source)], file(vec![action(-1, 0, 0, Action::Copy(copy("/read", "/x").into()))]));
         let last = add(vec![edge(&copied)], file(vec![action(0, -1, 0, mkfile("/after", "a"))]));
         builder.finish(&edge(&last))
     };

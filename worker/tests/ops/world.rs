@@ -159,7 +159,7 @@ pub(crate) fn mkfile(path: &str, data: &str) -> Action {
         owner: None,
         timestamp: -1,
     };
-    Action::Mkfile(file)
+    Action::Mkfile(file.into())
 }
 
 pub(crate) fn rm(path: &str) -> Action {

@@ -49,8 +49,13 @@ fn describe(key: &mut KeyBuilder, op: &pb::ExecOp, platform: &pb::Platform) {
         key.part("valid exit code", code.to_string());
     }
     key.part("mount stubs removed recursively", meta.remove_mount_stubs_recursive.to_string());
-    key.part("network", op.network().as_str_name());
-    key.part("security", op.security().as_str_name());
+    let network = match op.network() {
+        pb::NetMode::Unset => "default",
+        pb::NetMode::Host => "host",
+        pb::NetMode::None => "none",
+    };
+    key.part("network", network);
+    key.part("security", op.security().as_str_name().to_lowercase());
     for secret in &op.secretenv {
         key.part(
             format!("secret env {}", secret.name),

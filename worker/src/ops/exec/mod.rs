@@ -104,8 +104,8 @@ impl ExecOp {
 }
 
 impl Op<Ref> for ExecOp {
-    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(std::future::ready(Ok(self.key.clone())))
+    fn known_map(&self) -> Option<CacheMap> {
+        Some(self.key.clone())
     }
 
     fn execute<'a>(

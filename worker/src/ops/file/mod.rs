@@ -65,11 +65,6 @@ impl FileOp {
         let work = Arc::new(Actions { actions: op.actions, plan });
         Ok(Self { worker, credentials, work, inputs, name: name.into() })
     }
-
-    fn cache_map(&self) -> CacheMap {
-        let work = self.work.clone();
-        keys::described("kiln.file.v1", self.work.inputs(self.inputs), move |key| work.describe(key))
-    }
 }
 
 impl Actions {
@@ -81,9 +76,9 @@ impl Actions {
             };
             let source = root::clean(&copy.src);
             // Where it comes from is told by the selector and the content; only its name shows in the result.
-            let copy = pb::FileActionCopy { src: root::split(&source).1.to_owned(), ..copy.clone() };
+            let copy = pb::FileActionCopy { src: root::split(&source).1.to_owned(), ..(**copy).clone() };
             key.note("source", source);
-            describe::action(key, &pb::FileAction { action: Some(Action::Copy(copy)), ..*action });
+            describe::action(key, &pb::FileAction { action: Some(Action::Copy(copy.into())), ..*action });
         }
     }
 
@@ -152,8 +147,10 @@ pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), 
 }
 
 impl Op<Ref> for FileOp {
-    fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
-        Box::pin(async { Ok(self.cache_map()) })
+    fn known_map(&self) -> Option<CacheMap> {
+        let work = self.work.clone();
+        let inputs = self.work.inputs(self.inputs);
+        Some(keys::described("kiln.file.v1", inputs, move |key| work.describe(key)))
     }
 
     fn execute<'a>(

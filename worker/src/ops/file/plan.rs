@@ -176,12 +176,7 @@ mod tests {
     }
 
     fn copy(input: i64, secondary_input: i64, output: i64) -> pb::FileAction {
-        pb::FileAction {
-            input,
-            secondary_input,
-            output,
-            action: Some(Action::Copy(pb::FileActionCopy::default())),
-        }
+        pb::FileAction { input, secondary_input, output, action: Some(Action::Copy(Box::default())) }
     }
 
     fn plan(actions: Vec<pb::FileAction>, inputs: usize) -> Result<Plan, String> {
