@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kiln_cache::contenthash::{ChangeKind, ContentChange};
 use kiln_cache::{Eviction, StoreError};
-use kiln_solver::explain::{InputExplanation, Outcome, VertexExplanation};
+use kiln_solver::explain::{Found, InputExplanation, KeyKind, Lookup, Outcome, VertexExplanation};
 use kiln_solver::op::{CacheMap, InputMap};
 use prost::Message;
 
@@ -235,4 +235,18 @@ fn any_number_of_values_is_compared_and_some_are_told() {
     assert!(told("option").before.starts_with("old 0, old 1, ") && told("option").before.ends_with('…'));
     assert!(told("command").before.starts_with('…') && told("command").before.ends_with("same old"));
     assert!(told("command").after.ends_with("same new"));
+}
+
+#[test]
+fn a_step_that_another_build_was_making_says_so() {
+    let (old, mut new) = (vertices(BASE), vertices(BASE));
+    for at in [0, 1, 3] {
+        new[at].outcome = Outcome::Cached;
+    }
+    new[2].lookups =
+        vec![Lookup { kind: KeyKind::Definition, key: blake3::hash(b"key"), found: Found::InFlight }];
+    let (before, after, missed) = (Graph::new(&old), Graph::new(&new), Missed::of(&new, &NoFacts));
+    let steps = Comparison::new(&after, &missed, Some(&before), &NoFacts).steps();
+    let step = steps.iter().find(|step| step.name == BASE[2].0).expect("it was not cached");
+    assert_eq!(step.reasons.iter().map(|reason| &*reason.kind).collect::<Vec<_>>(), ["shared"]);
 }

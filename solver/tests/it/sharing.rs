@@ -144,6 +144,19 @@ async fn a_failure_after_the_starter_left_is_tried_again_by_who_stayed() {
 }
 
 #[tokio::test]
+async fn a_process_that_failed_by_itself_is_not_run_again_for_who_stayed() {
+    let gate = gate();
+    let slow = recipe("slow").gate(&gate).fails("exit code: 7").needs_no_client();
+    let (world, _solver, mut builds) = builds_of_one_held_step(2, slow).await;
+    let starter = builds.remove(0);
+    starter.abort();
+    assert!(starter.await.unwrap_err().is_cancelled());
+    gate.add_permits(2);
+    assert_eq!(builds.pop().unwrap().await.unwrap().unwrap_err().to_string(), "exit code: 7");
+    assert_eq!(world.take_runs(), ["image", "slow"]);
+}
+
+#[tokio::test]
 async fn a_failure_of_the_others_connection_is_not_ours() {
     let gate = gate();
     let gone = OpError { code: Some(14), ..OpError::new("the client went away") };

@@ -45,6 +45,7 @@ pub(crate) struct Recipe {
     map_gate: Option<Arc<Semaphore>>,
     logs: Vec<String>,
     yields: usize,
+    alone: bool,
 }
 
 /// An operation whose digest is made of `text`.
@@ -62,6 +63,7 @@ pub(crate) fn recipe(text: &str) -> Recipe {
         map_gate: None,
         logs: Vec::new(),
         yields: 0,
+        alone: false,
     }
 }
 
@@ -110,6 +112,12 @@ impl Recipe {
 
     pub(crate) fn panics(mut self) -> Self {
         self.panics = true;
+        self
+    }
+
+    /// What comes of it does not depend on the client that it runs for.
+    pub(crate) fn needs_no_client(mut self) -> Self {
+        self.alone = true;
         self
     }
 
@@ -519,6 +527,10 @@ impl Op<Tree> for FakeOp {
                 .collect())
         }
         .boxed()
+    }
+
+    fn needs_client(&self) -> bool {
+        !self.recipe.alone
     }
 
     fn class(&self) -> OpClass {

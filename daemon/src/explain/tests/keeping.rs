@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use kiln_cache::{Store, StoreOptions};
-use kiln_solver::explain::{Found, KeyKind, Lookup};
 use tempfile::TempDir;
 use tokio::sync::Notify;
 use tonic::Code;
@@ -153,4 +152,28 @@ async fn only_so_much_waits_to_be_added() {
     drop(open_gate);
     next.await;
     assert_eq!(explanations.get("b").await.expect("explained").total, 4);
+}
+
+#[tokio::test]
+async fn a_build_is_compared_with_the_closest_of_all() {
+    let (_dir, _store, explanations) = open(Arc::new(NoFacts));
+    let add = async |id: &str, vertices| {
+        let expected = explanations.expect(id);
+        explanations.add(expected, ended(vertices)).await;
+    };
+    // To a sketch all variants of a step look alike.
+    let variant = |b: &'static str, c: &'static str| {
+        vertices(&[BASE[0], BASE[1], ("[3/4] RUN b", b, &[1]), ("[4/4] RUN c", c, &[2])])
+    };
+    add("near", variant("b", "c")).await;
+    add("like it", variant("B", "C")).await;
+    for other in 0..40 {
+        let step = format!("[1/1] RUN {other}");
+        add(&format!("other {other}"), vertices(&[(&step, &step, &[])])).await;
+    }
+    add("new", variant("b", "C")).await;
+    let said = explanations.get("new").await.expect("explained");
+    assert_eq!(said.compared_with, "near");
+    add("newer", variant("B", "c")).await;
+    assert_eq!(explanations.get("newer").await.expect("explained").compared_with, "like it");
 }
