@@ -1,7 +1,8 @@
-//! Build contexts that are a URL: an archive, which is unpacked, or a lone Dockerfile. Clients give what comes on
-//! their standard input a URL, too.
+//! Build contexts that are a URL: a git repository, an archive, which is unpacked, or a lone Dockerfile. Clients give
+//! what comes on their standard input a URL, too.
 
 use kiln_proto::{llb, pattern, pb};
+use tonic::Code;
 
 use super::contexts::{Contexts, named};
 use crate::engine::files;
@@ -21,21 +22,22 @@ pub(super) struct Remote {
     pub(super) dockerfile: Option<&'static str>,
 }
 
-/// Fetches the context at `url`; of an archive, `subdir` is what is built.
+/// Fetches the context at `url`; `subdir` of it is what is built, unless it is a lone Dockerfile.
 ///
 /// # Errors
-/// The URL is none of http, or there is nothing.
+/// The URL is none of git or http, or there is nothing.
 pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Result<Remote, BuildError> {
-    if !is_http(url) {
+    let mut builder = llb::Builder::new();
+    let git = kiln_dockerfile::git_context(url, &contexts.request.opts)
+        .map_err(|error| BuildError::new(Code::InvalidArgument, error))?;
+    if let Some((source, metadata)) = git {
+        let repository = builder.add(&source, metadata);
+        return Ok(part(builder, repository, subdir));
+    }
+    if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(BuildError::unsupported(format_args!("remote build context {url}")));
     }
-    let source = pb::op::Op::Source(pb::SourceOp {
-        identifier: url.to_owned(),
-        attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
-    });
-    let source = pb::Op { op: Some(source), ..pb::Op::default() };
-    let mut builder = llb::Builder::new();
-    let digest = builder.add(&source, named("[internal] load remote build context"));
+    let digest = builder.add(&http(url), named("[internal] load remote build context"));
     let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     let failed = |error: BuildError| error.context("failed to read downloaded context");
     let reference = contexts.bridge.solve(fetched.clone()).await?;
@@ -53,18 +55,34 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
         attempt_unpack_docker_compatibility: true,
         ..pb::FileActionCopy::default()
     };
-    let mut digest = builder.add(&copy(digest, unpack), named("[internal] unpack remote build context"));
-    let whole = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
-    if !subdir.is_empty() {
-        let part = pb::FileActionCopy {
-            src: pattern::clean(&format!("/{subdir}")),
-            dir_copy_contents: true,
-            ..pb::FileActionCopy::default()
-        };
-        digest = builder
-            .add(&copy(digest, part), named(&format!("[internal] take {subdir} of the build context")));
+    let unpacked = builder.add(&copy(digest, unpack), named("[internal] unpack remote build context"));
+    Ok(part(builder, unpacked, subdir))
+}
+
+/// The context that is a directory of what the vertex `whole` gives.
+fn part(mut builder: llb::Builder, whole: String, subdir: &str) -> Remote {
+    let finish = |builder: &llb::Builder, digest| builder.finish(&pb::Input { digest, index: 0 });
+    let all = finish(&builder, whole.clone());
+    if subdir.is_empty() {
+        return Remote { definition: all.clone(), whole: all, dockerfile: None };
     }
-    Ok(Remote { definition: builder.finish(&pb::Input { digest, index: 0 }), whole, dockerfile: None })
+    let part = pb::FileActionCopy {
+        src: pattern::clean(&format!("/{subdir}")),
+        dir_copy_contents: true,
+        ..pb::FileActionCopy::default()
+    };
+    let title = named(&format!("[internal] take {subdir} of the build context"));
+    let digest = builder.add(&copy(whole, part), title);
+    Remote { definition: finish(&builder, digest), whole: all, dockerfile: None }
+}
+
+/// The source of a file at a URL.
+fn http(url: &str) -> pb::Op {
+    let source = pb::op::Op::Source(pb::SourceOp {
+        identifier: url.to_owned(),
+        attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
+    });
+    pb::Op { op: Some(source), ..pb::Op::default() }
 }
 
 /// Copies to the root of an empty file system.
@@ -81,12 +99,6 @@ fn copy(from: String, action: pb::FileActionCopy) -> pb::Op {
         op: Some(pb::op::Op::File(pb::FileOp { actions: vec![action] })),
         ..pb::Op::default()
     }
-}
-
-/// Whether a URL is fetched by http; those that end in `.git` are repositories.
-fn is_http(url: &str) -> bool {
-    let path = url.split(['#', '?']).next().unwrap_or(url);
-    (url.starts_with("http://") || url.starts_with("https://")) && !path.ends_with(".git")
 }
 
 /// Whether a file that begins like this is a tar archive or may be a compressed one.
@@ -111,17 +123,6 @@ fn is_tar(head: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn urls() {
-        assert!(is_http("http://buildkit-session/abc"));
-        assert!(is_http("https://example.org/x.tar.gz?y=.git"));
-        for not in
-            ["https://example.org/x.git", "https://example.org/x.git#main", "git://x", "git@x:y", "/dir"]
-        {
-            assert!(!is_http(not), "{not}");
-        }
-    }
 
     #[test]
     fn archives() {
