@@ -1,6 +1,8 @@
 //! Build contexts that are a URL: a git repository, an archive, which is unpacked, or a lone Dockerfile. Clients give
 //! what comes on their standard input a URL, too.
 
+use std::collections::HashMap;
+
 use kiln_proto::{llb, pattern, pb};
 use tonic::Code;
 
@@ -28,16 +30,14 @@ pub(super) struct Remote {
 /// The URL is none of git or http, or there is nothing.
 pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Result<Remote, BuildError> {
     let mut builder = llb::Builder::new();
-    let git = kiln_dockerfile::git_context(url, &contexts.request.opts)
-        .map_err(|error| BuildError::new(Code::InvalidArgument, error))?;
-    if let Some((source, metadata)) = git {
+    if let Some((source, metadata)) = git(url, &contexts.request.opts)? {
         let repository = builder.add(&source, metadata);
         return Ok(part(builder, repository, subdir));
     }
-    if !url.starts_with("http://") && !url.starts_with("https://") {
+    let Some(source) = http(url) else {
         return Err(BuildError::unsupported(format_args!("remote build context {url}")));
-    }
-    let digest = builder.add(&http(url), named("[internal] load remote build context"));
+    };
+    let digest = builder.add(&source, named("[internal] load remote build context"));
     let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     let failed = |error: BuildError| error.context("failed to read downloaded context");
     let reference = contexts.bridge.solve(fetched.clone()).await?;
@@ -76,13 +76,28 @@ fn part(mut builder: llb::Builder, whole: String, subdir: &str) -> Remote {
     Remote { definition: finish(&builder, digest), whole: all, dockerfile: None }
 }
 
-/// The source of a file at a URL.
-fn http(url: &str) -> pb::Op {
+/// What a named context has at a URL: the files of a git repository, or a file. `None` if the text is no URL of either.
+pub(super) fn source(key: &str, url: &str) -> Result<Option<pb::Definition>, BuildError> {
+    let http = || Some((http(url)?, named(&format!("[context {key}] {url}"))));
+    let Some((source, metadata)) = git(url, &HashMap::new())?.or_else(http) else { return Ok(None) };
+    let mut builder = llb::Builder::new();
+    let digest = builder.add(&source, metadata);
+    Ok(Some(builder.finish(&pb::Input { digest, index: 0 })))
+}
+
+/// The source of a git repository and its vertex's metadata, if the URL is one.
+fn git(url: &str, attrs: &HashMap<String, String>) -> Result<Option<(pb::Op, pb::OpMetadata)>, BuildError> {
+    kiln_dockerfile::git_context(url, attrs).map_err(|error| BuildError::new(Code::InvalidArgument, error))
+}
+
+/// The source of a file, if the URL is fetched by http.
+fn http(url: &str) -> Option<pb::Op> {
     let source = pb::op::Op::Source(pb::SourceOp {
         identifier: url.to_owned(),
         attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
     });
-    pb::Op { op: Some(source), ..pb::Op::default() }
+    let is_http = url.starts_with("http://") || url.starts_with("https://");
+    is_http.then(|| pb::Op { op: Some(source), ..pb::Op::default() })
 }
 
 /// Copies to the root of an empty file system.

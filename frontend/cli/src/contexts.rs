@@ -98,10 +98,7 @@ mod tests {
         assert_eq!(image.attrs(), [("context:alpine".to_owned(), "docker-image://alpine:3".to_owned())]);
         assert!(image.shared().is_none());
         let repository = one("x=https://example.org/x.git").expect("a repository");
-        assert_eq!(
-            repository.attrs(),
-            [("context:x".to_owned(), "https://example.org/x.git".to_owned())]
-        );
+        assert_eq!(repository.attrs(), [("context:x".to_owned(), "https://example.org/x.git".to_owned())]);
         for (flag, want) in [
             ("x", "expected NAME=VALUE"),
             ("X=/", "must be lowercase"),

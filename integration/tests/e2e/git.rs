@@ -289,6 +289,38 @@ fn a_repository_may_be_the_context() {
     assert_eq!(read(&out, "f"), "sub");
     build(&url, &["--build-arg", "BUILDKIT_CONTEXT_KEEP_GIT_DIR=1"]).ok();
     build(&format!("{url}#main:none"), &[]).fails(&["invalid subdir none"]);
+
+    let here = TempDir::new().expect("temporary directory");
+    fs::write(here.path().join("Dockerfile"), "FROM scratch\nCOPY sub/f /own\n").expect("write");
+    let file = fs::File::open(here.path().join("Dockerfile")).expect("open");
+    let built: Built = kiln
+        .command(&["build", "--progress", "plain", "-o", &output, "-f", "-", &url])
+        .stdin(file)
+        .output()
+        .expect("run kiln")
+        .into();
+    built.ok();
+    assert_eq!(read(&out, "own"), "sub");
+}
+
+#[test]
+fn a_repository_may_be_a_named_context() {
+    let (kiln, server) = (kiln(), Server::start());
+    let repository = server.repository("r.git", &[("f", "one"), ("sub/g", "deep")]);
+    git(&repository, &["tag", "v1"]);
+    commit(&repository, &[("f", "two")]);
+    let url = server.url("r.git");
+    let dockerfile = "FROM scratch AS base\nFROM scratch\nCOPY --from=base / /\nCOPY --from=part / /\n";
+    let context = Context::new(dockerfile);
+    let out = TempDir::new().expect("temporary directory");
+    let output = format!("type=local,dest={}", out.path().display());
+    let [base, part] = [format!("base={url}#v1"), format!("part={url}?subdir=sub")];
+    let contexts = ["--build-context", &base, "--build-context", &part];
+    let built = kiln.build(context.path(), &[&contexts[..], &["-o", &output]].concat()).ok();
+    assert_eq!((read(&out, "f"), read(&out, "g")), ("one".to_owned(), "deep".to_owned()));
+    assert!(built.stderr.contains(&format!("[internal] load git source {url}#v1")), "{}", built.stderr);
+    let refused = format!("base={url}?colour=red");
+    kiln.build(context.path(), &["--build-context", &refused]).fails(&["unexpected query \"colour\""]);
 }
 
 #[test]
