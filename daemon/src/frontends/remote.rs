@@ -92,12 +92,14 @@ fn git(url: &str, attrs: &HashMap<String, String>) -> Result<Option<(pb::Op, pb:
 
 /// The source of a file, if the URL is fetched by http.
 fn http(url: &str) -> Option<pb::Op> {
+    if !url.starts_with("http://") && !url.starts_with("https://") {
+        return None;
+    }
     let source = pb::op::Op::Source(pb::SourceOp {
         identifier: url.to_owned(),
         attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
     });
-    let is_http = url.starts_with("http://") || url.starts_with("https://");
-    is_http.then(|| pb::Op { op: Some(source), ..pb::Op::default() })
+    Some(pb::Op { op: Some(source), ..pb::Op::default() })
 }
 
 /// Copies to the root of an empty file system.

@@ -45,7 +45,7 @@ impl Access {
                 settings.push((key, format!("Authorization: {header}")));
             }
         } else if !wanted.ssh_agent.is_empty() || !wanted.known_hosts.is_empty() {
-            let failed = |err: &dyn Display| OpError::new(format!("{}: {err}", wanted.shown()));
+            let failed = |err: &dyn Display| wanted.failed("access", err);
             let dir = run_dir.step().map_err(|err| failed(&err))?;
             if !wanted.ssh_agent.is_empty() {
                 let options =

@@ -51,9 +51,7 @@ pub(super) struct Checkout<'a> {
 impl Checkout<'_> {
     pub(super) async fn run(self) -> Result<Ref, OpError> {
         let wanted = self.wanted;
-        self.snapshot().await.map_err(|err| {
-            OpError::new(wanted.scrub(&format!("failed to checkout remote {}: {err}", wanted.shown())))
-        })
+        self.snapshot().await.map_err(|err| wanted.failed("checkout", err))
     }
 
     async fn snapshot(&self) -> Result<Ref, CheckoutError> {

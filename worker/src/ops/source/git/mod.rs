@@ -117,12 +117,10 @@ impl GitSource {
             "" => &["ls-remote", "--symref", "--", "origin", "HEAD"],
             reference => &["ls-remote", "--", "origin", reference, &peeled],
         };
-        let failed = |err: &dyn std::fmt::Display| {
-            OpError::new(wanted.scrub(&format!("failed to fetch remote {}: {err}", wanted.shown())))
-        };
         // Not where some repository could be found.
-        let listed = access.origin().run(Path::new("/"), args).await.map_err(|err| failed(&err))?;
-        Resolved::find(wanted, &listed.text()).map_err(|err| failed(&err))
+        let listed = access.origin().run(Path::new("/"), args).await;
+        let listed = listed.map_err(|err| wanted.failed("fetch", err))?;
+        Resolved::find(wanted, &listed.text()).map_err(|err| wanted.failed("fetch", err))
     }
 
     async fn checkout(self, cancel: CancellationToken, progress: VertexProgress) -> Result<Ref, OpError> {
@@ -162,7 +160,7 @@ impl GitSource {
         let access = self.access(cancel).await?;
         let (wanted, origin) = (&self.wanted, access.origin());
         let repository = Repository::fetch(&self.worker, wanted, resolved, &origin, &|_| ()).await?;
-        let failed = |err| OpError::new(format!("{}: {err}", wanted.shown()));
+        let failed = |err| wanted.failed("read", err);
         let object = resolved.object.as_str();
         let commit = format!("{object}^{{commit}}");
         let name = repository.run(&["rev-parse", "--verify", &commit]).await.map_err(failed)?;

@@ -1,5 +1,7 @@
 //! Which repository, which part of it, and what git may use to reach it: as a definition says it.
 
+use std::fmt::Display;
+
 use kiln_proto::{pattern, pb};
 use kiln_solver::op::OpError;
 
@@ -110,6 +112,11 @@ impl Wanted {
             }
             _ => text,
         }
+    }
+
+    /// An error of `doing` something with the remote.
+    pub(super) fn failed(&self, doing: &str, err: impl Display) -> OpError {
+        OpError::new(self.scrub(&format!("failed to {doing} remote {}: {err}", self.shown())))
     }
 
     /// Host and port, by which secrets are named.

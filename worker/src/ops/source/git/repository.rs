@@ -1,10 +1,9 @@
 //! What was fetched of a remote, kept between builds: one bare repository for each remote and format of its objects,
 //! shallow, with a ref for every object that was asked for.
 
+use std::fmt::Display;
 use std::path::Path;
-use std::sync::{Arc, Weak};
 
-use dashmap::DashMap;
 use kiln_cache::{MutableDir, MutableKind};
 use kiln_solver::op::OpError;
 use tokio::sync::{Mutex, OwnedMutexGuard};
@@ -12,31 +11,14 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use super::program::{Git, GitError, Output};
 use super::refs::Resolved;
 use super::remote::Wanted;
+use crate::locks::Locks;
 use crate::worker::Worker;
 
 /// Name of the mark on a repository that git is changing. One that keeps it was left by a killed git.
 const CHANGING: &str = "changing";
 
 /// Who uses which repository, by its key. One at a time.
-#[derive(Default)]
-pub(crate) struct Repositories {
-    locks: DashMap<String, Weak<Mutex<()>>>,
-}
-
-impl Repositories {
-    async fn lock(&self, key: &str) -> OwnedMutexGuard<()> {
-        self.locks.retain(|_, lock| lock.strong_count() > 0);
-        let lock = {
-            let mut entry = self.locks.entry(key.to_owned()).or_default();
-            entry.upgrade().unwrap_or_else(|| {
-                let lock = Arc::default();
-                *entry = Arc::downgrade(&lock);
-                lock
-            })
-        };
-        lock.lock_owned().await
-    }
-}
+pub(crate) type Repositories = Locks<Mutex<()>>;
 
 /// A repository that has what is wanted. Nobody else uses it meanwhile.
 pub(super) struct Repository {
@@ -56,13 +38,11 @@ impl Repository {
         origin: &Git,
         said: &(dyn Fn(&Output) + Send + Sync),
     ) -> Result<Self, OpError> {
-        let failed = |err: &dyn std::fmt::Display| {
-            OpError::new(wanted.scrub(&format!("failed to fetch remote {}: {err}", wanted.shown())))
-        };
+        let failed = |err: &dyn Display| wanted.failed("fetch", err);
         let format = if resolved.object.len() == 64 { "sha256" } else { "sha1" };
         // Passwords are no names.
         let key = format!("{format} {}", blake3::hash(wanted.remote.as_bytes()).to_hex());
-        let alone = worker.repositories.lock(&key).await;
+        let alone = worker.repositories.of(&key).lock_owned().await;
         let dirs = worker.store().mutable();
         let description = format!("shared git repo for {}", wanted.shown());
         let open = || dirs.open(MutableKind::GitRepository, &key, &description).map_err(|err| failed(&err));
