@@ -1,5 +1,5 @@
-//! Named directories that are written in place and outlive builds: cache mounts, and the local
-//! copies of clients' directories. Who may use one at the same time as whom is the caller's affair.
+//! Named directories that are written in place and outlive builds: cache mounts, the local copies of clients'
+//! directories, git repositories. Who may use one at the same time as whom is the caller's affair.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +21,8 @@ pub enum MutableKind {
     CacheMount,
     /// The receiving end of a client's directory.
     Local,
+    /// What was fetched of a git remote.
+    GitRepository,
 }
 
 impl MutableKind {
@@ -28,6 +30,7 @@ impl MutableKind {
         match self {
             Self::CacheMount => RecordType::CacheMount,
             Self::Local => RecordType::LocalSource,
+            Self::GitRepository => RecordType::Regular,
         }
     }
 }

@@ -5,6 +5,7 @@ mod flat;
 pub mod image;
 pub mod layer;
 mod lenders;
+mod locks;
 mod mount;
 pub mod ops;
 pub mod registry;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures::future::BoxFuture;
 use kiln_cache::contenthash;
 use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
+use kiln_proto::pb;
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use tokio::sync::Semaphore;
@@ -16,7 +17,7 @@ use crate::flat;
 use crate::image::{Access, Images};
 use crate::lenders::Lenders;
 use crate::ops::run_dir::RunDir;
-use crate::ops::{self, BuildContext, CacheMountLocks, Factory};
+use crate::ops::{self, BuildContext, CacheMountLocks, Factory, GitObjects, Repositories, ResolvedGit};
 use crate::registry::Credentials;
 use crate::registry::http::Clients;
 use crate::sandbox::spec::NetworkMode;
@@ -87,6 +88,7 @@ pub struct Worker {
     run_dir: RunDir,
     executor: Mutex<Option<Arc<dyn Executor>>>,
     pub(crate) cache_mounts: CacheMountLocks,
+    pub(crate) repositories: Repositories,
     pub(crate) lenders: Lenders,
     /// For sources that are plain URLs.
     pub(crate) web: Clients,
@@ -125,6 +127,7 @@ impl Worker {
             run_dir,
             executor: Mutex::new(None),
             cache_mounts: CacheMountLocks::default(),
+            repositories: Repositories::default(),
             lenders: Lenders::default(),
             web: Clients::default(),
             steps: TaskTracker::new(),
@@ -172,6 +175,19 @@ impl Worker {
     /// Makes the operations of one build.
     pub fn factory(self: &Arc<Self>, context: BuildContext) -> Arc<dyn OpFactory<Ref>> {
         Arc::new(Factory::new(self.clone(), context))
+    }
+
+    /// What the ref of a git source stands for in a build, and the commit itself if `objects` are wanted.
+    ///
+    /// # Errors
+    /// If the operation is no git source, or what failed while asking or fetching.
+    pub async fn resolve_git(
+        self: &Arc<Self>,
+        context: &BuildContext,
+        source: &pb::SourceOp,
+        objects: bool,
+    ) -> Result<(ResolvedGit, Option<GitObjects>), OpError> {
+        ops::resolve_git(self, context, source, objects).await
     }
 
     /// Waits until no step is running any more, including cancelled ones that are being torn down. To be

@@ -24,6 +24,7 @@ use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
 use tonic::Code;
 
 pub(crate) use export::{Built, ExportSource, PlannedExport, plan};
+pub(crate) use kiln_worker::ops::{GitObjects, ResolvedGit};
 pub(crate) use worker::ResolvedImage;
 
 use crate::config::Config;
@@ -222,6 +223,15 @@ impl EngineBuild {
         progress: &VertexProgress,
     ) -> Result<ResolvedImage, BuildError> {
         self.worker.resolve_image(reference, platform, mode, progress).await
+    }
+
+    /// What the ref of a git source stands for, and the commit itself if `objects` are wanted.
+    pub(crate) async fn resolve_git(
+        &self,
+        source: &pb::SourceOp,
+        objects: bool,
+    ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
+        self.worker.resolve_git(source, objects).await
     }
 }
 

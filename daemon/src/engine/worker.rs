@@ -12,7 +12,7 @@ use kiln_session::SessionManager;
 use kiln_solver::op::{OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::image::{Access, Images, ResolveMode};
-use kiln_worker::ops::{BuildContext, Entitlements, SessionGroup};
+use kiln_worker::ops::{BuildContext, Entitlements, GitObjects, Resolutions, ResolvedGit, SessionGroup};
 use kiln_worker::registry::{Anonymous, Credentials, Registry};
 use kiln_worker::sandbox::ExecutorChoice;
 use kiln_worker::sandbox::spec;
@@ -114,6 +114,7 @@ impl WorkerHandle {
             },
             credentials,
             cgroup_parent: self.cgroup_parent.clone(),
+            git: Resolutions::default(),
         };
         BuildWorker { worker: self.worker.clone(), context }
     }
@@ -169,6 +170,15 @@ impl BuildWorker {
         let image = self.worker.images().resolve(&reference, platform, mode, &access).await;
         let image = image.map_err(|error| BuildError::build(error.to_string()))?;
         Ok(ResolvedImage { digest: image.digest, config: image.config })
+    }
+
+    /// What the ref of a git source stands for.
+    pub(super) async fn resolve_git(
+        &self,
+        source: &pb::SourceOp,
+        objects: bool,
+    ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
+        self.worker.resolve_git(&self.context, source, objects).await.map_err(op_error)
     }
 
     pub(super) async fn read<T, F>(&self, result: Ref, read: F) -> Result<T, BuildError>

@@ -1,5 +1,5 @@
 //! Where the frontend's files come from: directories of the client, and definitions that came with
-//! the request. Named contexts that are no images are found here, too.
+//! the request. Named contexts that are no images are found here, too; `remote` knows what is at URLs.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use kiln_dockerfile::{ContextSource, NamedContext};
 use kiln_proto::{llb, pattern, pb};
 use serde_json::json;
 
+use super::remote;
 use crate::engine::files;
 use crate::error::BuildError;
 use crate::gateway::{Bridge, FrontendRequest, LazyRef};
@@ -94,15 +95,18 @@ impl Contexts<'_> {
         let Some((kind, name)) = value.split_once(':') else {
             return Err(BuildError::build(format!("invalid context specifier {value} for {key}")));
         };
+        if let Some(definition) = remote::source(key, value)? {
+            return Ok(NamedContext {
+                source: ContextSource::Definition(definition),
+                ignore_patterns: None,
+                config: None,
+            });
+        }
         match kind {
             "local" => self.named_directory(key, name).await,
             "input" => self.named_input(key, name),
-            "git" | "http" | "https" | "oci-layout" => {
-                Err(BuildError::unsupported(format_args!("named context {key}={value}")))
-            }
-            git if git.starts_with("git@") => {
-                Err(BuildError::unsupported(format_args!("named context {key}={value}")))
-            }
+            "git" => Err(BuildError::build(format!("invalid git context {value}"))),
+            "oci-layout" => Err(BuildError::unsupported(format_args!("named context {key}={value}"))),
             _ => Err(BuildError::build(format!("unsupported context source {kind} for {key}"))),
         }
     }

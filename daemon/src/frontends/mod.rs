@@ -17,6 +17,7 @@ const DOCKERFILE: &str = "dockerfile.v0";
 /// What clients may require of a frontend.
 const CAPS: &[&str] = &[
     "moby.buildkit.frontend.contexts",
+    "moby.buildkit.frontend.gitquerystring",
     "moby.buildkit.frontend.inputs",
     "moby.buildkit.frontend.subrequests",
 ];

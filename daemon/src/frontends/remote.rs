@@ -1,7 +1,10 @@
-//! Build contexts that are a URL: an archive, which is unpacked, or a lone Dockerfile. Clients give what comes on
-//! their standard input a URL, too.
+//! Build contexts that are a URL: a git repository, an archive, which is unpacked, or a lone Dockerfile. Clients give
+//! what comes on their standard input a URL, too.
+
+use std::collections::HashMap;
 
 use kiln_proto::{llb, pattern, pb};
+use tonic::Code;
 
 use super::contexts::{Contexts, named};
 use crate::engine::files;
@@ -21,20 +24,19 @@ pub(super) struct Remote {
     pub(super) dockerfile: Option<&'static str>,
 }
 
-/// Fetches the context at `url`; of an archive, `subdir` is what is built.
+/// Fetches the context at `url`; `subdir` of it is what is built, unless it is a lone Dockerfile.
 ///
 /// # Errors
-/// The URL is none of http, or there is nothing.
+/// The URL is none of git or http, or there is nothing.
 pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Result<Remote, BuildError> {
-    if !is_http(url) {
-        return Err(BuildError::unsupported(format_args!("remote build context {url}")));
-    }
-    let source = pb::op::Op::Source(pb::SourceOp {
-        identifier: url.to_owned(),
-        attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
-    });
-    let source = pb::Op { op: Some(source), ..pb::Op::default() };
     let mut builder = llb::Builder::new();
+    if let Some((source, metadata)) = git(url, &contexts.request.opts)? {
+        let repository = builder.add(&source, metadata);
+        return Ok(part(builder, repository, subdir));
+    }
+    let Some(source) = http(url) else {
+        return Err(BuildError::unsupported(format_args!("remote build context {url}")));
+    };
     let digest = builder.add(&source, named("[internal] load remote build context"));
     let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     let failed = |error: BuildError| error.context("failed to read downloaded context");
@@ -53,18 +55,51 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
         attempt_unpack_docker_compatibility: true,
         ..pb::FileActionCopy::default()
     };
-    let mut digest = builder.add(&copy(digest, unpack), named("[internal] unpack remote build context"));
-    let whole = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
-    if !subdir.is_empty() {
-        let part = pb::FileActionCopy {
-            src: pattern::clean(&format!("/{subdir}")),
-            dir_copy_contents: true,
-            ..pb::FileActionCopy::default()
-        };
-        digest = builder
-            .add(&copy(digest, part), named(&format!("[internal] take {subdir} of the build context")));
+    let unpacked = builder.add(&copy(digest, unpack), named("[internal] unpack remote build context"));
+    Ok(part(builder, unpacked, subdir))
+}
+
+/// The context that is a directory of what the vertex `whole` gives.
+fn part(mut builder: llb::Builder, whole: String, subdir: &str) -> Remote {
+    let finish = |builder: &llb::Builder, digest| builder.finish(&pb::Input { digest, index: 0 });
+    let all = finish(&builder, whole.clone());
+    if subdir.is_empty() {
+        return Remote { definition: all.clone(), whole: all, dockerfile: None };
     }
-    Ok(Remote { definition: builder.finish(&pb::Input { digest, index: 0 }), whole, dockerfile: None })
+    let part = pb::FileActionCopy {
+        src: pattern::clean(&format!("/{subdir}")),
+        dir_copy_contents: true,
+        ..pb::FileActionCopy::default()
+    };
+    let title = named(&format!("[internal] take {subdir} of the build context"));
+    let digest = builder.add(&copy(whole, part), title);
+    Remote { definition: finish(&builder, digest), whole: all, dockerfile: None }
+}
+
+/// What a named context has at a URL: the files of a git repository, or a file. `None` if the text is no URL of either.
+pub(super) fn source(key: &str, url: &str) -> Result<Option<pb::Definition>, BuildError> {
+    let http = || Some((http(url)?, named(&format!("[context {key}] {url}"))));
+    let Some((source, metadata)) = git(url, &HashMap::new())?.or_else(http) else { return Ok(None) };
+    let mut builder = llb::Builder::new();
+    let digest = builder.add(&source, metadata);
+    Ok(Some(builder.finish(&pb::Input { digest, index: 0 })))
+}
+
+/// The source of a git repository and its vertex's metadata, if the URL is one.
+fn git(url: &str, attrs: &HashMap<String, String>) -> Result<Option<(pb::Op, pb::OpMetadata)>, BuildError> {
+    kiln_dockerfile::git_context(url, attrs).map_err(|error| BuildError::new(Code::InvalidArgument, error))
+}
+
+/// The source of a file, if the URL is fetched by http.
+fn http(url: &str) -> Option<pb::Op> {
+    if !url.starts_with("http://") && !url.starts_with("https://") {
+        return None;
+    }
+    let source = pb::op::Op::Source(pb::SourceOp {
+        identifier: url.to_owned(),
+        attrs: [("http.filename".to_owned(), NAME.to_owned())].into(),
+    });
+    Some(pb::Op { op: Some(source), ..pb::Op::default() })
 }
 
 /// Copies to the root of an empty file system.
@@ -81,12 +116,6 @@ fn copy(from: String, action: pb::FileActionCopy) -> pb::Op {
         op: Some(pb::op::Op::File(pb::FileOp { actions: vec![action] })),
         ..pb::Op::default()
     }
-}
-
-/// Whether a URL is fetched by http; those that end in `.git` are repositories.
-fn is_http(url: &str) -> bool {
-    let path = url.split(['#', '?']).next().unwrap_or(url);
-    (url.starts_with("http://") || url.starts_with("https://")) && !path.ends_with(".git")
 }
 
 /// Whether a file that begins like this is a tar archive or may be a compressed one.
@@ -111,17 +140,6 @@ fn is_tar(head: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn urls() {
-        assert!(is_http("http://buildkit-session/abc"));
-        assert!(is_http("https://example.org/x.tar.gz?y=.git"));
-        for not in
-            ["https://example.org/x.git", "https://example.org/x.git#main", "git://x", "git@x:y", "/dir"]
-        {
-            assert!(!is_http(not), "{not}");
-        }
-    }
 
     #[test]
     fn archives() {

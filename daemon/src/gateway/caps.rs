@@ -34,7 +34,9 @@ const MISSING: &[&str] = &[
     ids::SOURCE_IMAGE_BLOB,
     ids::SOURCE_OCI_LAYOUT,
     ids::SOURCE_LOCAL_METADATA_TRANSFER,
-    ids::SOURCE_GIT,
+    ids::SOURCE_GIT_SIGNATURE_VERIFY,
+    ids::SOURCE_GIT_BUNDLE,
+    ids::SOURCE_GIT_CHECKOUT_BUNDLE,
     ids::SOURCE_HTTP_SIGNATURE_VERIFY,
     ids::SOURCE_BUILD_OP_LLB_FILENAME,
     ids::SOURCE_POLICY,
@@ -85,6 +87,7 @@ mod tests {
             "source.image",
             "soruce.http.uidgid",
             "source.http.checksum",
+            "source.git.subdir",
             "exec.mount.secret",
             "file.base",
             "mergeop",
@@ -92,7 +95,7 @@ mod tests {
         ] {
             assert!(supported(id), "{id}");
         }
-        for id in ["source.git", "source.git.subdir", "source.http.signatureverify", "cache.s3", "made.up"] {
+        for id in ["source.git.bundle", "source.http.signatureverify", "cache.s3", "made.up"] {
             assert!(!supported(id), "{id}");
         }
         assert!(llb().is_sorted_by(|a, b| a.id < b.id));

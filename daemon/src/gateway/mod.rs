@@ -18,7 +18,7 @@ use tonic::Code;
 pub(crate) use refs::{BuildResult, LazyRef, Refs};
 pub(crate) use service::GatewayService;
 
-use crate::engine::{EngineBuild, ResolvedImage};
+use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
 use crate::error::{BuildError, solve_detail};
 use crate::frontends;
 use crate::progress::{ProgressLog, Step};
@@ -148,6 +148,20 @@ impl Bridge {
             answer
         };
         cell.get_or_try_init(resolve).await.cloned()
+    }
+
+    /// What the ref of a git source stands for, and the commit itself if `objects` are wanted. Emits a vertex named
+    /// `log_name`.
+    pub(crate) async fn resolve_git(
+        &self,
+        source: &pb::SourceOp,
+        objects: bool,
+        log_name: &str,
+    ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
+        let step = Step::start(self.progress.clone(), &text_digest(&source.identifier), log_name);
+        let answer = self.build.resolve_git(source, objects).await;
+        step.end(answer.as_ref().err().map(|error| error.message.as_str()));
+        answer
     }
 
     /// Accepts the result of a client's frontend.

@@ -10,9 +10,9 @@ use kiln_proto::gateway::{
     EvaluateRequest, EvaluateResponse, ExecMessage, InputsRequest, InputsResponse, NewContainerRequest,
     NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse, ReadFileRequest,
     ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse, ResolveImageConfigRequest,
-    ResolveImageConfigResponse, ResolveSourceImageResponse, ResolveSourceMetaRequest,
-    ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest,
-    StatFileResponse, WarnRequest, WarnResponse,
+    ResolveImageConfigResponse, ResolveSourceGitResponse, ResolveSourceImageResponse,
+    ResolveSourceMetaRequest, ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest,
+    SolveResponse, StatFileRequest, StatFileResponse, WarnRequest, WarnResponse,
 };
 use kiln_proto::{platform, types};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
@@ -20,7 +20,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps};
-use crate::engine::files;
+use crate::engine::{GitObjects, ResolvedGit, files};
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
 
@@ -163,6 +163,13 @@ impl LlbBridge for GatewayService {
             if !request.source_policies.is_empty() {
                 return Err(BuildError::unsupported("source policies"));
             }
+            let log_name = log_name(&request.log_name, &source.identifier);
+            if source.identifier.starts_with("git://") {
+                let objects = request.git.is_some_and(|git| git.return_object);
+                let git = bridge.resolve_git(&source, objects, &log_name).await?;
+                let git = Some(git_response(git));
+                return Ok(ResolveSourceMetaResponse { git, source: Some(source), image: None, http: None });
+            }
             let Some(reference) = source.identifier.strip_prefix("docker-image://") else {
                 return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
             };
@@ -173,7 +180,6 @@ impl LlbBridge for GatewayService {
             {
                 return Err(BuildError::unsupported("resolving attestations"));
             }
-            let log_name = log_name(&request.log_name, &source.identifier);
             let platform = request.platform.unwrap_or_else(platform::host);
             let mut image =
                 bridge.resolve_image(reference, &platform, &request.resolve_mode, &log_name).await?;
@@ -324,6 +330,18 @@ impl LlbBridge for GatewayService {
         _: Request<StatFileRequest>,
     ) -> Result<Response<StatFileResponse>, Status> {
         no_containers("StatFileContainer")
+    }
+}
+
+fn git_response((resolved, objects): (ResolvedGit, Option<GitObjects>)) -> ResolveSourceGitResponse {
+    let GitObjects { commit, commit_name, tag } = objects.unwrap_or_default();
+    let tagged = if tag.is_some() { Some(commit_name) } else { resolved.tagged };
+    ResolveSourceGitResponse {
+        r#ref: resolved.name.unwrap_or_else(|| resolved.object.clone()),
+        checksum: resolved.object,
+        commit_checksum: tagged.unwrap_or_default(),
+        commit_object: commit,
+        tag_object: tag.unwrap_or_default(),
     }
 }
 

@@ -97,7 +97,8 @@ pub(crate) enum ProgressMode {
 
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
-    /// Build context: a directory; - reads an archive, or a Dockerfile alone, from standard input
+    /// Build context: a directory; the URL of a git repository (`…#REF:DIRECTORY`), of an archive or of a Dockerfile
+    /// alone; - reads one of the latter from standard input
     #[arg(value_name = "PATH")]
     pub(crate) context: String,
     /// Name and optionally tag of the image (may be repeated)
@@ -112,7 +113,7 @@ pub(crate) struct BuildArgs {
     /// Value of an ARG; without =VALUE it is taken from the environment
     #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
     pub(crate) build_args: Vec<String>,
-    /// Directory or docker-image://NAME that takes the place of a stage or image of that name (may be repeated)
+    /// Directory, docker-image://NAME, or URL of a git repository or file that takes the place of a stage or image of that name (may be repeated)
     #[arg(long = "build-context", value_name = "NAME=VALUE")]
     pub(crate) build_contexts: Vec<String>,
     /// Label of the image

@@ -1,29 +1,26 @@
 //! `kiln build`: flags become a solve request for the Dockerfile frontend, and what it shares with the daemon.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_proto::control::{CacheOptions, SolveRequest};
-use kiln_session::client::{Attachables, SharedDir};
+use kiln_session::client::Attachables;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use crate::args::{BuildArgs, Connection};
 use crate::auth::DockerConfig;
 use crate::contexts::{self, NamedContext};
 use crate::error::CliError;
+use crate::inputs::Inputs;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, csv, explain, stdout};
+use crate::{attach, explain, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
-/// The file that keeps what came on standard input.
-const UPLOADED: &str = "uploaded";
 
 /// Builds a Dockerfile.
 pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliError> {
@@ -56,21 +53,8 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
 /// What to build, with everything from this machine looked up.
 pub(crate) struct Plan {
     pub(crate) args: BuildArgs,
-    context: PathBuf,
-    dockerfile_dir: PathBuf,
-    filename: String,
+    inputs: Inputs,
     named: Vec<NamedContext>,
-    /// The build context, if it came on standard input.
-    upload: Option<Upload>,
-    /// Holds a Dockerfile that came on standard input.
-    _stdin: Option<TempDir>,
-}
-
-/// A context from standard input. It is kept, as a build may be tried again.
-struct Upload {
-    /// What the daemon asks for.
-    id: String,
-    dir: TempDir,
 }
 
 impl Plan {
@@ -79,63 +63,8 @@ impl Plan {
             return Err(CliError::usage(format!("unsupported: {flag}")));
         }
         let named = contexts::parse(&args.build_contexts)?;
-        if args.context == "-" {
-            return Self::from_stdin(args, named);
-        }
-        let context = context(&args.context)?;
-        let mut stdin = None;
-        let (dockerfile_dir, filename) = match &args.file {
-            None => (context.clone(), "Dockerfile".to_owned()),
-            Some(file) if file == Path::new("-") => {
-                let dir = stdin.insert(TempDir::with_stdin()?);
-                (dir.0.clone(), "Dockerfile".to_owned())
-            }
-            Some(file) => {
-                let name = file.file_name().and_then(|name| name.to_str());
-                let name =
-                    name.ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?;
-                let dir = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                let failed = |error| CliError::file("read Dockerfile", file, error);
-                let meta = file.metadata().map_err(failed)?;
-                if meta.is_dir() {
-                    return Err(failed(std::io::Error::other("is a directory")));
-                }
-                if meta.is_file() {
-                    dockerfile(file, dir, name).map_err(failed)?
-                } else {
-                    // A pipe can be read once only, and not by a transfer.
-                    let mut text = Vec::new();
-                    std::fs::File::open(file)
-                        .and_then(|mut pipe| pipe.read_to_end(&mut text))
-                        .map_err(failed)?;
-                    let dir = stdin.insert(TempDir::with_dockerfile(&text)?);
-                    (dir.0.clone(), "Dockerfile".to_owned())
-                }
-            }
-        };
-        Ok(Self { args, context, dockerfile_dir, filename, named, upload: None, _stdin: stdin })
-    }
-
-    /// The context is an archive on standard input, or a Dockerfile alone; the daemon finds out.
-    fn from_stdin(args: BuildArgs, named: Vec<NamedContext>) -> Result<Self, CliError> {
-        let filename = match &args.file {
-            None => "Dockerfile",
-            Some(file) if file == Path::new("-") => {
-                return Err(CliError::usage("standard input can't be both build context and Dockerfile"));
-            }
-            Some(file) => file
-                .to_str()
-                .ok_or_else(|| CliError::usage(format!("{} names no Dockerfile", file.display())))?,
-        };
-        let filename = filename.to_owned();
-        let dir = TempDir::new()?;
-        let path = dir.0.join(UPLOADED);
-        std::fs::File::create_new(&path)
-            .and_then(|mut file| std::io::copy(&mut std::io::stdin().lock(), &mut file))
-            .map_err(|error| CliError::file("write", &path, error))?;
-        let (context, dockerfile_dir) = (dir.0.clone(), dir.0.clone());
-        let upload = Some(Upload { id: kiln_session::new_id(), dir });
-        Ok(Self { args, context, dockerfile_dir, filename, named, upload, _stdin: None })
+        let inputs = Inputs::find(&args.context, args.file.as_deref())?;
+        Ok(Self { args, inputs, named })
     }
 
     /// One attempt at building it.
@@ -167,45 +96,23 @@ impl Plan {
     /// What the frontend reads, and credentials for registries.
     pub(crate) fn attachables(&self) -> Result<Attachables, CliError> {
         let mut attachables = Attachables::new();
-        let mut shared = Vec::new();
-        match &self.upload {
-            Some(Upload { id, dir }) => {
-                let path = dir.0.join(UPLOADED);
-                let file =
-                    std::fs::File::open(&path).map_err(|error| CliError::file("read", &path, error))?;
-                attachables.upload(id, file);
-            }
-            None => shared.extend([
-                SharedDir { name: "context".into(), path: self.context.clone() },
-                SharedDir { name: "dockerfile".into(), path: self.dockerfile_dir.clone() },
-            ]),
-        }
+        let mut shared = self.inputs.share(&mut attachables)?;
         shared.extend(self.named.iter().filter_map(NamedContext::shared));
         attachables.share(shared);
         attachables.auth(DockerConfig);
         Ok(attachables)
     }
 
-    /// Says "the same directory of the same machine", so that the daemon asks for changed files only.
+    /// What the daemon keeps its copy of the context by.
     pub(crate) fn shared_key(&self) -> String {
-        let path = self.context.canonicalize().unwrap_or_else(|_| self.context.clone());
-        let machine = std::fs::read("/etc/machine-id").unwrap_or_default();
-        let mut hash = Sha256::new();
-        hash.update(&machine);
-        hash.update(path.as_os_str().as_encoded_bytes());
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let name: String = name.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' }).collect();
-        format!("{name}:{}", &hex::encode(hash.finalize())[..16])
+        self.inputs.shared_key()
     }
 
-    /// The frontend's options (wire: dockerfile-frontend.md §1).
+    /// The frontend's options.
     pub(crate) fn attrs(&self) -> Result<HashMap<String, String>, CliError> {
         let args = &self.args;
-        let mut attrs = HashMap::from([("filename".to_owned(), self.filename.clone())]);
+        let mut attrs = self.inputs.attrs();
         attrs.extend(self.named.iter().flat_map(NamedContext::attrs));
-        if let Some(upload) = &self.upload {
-            attrs.insert("context".to_owned(), format!("http://buildkit-session/{}", upload.id));
-        }
         let mut set = |key: &str, value: String| {
             attrs.insert(key.to_owned(), value);
         };
@@ -254,37 +161,6 @@ impl Plan {
         }
         Ok(attrs)
     }
-}
-
-/// The directory to share and the Dockerfile's name in it. A link that leads out of its directory would not be found
-/// there.
-fn dockerfile(file: &Path, dir: &Path, name: &str) -> std::io::Result<(PathBuf, String)> {
-    let target = file.canonicalize()?;
-    if file.is_symlink()
-        && !target.starts_with(dir.canonicalize()?)
-        && let (Some(parent), Some(name)) =
-            (target.parent(), target.file_name().and_then(|name| name.to_str()))
-    {
-        return Ok((parent.to_owned(), name.to_owned()));
-    }
-    Ok((dir.to_owned(), name.to_owned()))
-}
-
-/// Whether a context is none of this machine.
-pub(crate) fn is_remote(text: &str) -> bool {
-    text.contains("://") || text.starts_with("git@") || text.starts_with("github.com/")
-}
-
-fn context(text: &str) -> Result<PathBuf, CliError> {
-    if is_remote(text) && !Path::new(text).exists() {
-        return Err(CliError::usage(format!("unsupported: build context {text:?} (give a directory or -)")));
-    }
-    let path = PathBuf::from(text);
-    let meta = path.metadata().map_err(|error| CliError::file("read build context", &path, error))?;
-    if !meta.is_dir() {
-        return Err(CliError::usage(format!("build context {text:?} is not a directory")));
-    }
-    Ok(path)
 }
 
 /// `HOST:IP` or `HOST=IP`; the address may be an IPv6 one, with or without brackets.
@@ -357,60 +233,6 @@ fn embed(value: &str) -> Value {
     }
 }
 
-/// A private directory, removed when dropped.
-struct TempDir(PathBuf);
-
-impl TempDir {
-    /// With what standard input holds as `Dockerfile`.
-    fn with_stdin() -> Result<Self, CliError> {
-        let mut text = Vec::new();
-        std::io::stdin()
-            .read_to_end(&mut text)
-            .map_err(|error| CliError::file("read", "standard input", error))?;
-        Self::with_dockerfile(&text)
-    }
-
-    fn new() -> Result<Self, CliError> {
-        use std::os::unix::fs::DirBuilderExt;
-        let path = std::env::temp_dir().join(format!("kiln-{}", kiln_session::new_id()));
-        let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|error| CliError::file("make directory", &path, error))?;
-        Ok(Self(path))
-    }
-
-    fn with_dockerfile(text: &[u8]) -> Result<Self, CliError> {
-        let dir = Self::new()?;
-        let file = dir.0.join("Dockerfile");
-        std::fs::write(&file, text).map_err(|error| CliError::file("write", &file, error))?;
-        Ok(dir)
-    }
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// `NAME=DIR` flags.
-pub(crate) fn locals(flags: &[String]) -> Result<Vec<SharedDir>, CliError> {
-    let mut all = Vec::new();
-    for flag in flags {
-        for (name, path) in csv::pairs(flag)? {
-            let path = PathBuf::from(path);
-            let meta = path.metadata().map_err(|error| CliError::file("read directory", &path, error))?;
-            if !meta.is_dir() {
-                return Err(CliError::usage(format!(
-                    "--local {name}: {} is not a directory",
-                    path.display()
-                )));
-            }
-            all.push(SharedDir { name, path });
-        }
-    }
-    Ok(all)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -474,35 +296,14 @@ mod tests {
         let expected: BTreeMap<_, _> =
             expected.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
         assert_eq!(attrs, expected);
-        assert_eq!(plan.dockerfile_dir, dir.path());
     }
 
     #[test]
-    fn what_is_not_there_is_named_before_anything_is_built() {
-        for (flags, expected) in [
-            (vec!["/no/such/context"], "/no/such/context"),
-            (vec!["-f", "/no/such/Dockerfile", "/"], "/no/such/Dockerfile"),
-            (vec!["https://example.org/x.git"], "unsupported: build context"),
-            (vec!["-f", "-", "-"], "both build context and Dockerfile"),
-            (vec!["--cache-from", "x", "/"], "unsupported: --cache-from"),
-        ] {
-            let error = plan(&flags).err().expect("refused").to_string();
-            assert!(error.contains(expected), "{flags:?}: {error}");
-        }
+    fn what_cannot_be_done_is_refused_by_name() {
+        let refused = plan(&["--cache-from", "x", "/"]).err().expect("refused");
+        assert!(refused.to_string().contains("unsupported: --cache-from"));
         let plan = plan(&["--add-host", "h", "/"]).unwrap();
         assert!(plan.attrs().unwrap_err().to_string().contains("--add-host"));
-    }
-
-    #[test]
-    fn the_shared_key_names_the_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
-        std::fs::create_dir(&a).unwrap();
-        std::fs::create_dir(&b).unwrap();
-        let key = |path: &Path| plan(&[path.to_str().unwrap()]).unwrap().shared_key();
-        assert_eq!(key(&a), key(&a.join("../a")));
-        assert_ne!(key(&a), key(&b));
-        assert!(key(&a).starts_with("a:"));
     }
 
     #[test]

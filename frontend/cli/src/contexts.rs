@@ -1,12 +1,12 @@
-//! `--build-context NAME=VALUE`: directories and images that a Dockerfile can refer to by name.
+//! `--build-context NAME=VALUE`: directories, images, git repositories and files that a Dockerfile can refer to by name.
 
 use std::path::PathBuf;
 
 use kiln_proto::reference::Reference;
 use kiln_session::client::SharedDir;
 
-use crate::build::is_remote;
 use crate::error::CliError;
+use crate::inputs;
 
 /// A named context.
 #[derive(Debug)]
@@ -17,7 +17,8 @@ pub(crate) struct NamedContext {
 
 #[derive(Debug)]
 enum Kind {
-    Image(String),
+    /// What the daemon fetches: an image, a git repository, a file.
+    Remote(String),
     Directory(PathBuf),
 }
 
@@ -35,19 +36,17 @@ impl NamedContext {
         let parsed = Reference::parse(name).map_err(|error| invalid(&error))?;
         let familiar = parsed.familiar();
         let name = familiar.strip_suffix(":latest").unwrap_or(&familiar).to_owned();
-        if value.starts_with("docker-image://") {
-            return Ok(Self { name, kind: Kind::Image(value.to_owned()) });
-        }
         let path = PathBuf::from(value);
-        if is_remote(value) && !path.exists() {
+        let remote = !path.exists() && inputs::is_remote(value).map_err(|error| invalid(&error))?;
+        if remote || value.starts_with("docker-image://") {
+            return Ok(Self { name, kind: Kind::Remote(value.to_owned()) });
+        }
+        if value.contains("://") && !path.exists() {
             return Err(CliError::usage(format!(
-                "unsupported: --build-context {flag:?} (give a directory or docker-image://NAME)"
+                "unsupported: --build-context {flag:?} (give a directory, docker-image://NAME or a URL)"
             )));
         }
-        let meta = path.metadata().map_err(|error| CliError::file("read build context", &path, error))?;
-        if !meta.is_dir() {
-            return Err(invalid(&"not a directory"));
-        }
+        inputs::directory(&path, "read build context")?;
         Ok(Self { name, kind: Kind::Directory(path) })
     }
 
@@ -63,7 +62,7 @@ impl NamedContext {
     pub(crate) fn attrs(&self) -> Vec<(String, String)> {
         let key = format!("context:{}", self.name);
         match &self.kind {
-            Kind::Image(value) => vec![(key, value.clone())],
+            Kind::Remote(value) => vec![(key, value.clone())],
             Kind::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
                 let base = path.file_name().map(|base| base.to_string_lossy().into_owned());
@@ -76,7 +75,7 @@ impl NamedContext {
     /// The directory to share, if it is one.
     pub(crate) fn shared(&self) -> Option<SharedDir> {
         match &self.kind {
-            Kind::Image(_) => None,
+            Kind::Remote(_) => None,
             Kind::Directory(path) => Some(SharedDir { name: self.local(), path: path.clone() }),
         }
     }
@@ -98,12 +97,14 @@ mod tests {
         let image = one("alpine=docker-image://alpine:3").expect("an image");
         assert_eq!(image.attrs(), [("context:alpine".to_owned(), "docker-image://alpine:3".to_owned())]);
         assert!(image.shared().is_none());
+        let repository = one("x=https://example.org/x.git").expect("a repository");
+        assert_eq!(repository.attrs(), [("context:x".to_owned(), "https://example.org/x.git".to_owned())]);
         for (flag, want) in [
             ("x", "expected NAME=VALUE"),
             ("X=/", "must be lowercase"),
             ("x=/nonexistent/directory", "/nonexistent/directory"),
-            ("x=/dev/null", "not a directory"),
-            ("x=https://example.org/x.git", "unsupported: --build-context"),
+            ("x=/dev/null", "is not a directory"),
+            ("x=https://example.org/x.git?y=z", "unexpected query"),
             ("x=oci-layout:///layout", "unsupported: --build-context"),
         ] {
             let error = one(flag).expect_err(flag).to_string();

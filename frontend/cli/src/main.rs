@@ -18,6 +18,7 @@ mod error;
 mod explain;
 mod failure;
 mod history;
+mod inputs;
 mod llbjson;
 mod outputs;
 mod progress;

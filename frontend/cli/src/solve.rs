@@ -13,7 +13,7 @@ use crate::auth::DockerConfig;
 use crate::error::CliError;
 use crate::progress::Display;
 use crate::run::{self, Job};
-use crate::{attach, build, outputs};
+use crate::{attach, build, inputs, outputs};
 
 /// Builds what standard input defines.
 pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliError> {
@@ -33,7 +33,7 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
     let display = Display::new(args.progress, false)?;
     let response = run::solve(connection, display, || {
         let mut attachables = Attachables::new();
-        attachables.share(build::locals(&args.locals)?);
+        attachables.share(inputs::locals(&args.locals)?);
         attachables.auth(DockerConfig);
         attachables.secrets(attach::secrets(&args.secrets)?);
         if !args.ssh.is_empty() {

@@ -223,31 +223,11 @@ impl Compiler<'_> {
             ("", query) => query,
             (flag, _) => flag,
         };
-        let mut attrs = BTreeMap::new();
-        let mut caps = vec![llb::caps::SOURCE_GIT, llb::caps::SOURCE_GIT_FULL_URL];
-        let mut set = |key: &str, value: &str, cap: Option<&'static str>| {
-            attrs.insert(key.to_string(), value.to_string());
-            caps.extend(cap);
-        };
-        set("git.fullurl", &git.remote, None);
-        set("git.authtokensecret", "GIT_AUTH_TOKEN", None);
-        set("git.authheadersecret", "GIT_AUTH_HEADER", None);
-        if git.ssh {
-            set("git.mountsshsock", "default", Some(llb::caps::SOURCE_GIT_MOUNT_SSH_SOCK));
-        }
-        if git.keep_git_dir.or(copy.keep_git_dir) == Some(true) {
-            set("git.keepgitdir", "true", Some(llb::caps::SOURCE_GIT_KEEP_DIR));
-        }
-        if !checksum.is_empty() {
-            set("git.checksum", checksum, Some(llb::caps::SOURCE_GIT_CHECKSUM));
-        }
-        if git.submodules == Some(false) {
-            set("git.skipsubmodules", "true", Some(llb::caps::SOURCE_GIT_SKIP_SUBMODULES));
-        }
-        if git.fetch_by_commit {
-            set("git.fetchbycommit", "true", Some(llb::caps::SOURCE_GIT_FETCH_BY_COMMIT));
-        }
-        let op = pb::op::Op::Source(pb::SourceOp { identifier: git.identifier(), attrs });
+        let mut git = git.clone();
+        git.checksum = checksum.to_owned();
+        git.keep_git_dir = git.keep_git_dir.or(copy.keep_git_dir);
+        let (source, caps) = git.source();
+        let op = pb::op::Op::Source(source);
         let from =
             self.graph.add(op, None, Vec::new(), Meta { lines: Some(i.lines), ..Meta::named(name, &caps) });
         let action = pb::FileActionCopy { src: "/".into(), create_dest_path: true, ..Default::default() };

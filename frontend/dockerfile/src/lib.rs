@@ -30,6 +30,7 @@ use kiln_proto::pb;
 
 pub use compile::{compile, lint, targets};
 pub use error::{CompileError, ResolveError};
+pub use giturl::git_context;
 pub use lint::LintWarning;
 pub use options::{Options, OptionsError, ResolveMode};
 

@@ -1,10 +1,10 @@
-//! Named contexts: directories and images that take the place of what a Dockerfile names.
+//! Build contexts that are no directory, and named contexts: what takes the place of what a Dockerfile names.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use kiln_integration::{Context, Kiln, Registry};
+use kiln_integration::{Context, Kiln, Registry, WebAnswer, WebServer};
 use tempfile::TempDir;
 
 /// Builds into a directory.
@@ -122,6 +122,29 @@ fn standard_input_is_a_context() {
     assert_eq!(read(&out, "made"), "alone\n");
     let (_, built) = build(&archive("-cf"), &["-f", "None"]);
     built.fails(&["failed to read dockerfile"]);
+}
+
+#[test]
+fn urls_are_contexts() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new("FROM scratch\nCOPY --from=file context /file\nCOPY a /\n");
+    context.file("a", "1");
+    let dir = context.path().to_str().expect("UTF-8");
+    let archive = Command::new("tar").args(["-C", dir, "-cf", "-", "."]).output().expect("tar").stdout;
+    let web = WebServer::start(move |request| match request.path.as_str() {
+        "/x.tar" => WebAnswer { status: 200, body: archive.clone(), ..WebAnswer::default() },
+        "/file" => WebAnswer { status: 200, body: b"as it is".to_vec(), ..WebAnswer::default() },
+        _ => WebAnswer { status: 404, ..WebAnswer::default() },
+    });
+    let out = TempDir::new().expect("temporary directory");
+    let output = format!("type=local,dest={}", out.path().display());
+    let named = format!("--build-context=file=http://{}/file", web.address);
+    let url = format!("http://{}/x.tar", web.address);
+    kiln.build(Path::new(&url), &[&named, "-o", &output]).ok();
+    assert_eq!((read(&out, "a"), read(&out, "file")), ("1".to_owned(), "as it is".to_owned()));
+    let missing = format!("http://{}/none", web.address);
+    kiln.build(Path::new(&missing), &[]).fails(&["404"]);
 }
 
 #[test]

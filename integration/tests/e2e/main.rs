@@ -11,6 +11,7 @@ mod early_cutoff;
 mod errors;
 mod explain;
 mod garbage;
+mod git;
 mod history;
 mod http;
 mod metadata;

@@ -22,7 +22,9 @@ use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError, OpFactory, OpVe
 
 pub(crate) use exec::CacheMountLocks;
 pub use sessions::SessionGroup;
-pub(crate) use source::forget_gone;
+pub(crate) use source::git::Repositories;
+pub use source::git::{GitObjects, Resolutions, Resolved as ResolvedGit};
+pub(crate) use source::{forget_gone, resolve_git};
 
 use crate::registry::Credentials;
 use crate::worker::Worker;
@@ -47,6 +49,8 @@ pub struct BuildContext {
     pub credentials: Arc<dyn Credentials>,
     /// Parent of the cgroups of steps that name none themselves; may be empty.
     pub cgroup_parent: String,
+    /// What refs of git remotes stand for, the same throughout the build.
+    pub git: Resolutions,
 }
 
 /// Makes the operations of one build.

@@ -63,6 +63,7 @@ impl World {
             entitlements: Entitlements::default(),
             credentials: Arc::new(Anonymous),
             cgroup_parent: String::new(),
+            git: Default::default(),
         }
     }
 

@@ -4,15 +4,15 @@
 //! directory of that key which nobody has open.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
 
-use dashmap::DashMap;
 use kiln_cache::{MutableDir, MutableKind, Ref};
 use kiln_proto::pb;
 use kiln_solver::op::OpError;
 use tokio::sync::{Mutex, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use tokio_util::sync::CancellationToken;
 
+use crate::locks::Locks;
 use crate::ops::file;
 use crate::view::View;
 use crate::worker::{Layers, Worker};
@@ -20,14 +20,11 @@ use crate::worker::{Layers, Worker};
 /// Name of the mark on a directory that has its initial content.
 const FILLED: &str = "filled";
 
-/// Locks by key, kept while somebody holds or waits for one.
-#[derive(Default)]
-pub(crate) struct CacheMountLocks {
-    keys: DashMap<String, Weak<KeyLock>>,
-}
+/// Who uses which cache mount, by its key.
+pub(crate) type CacheMountLocks = Locks<KeyLock>;
 
 #[derive(Default)]
-struct KeyLock {
+pub(crate) struct KeyLock {
     users: Arc<RwLock<()>>,
     filling: Mutex<()>,
 }
@@ -61,18 +58,6 @@ pub(crate) struct Wanted {
     pub(crate) initial: Ref,
     /// For people.
     pub(crate) description: String,
-}
-
-impl CacheMountLocks {
-    fn lock(&self, key: &str) -> Arc<KeyLock> {
-        self.keys.retain(|_, lock| lock.strong_count() > 0);
-        let mut entry = self.keys.entry(key.to_owned()).or_default();
-        entry.upgrade().unwrap_or_else(|| {
-            let lock = Arc::new(KeyLock::default());
-            *entry = Arc::downgrade(&lock);
-            lock
-        })
-    }
 }
 
 /// Cache mounts that a build has emptied. Steps that ignore the cache start with empty ones, but see what earlier
@@ -126,7 +111,7 @@ async fn open(
     emptied: Option<&Emptied>,
 ) -> Result<CacheMount, OpError> {
     let failed = |err: &dyn std::fmt::Display| OpError::new(format!("cache mount {key}: {err}"));
-    let lock = worker.cache_mounts.lock(key);
+    let lock = worker.cache_mounts.of(key);
     let guard = match wanted.sharing {
         pb::CacheSharingOpt::Locked => Guard::Alone { _guard: lock.users.clone().write_owned().await },
         pb::CacheSharingOpt::Shared => Guard::Shared { _guard: lock.users.clone().read_owned().await },

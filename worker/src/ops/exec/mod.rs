@@ -4,7 +4,7 @@
 //! is the executor's business.
 
 mod cache_mounts;
-mod forwards;
+pub(super) mod forwards;
 mod identity;
 mod key;
 mod mounts;

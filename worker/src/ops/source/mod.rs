@@ -1,5 +1,6 @@
 //! Sources: where a build's files come from. One module for each scheme of the identifier.
 
+pub(super) mod git;
 mod http;
 mod image;
 mod local;
@@ -26,9 +27,23 @@ pub(super) fn make(
     match scheme {
         "docker-image" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest)?)),
         "local" => Ok(Arc::new(local::LocalSource::new(worker, context, op, rest)?)),
+        "git" => Ok(Arc::new(git::GitSource::new(worker, context, op, rest)?)),
         "http" | "https" => Ok(Arc::new(http::HttpSource::new(worker, context, op)?)),
         other => Err(OpError::new(format!("unsupported: source scheme {other} ({})", op.identifier))),
     }
+}
+
+/// What the ref of a git source stands for in a build.
+pub(crate) async fn resolve_git(
+    worker: &Arc<Worker>,
+    context: &BuildContext,
+    op: &pb::SourceOp,
+    objects: bool,
+) -> Result<(git::Resolved, Option<git::GitObjects>), OpError> {
+    let Some(rest) = op.identifier.strip_prefix("git://") else {
+        return Err(OpError::new(format!("not a git source: {}", op.identifier)));
+    };
+    git::GitSource::new(worker.clone(), context, op, rest)?.metadata(objects).await
 }
 
 /// Forgets what was noted of results that are no longer in the store; gives the number of notes. Blocking.
