@@ -18,6 +18,7 @@ mod error;
 mod explain;
 mod failure;
 mod history;
+mod layout;
 mod llbjson;
 mod outputs;
 mod progress;
