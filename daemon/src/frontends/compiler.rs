@@ -4,7 +4,7 @@
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
     CompileError, CompileInput, Compiled, ContextSource, ImageResolver, LintReport, LintWarning,
-    NamedContext, Options, ResolveError, ResolveMode, ResolvedImage, SyntaxDirective, TargetInfo,
+    NamedContext, Options, Outline, ResolveError, ResolveMode, ResolvedImage, SyntaxDirective, TargetInfo,
 };
 use kiln_proto::{pb, platform};
 use tonic::Code;
@@ -74,6 +74,12 @@ impl<'a> Job<'a> {
         let compiled = kiln_dockerfile::compile(self.input(), &Resolver(self.contexts)).await;
         warn(compiled.as_ref().map_or_else(|error| &error.warnings, |compiled| &compiled.warnings));
         compiled.map_err(|error| explain(error, self.file))
+    }
+
+    /// What can be given to the target.
+    pub(super) async fn outline(&self) -> Result<Outline, BuildError> {
+        let outline = kiln_dockerfile::outline(self.input(), &Resolver(self.contexts)).await;
+        outline.map_err(|error| explain(error, self.file))
     }
 
     /// Checks the file, without what follows from it.
