@@ -14,6 +14,7 @@ mod gateway;
 mod history;
 mod jobs;
 mod memory;
+mod policy;
 mod progress;
 mod server;
 mod services;

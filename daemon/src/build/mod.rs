@@ -18,6 +18,7 @@ use crate::error::BuildError;
 use crate::explain;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
+use crate::policy::SourcePolicy;
 use crate::progress::Step;
 
 /// Metadata of a frontend's result that is text, for the history.
@@ -31,7 +32,7 @@ fn readable(result: &BuildResult) -> Vec<(String, String)> {
 
 /// Builds what a client asked for.
 pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result<SolveResponse, BuildError> {
-    let request = request::checked(request, &daemon.config)?;
+    let request = request::current(request)?;
     // A client that leaves drops this future, and what it built is garbage like any other.
     let _ended = Ended(daemon);
     let mut guard = daemon.jobs.start(&request.r#ref)?;
@@ -121,9 +122,12 @@ async fn run(
         entitlements: request.entitlements.clone(),
         progress: job.progress.clone(),
     });
-    let outcome = run_in(&build, guard, request, &planned, metadata).await;
+    let outcome = run_in(&build, guard, request, &planned, policy, metadata).await;
+    // Within the job: a client that asks for its status hears at once that it has ended.
+    request::check(request, &daemon.config)?;
     *vertices = build.explain().await;
     outcome
+    let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
 }
 
 async fn run_in(
@@ -139,6 +143,7 @@ async fn run_in(
         job.progress.clone(),
         job.cancel.clone(),
         &request.session,
+    policy: SourcePolicy,
         request.frontend_inputs.clone(),
     );
     let published = guard.publish(bridge.clone());
@@ -148,6 +153,7 @@ async fn run_in(
             name: request.frontend.clone(),
             opts: request.frontend_attrs.clone(),
             inputs: request.frontend_inputs.clone(),
+        policy,
         };
         bridge.run_frontend(frontend).await?
     } else if let Some(definition) = definition {

@@ -126,11 +126,9 @@ impl ImageResolver for Resolver<'_> {
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
         Box::pin(async move {
             match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name).await {
-                Ok(image) => Ok(ResolvedImage {
-                    digest: image.digest,
-                    config: image.config,
-                    reference: reference.to_owned(),
-                }),
+                Ok((reference, image)) => {
+                    Ok(ResolvedImage { digest: image.digest, config: image.config, reference })
+                }
                 Err(error) => Err(error
                     .context(format_args!("failed to resolve source metadata for {reference}"))
                     .into()),

@@ -3,4 +3,5 @@
 mod common;
 mod config;
 mod dockerfile;
+mod policy;
 mod service;
