@@ -5,3 +5,4 @@ mod config;
 mod dockerfile;
 mod policy;
 mod service;
+mod traces;
