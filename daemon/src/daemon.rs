@@ -17,6 +17,7 @@ use crate::explain::Explanations;
 use crate::history::History;
 use crate::jobs::Jobs;
 use crate::server::{Activity, Listener};
+use crate::traces::Traces;
 use crate::{server, services, workers};
 
 /// How long connections may take to end once the daemon stops.
@@ -72,6 +73,7 @@ pub(crate) struct Daemon {
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) history: Arc<History>,
     pub(crate) explanations: Arc<Explanations>,
+    pub(crate) traces: Arc<Traces>,
     pub(crate) worker: Arc<types::WorkerRecord>,
     pub(crate) shutdown: CancellationToken,
 }
@@ -167,6 +169,7 @@ async fn serve_for(
         jobs: Jobs::new(shutdown.clone()),
         history: History::new(engine.values(), explanations.clone(), config.history),
         explanations,
+        traces: Arc::default(),
         worker: Arc::new(workers::record(&config, &engine)),
         engine,
         shutdown: shutdown.clone(),
@@ -177,6 +180,7 @@ async fn serve_for(
     shutdown.cancel();
     daemon.history.settled().await;
     daemon.explanations.idle().await;
+    daemon.history.finalize_all();
     let closed = daemon.engine.close().await;
     outcome.and(closed.map_err(DaemonError::from))
 }

@@ -119,6 +119,12 @@ pub(crate) fn frontend_cap_detail(name: &str) -> Any {
     detail("errdefs.FrontendCap", &json!({ "name": name }))
 }
 
+/// What a client says of a source that it denies.
+pub(crate) fn denial_detail(messages: &[&str]) -> Any {
+    let messages: Vec<Value> = messages.iter().map(|message| json!({ "message": message })).collect();
+    detail("policysession.DecisionResponse", &json!({ "action": 1, "denyMessages": messages }))
+}
+
 /// A subrequest that a frontend lacks.
 pub(crate) fn subrequest_detail(name: &str) -> Any {
     detail("errdefs.Subrequest", &json!({ "name": name }))

@@ -3,6 +3,7 @@
 
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +24,7 @@ use crate::config::HistoryConfig;
 use crate::error::BuildError;
 use crate::explain::Explanations;
 use crate::progress::ProgressLog;
+use crate::traces::Wanted;
 
 /// Records by ref.
 const RECORDS: &str = "build-history";
@@ -45,6 +47,8 @@ pub(crate) struct History {
     explanations: Arc<Explanations>,
     config: HistoryConfig,
     active: DashMap<String, BuildHistoryRecord>,
+    /// Builds that have ended and whose clients may still report spans.
+    untraced: DashMap<String, Wanted>,
     /// By ref; `None` until the records are read. Held by who changes one.
     finished: Mutex<Option<HashMap<String, Finished>>>,
     events: broadcast::Sender<BuildHistoryEvent>,
@@ -56,13 +60,13 @@ pub(crate) struct History {
 struct Finished {
     completed: SystemTime,
     pinned: bool,
-    /// Digests of its log and, if it failed, its error.
+    /// Digests of its log, its trace and, if it failed, its error.
     contents: Vec<String>,
 }
 
 impl Finished {
     fn of(record: &BuildHistoryRecord) -> Self {
-        let contents = [&record.logs, &record.external_error].into_iter().flatten();
+        let contents = [&record.logs, &record.external_error, &record.trace].into_iter().flatten();
         Self {
             completed: time(&record.completed_at),
             pinned: record.pinned,
@@ -88,6 +92,7 @@ impl History {
             explanations,
             config,
             active: DashMap::new(),
+            untraced: DashMap::new(),
             finished: Mutex::default(),
             events,
             ending: Arc::new(Semaphore::new(ENDING as usize)),
@@ -106,11 +111,12 @@ impl History {
         let _all = self.ending.acquire_many(ENDING).await;
     }
 
-    /// Starts the record of a build.
+    /// Starts the record of a build, which may be part of a client's trace.
     pub(crate) fn begin(
         self: &Arc<Self>,
         request: &control::SolveRequest,
         progress: Arc<ProgressLog>,
+        wanted: Option<Wanted>,
     ) -> Recording {
         let record = BuildHistoryRecord {
             r#ref: request.r#ref.clone(),
@@ -122,7 +128,7 @@ impl History {
         };
         self.active.insert(record.r#ref.clone(), record.clone());
         self.send(BuildHistoryEventType::Started, record.clone());
-        Recording { history: self.clone(), progress, record: Some(record) }
+        Recording { history: self.clone(), progress, wanted, record: Some(record) }
     }
 
     fn send(&self, kind: BuildHistoryEventType, record: BuildHistoryRecord) {
@@ -232,6 +238,7 @@ impl History {
 
     fn delete(&self, finished: &mut HashMap<String, Finished>, id: &str) -> Result<(), BuildError> {
         self.explanations.forget(id).map_err(storage)?;
+        self.untraced.remove(id);
         let record = self.record(id)?;
         self.values.delete(RECORDS, id).map_err(storage)?;
         let former = finished.remove(id);
@@ -260,8 +267,7 @@ impl History {
     /// Pins, unpins or deletes a record.
     pub(crate) fn update(&self, request: &UpdateBuildHistoryRequest) -> Result<(), BuildError> {
         if request.finalize && !request.delete {
-            // Records are whole when they appear.
-            return Ok(());
+            return self.finalize(&request.r#ref);
         }
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
@@ -396,6 +402,7 @@ fn decode_log(mut bytes: &[u8]) -> Result<Vec<StatusResponse>, BuildError> {
 pub(crate) struct Recording {
     history: Arc<History>,
     progress: Arc<ProgressLog>,
+    wanted: Option<Wanted>,
     record: Option<BuildHistoryRecord>,
 }
 
@@ -408,10 +415,14 @@ impl Recording {
                 record.result = Some(BuildResultInfo::default());
             }
             let (history, progress) = (self.history.clone(), self.progress.clone());
+            let id = record.r#ref.clone();
             let stored =
                 tokio::task::spawn_blocking(move || store(&history, record, &progress, error.as_ref()));
             if let Err(error) = stored.await {
                 tracing::error!(%error, "storing the record of a build");
+            }
+            if let Some(wanted) = self.wanted.take() {
+                self.history.expect_trace(id, wanted);
             }
         }
     }

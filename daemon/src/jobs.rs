@@ -4,8 +4,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use dashmap::{DashMap, DashSet};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -41,6 +41,8 @@ impl Job {
 /// All jobs.
 pub(crate) struct Jobs {
     jobs: DashMap<String, Arc<Job>>,
+    /// The refs of builds that ended a short time ago: nobody need wait for those.
+    ended: DashSet<String>,
     /// Bumped on every change.
     changed: watch::Sender<u64>,
     shutdown: CancellationToken,
@@ -49,7 +51,12 @@ pub(crate) struct Jobs {
 impl Jobs {
     /// `shutdown` stops every job.
     pub(crate) fn new(shutdown: CancellationToken) -> Arc<Self> {
-        Arc::new(Self { jobs: DashMap::new(), changed: watch::Sender::new(0), shutdown })
+        Arc::new(Self {
+            jobs: DashMap::new(),
+            ended: DashSet::new(),
+            changed: watch::Sender::new(0),
+            shutdown,
+        })
     }
 
     /// Registers a build.
@@ -72,6 +79,7 @@ impl Jobs {
             Entry::Occupied(_) => return Err(BuildError::build(format!("job ID {id} exists"))),
             Entry::Vacant(entry) => entry.insert(job.clone()).clone(),
         };
+        self.ended.remove(id);
         self.bump();
         Ok(JobGuard { jobs: self.clone(), job, succeeded: false })
     }
@@ -92,24 +100,28 @@ impl Jobs {
 
     /// A job by its ref; waits for it to appear.
     pub(crate) async fn wait(&self, id: &str, limit: Duration) -> Result<Arc<Job>, BuildError> {
-        self.wait_for(id, limit, |job| Some(job.clone())).await
+        self.wait_for(id, limit, |job| job.cloned().map(Ok)).await
     }
 
     /// The gateway of a build; waits for it to be registered.
     pub(crate) async fn wait_bridge(&self, id: &str, limit: Duration) -> Result<Arc<Bridge>, BuildError> {
-        self.wait_for(id, limit, |job| job.bridge()).await
+        let bridge = |job: Option<&Arc<Job>>| match job.and_then(|job| job.bridge()) {
+            None if self.ended.contains(id) => Some(Err(no_such(id))),
+            found => found.map(Ok),
+        };
+        self.wait_for(id, limit, bridge).await
     }
 
     async fn wait_for<T>(
         &self,
         id: &str,
         limit: Duration,
-        found: impl Fn(&Arc<Job>) -> Option<T>,
+        found: impl Fn(Option<&Arc<Job>>) -> Option<Result<T, BuildError>>,
     ) -> Result<T, BuildError> {
         let mut changed = self.changed.subscribe();
         let search = async {
             loop {
-                if let Some(value) = self.get(id).and_then(|job| found(&job)) {
+                if let Some(value) = found(self.get(id).as_ref()) {
                     return value;
                 }
                 if changed.changed().await.is_err() {
@@ -117,10 +129,12 @@ impl Jobs {
                 }
             }
         };
-        tokio::time::timeout(limit, search)
-            .await
-            .map_err(|_| BuildError::new(Code::NotFound, format!("no such job {id}")))
+        tokio::time::timeout(limit, search).await.unwrap_or_else(|_| Err(no_such(id)))
     }
+}
+
+fn no_such(id: &str) -> BuildError {
+    BuildError::new(Code::NotFound, format!("no such job {id}"))
 }
 
 /// A running job. Dropping it ends the job.
@@ -153,10 +167,13 @@ impl Drop for JobGuard {
     fn drop(&mut self) {
         self.job.progress.close(self.succeeded);
         self.job.cancel.cancel();
+        self.jobs.ended.insert(self.job.id.clone());
+        self.jobs.bump();
         // What is forgotten before holds no memory until then.
         let (jobs, id, job) = (self.jobs.clone(), self.job.id.clone(), Arc::downgrade(&self.job));
         let forget = move || {
             jobs.jobs.remove_if(&id, |_, current| std::ptr::eq(Arc::as_ptr(current), job.as_ptr()));
+            jobs.ended.remove(&id);
         };
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => {
@@ -215,9 +232,15 @@ mod tests {
         let limit = Duration::from_millis(5);
         let error = jobs.wait("x", limit).await.err().expect("nobody registers it");
         assert_eq!((error.code, error.message.as_str()), (Code::NotFound, "no such job x"));
-        let _guard = jobs.start("x").expect("start");
+        let guard = jobs.start("x").expect("start");
         let error = jobs.wait_bridge("x", limit).await.err().expect("a build without a gateway");
         assert_eq!(error.message, "no such job x");
+        drop(guard);
+        let ended = jobs.get("x").expect("it can still be asked about");
+        jobs.forget(&ended);
+        let long = Duration::from_secs(3600);
+        let answer = tokio::time::timeout(STATUS_WAIT, jobs.wait_bridge("x", long)).await;
+        assert!(answer.expect("an ended build is not waited for").is_err());
     }
 
     #[tokio::test]

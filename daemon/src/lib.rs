@@ -13,9 +13,11 @@ mod frontends;
 mod gateway;
 mod history;
 mod jobs;
+mod policy;
 mod progress;
 mod server;
 mod services;
+mod traces;
 mod workers;
 
 /// With this among the filters of a disk usage request, records for what the store needs for itself are listed, too.

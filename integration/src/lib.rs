@@ -4,6 +4,7 @@
 pub mod fake_registry;
 pub mod kiln;
 pub mod lab;
+pub mod peers;
 pub mod tools;
 pub mod web;
 

@@ -133,6 +133,8 @@ pub use generated::moby::buildkit::v1 as control;
 pub use generated::moby::buildkit::v1::apicaps;
 pub use generated::moby::buildkit::v1::frontend as gateway;
 pub use generated::moby::buildkit::v1::sourcepolicy as policy;
+/// `moby.buildkit.v1.sourcepolicy.policysession`: a client that decides about sources itself.
+pub use generated::moby::buildkit::v1::sourcepolicy::policysession;
 pub use generated::moby::buildkit::v1::types;
 pub use generated::moby::exporter::v1 as exporter;
 /// `moby.filesync.v1`: file transfer and registry credentials (one package, two services).

@@ -6,10 +6,12 @@ mod builder;
 pub mod caps;
 mod load;
 mod name;
+mod rewrite;
 
 pub use builder::Builder;
 pub use load::{LoadError, Loaded, LoadedVertex, load, validate};
 pub use name::default_name;
+pub use rewrite::{replace, sources};
 
 use std::borrow::Cow;
 

@@ -18,6 +18,7 @@ pub(crate) const FOLLOW_PATHS: &str = "followpaths";
 pub(crate) const EXPORTER_ID: &str = "buildkit-attachable-exporter-id";
 pub(crate) const EXPORTER_METADATA_PREFIX: &str = "exporter-md-";
 pub(crate) const EXPORTER_MULTI_PLATFORM: &str = "buildkit-exporter-multi-platform";
+pub(crate) const STORE_ID: &str = "buildkit-attachable-store-id";
 pub(crate) const SSH_ID: &str = "buildkit.ssh.id";
 pub(crate) const UPLOAD_PATH: &str = "urlpath";
 pub(crate) const UPLOAD_HOST: &str = "urlhost";

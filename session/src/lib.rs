@@ -7,6 +7,7 @@
 //! Reads no environment, home directory or terminal, and knows nothing of builds or caches.
 
 pub mod client;
+mod content;
 mod error;
 pub mod fsutil;
 mod headers;
@@ -16,6 +17,7 @@ mod pipe;
 mod session;
 mod transfer;
 
+pub use content::NewBlob;
 pub use error::SessionError;
 pub use id::new_id;
 pub use manager::SessionManager;

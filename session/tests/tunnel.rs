@@ -11,9 +11,9 @@ use common::{daemon, listing, paths, write};
 use futures::StreamExt;
 use kiln_proto::filesync::auth_server::Auth;
 use kiln_proto::filesync::*;
-use kiln_session::client::{Agent, Attachables, ExportTarget, Secret, SharedDir};
+use kiln_session::client::{Agent, Attachables, ContentDir, ExportTarget, Secret, SharedDir};
 use kiln_session::fsutil::{ReceiveOptions, Subtree};
-use kiln_session::{Credentials, FileSyncRequest, SessionError, new_id};
+use kiln_session::{Credentials, FileSyncRequest, NewBlob, SessionError, new_id};
 use tempfile::tempdir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Request, Response, Status};
@@ -312,4 +312,36 @@ async fn a_client_that_stops_answering_is_dropped() {
     session.closed().await;
     drain.await.unwrap();
     assert!(manager.try_get("silent").is_none());
+}
+
+#[tokio::test]
+async fn blobs_go_into_a_clients_layout_whole_or_not_at_all() {
+    let (manager, mut control) = daemon().await;
+    let dir = tempdir().unwrap();
+    let mut offer = Attachables::new();
+    offer.content(vec![ContentDir { name: "export".into(), path: dir.path().into() }]);
+    let _client = offer.attach(&mut control, "s", "").await.unwrap();
+    let session = manager.get("s").await.unwrap();
+    let content = vec![7_u8; 3 << 20];
+    let hex = "e1a85e01a6bd55ce1bcfffbd02a2a91f3e4abd2d67a2b44d4d8b0a5e8a4f5b26";
+    let digest = format!("sha256:{hex}");
+    let blob = |digest| NewBlob { reference: "layer-x", digest, size: 3 << 20 };
+    let error =
+        session.write_blob("export", blob(&digest), content.as_slice()).await.unwrap_err().to_string();
+    let digests = error.split_whitespace().filter_map(|word| word.strip_prefix("sha256:"));
+    let real = digests.map(|word| word.trim_end_matches(':')).find(|word| *word != hex);
+    let real = real.unwrap_or_else(|| panic!("it says what came: {error}"));
+    assert!(error.contains("3145728 bytes with digest"), "{error}");
+    let blobs = dir.path().join("blobs/sha256");
+    assert!(paths(&blobs).is_empty(), "nothing is left");
+
+    let digest = format!("sha256:{real}");
+    session.write_blob("export", blob(&digest), content.as_slice()).await.unwrap();
+    assert_eq!(std::fs::read(blobs.join(real)).unwrap(), content);
+    session.write_blob("export", blob(&digest), tokio::io::empty()).await.expect("it is there");
+    assert_eq!(paths(&blobs), [real]);
+    let error = session.write_blob("other", blob(&digest), content.as_slice()).await.unwrap_err();
+    assert!(error.is_not_found(), "{error}");
+    let outside = session.write_blob("export", blob("sha256:../../x"), content.as_slice()).await.unwrap_err();
+    assert_eq!(outside.code(), Some(Code::InvalidArgument));
 }

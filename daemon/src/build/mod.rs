@@ -18,7 +18,9 @@ use crate::error::BuildError;
 use crate::explain;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
+use crate::policy::SourcePolicy;
 use crate::progress::Step;
+use crate::traces::TraceParent;
 
 /// Metadata of a frontend's result that is text, for the history.
 fn readable(result: &BuildResult) -> Vec<(String, String)> {
@@ -29,15 +31,22 @@ fn readable(result: &BuildResult) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Builds what a client asked for.
-pub(crate) async fn solve(daemon: &Arc<Daemon>, request: SolveRequest) -> Result<SolveResponse, BuildError> {
-    let request = request::checked(request, &daemon.config)?;
+/// Builds what a client asked for, maybe as part of its trace.
+pub(crate) async fn solve(
+    daemon: &Arc<Daemon>,
+    request: SolveRequest,
+    parent: Option<TraceParent>,
+) -> Result<SolveResponse, BuildError> {
+    let request = request::current(request)?;
     // A client that leaves drops this future, and what it built is garbage like any other.
     let _ended = Ended(daemon);
     let mut guard = daemon.jobs.start(&request.r#ref)?;
     let build = request.r#ref.clone();
     let progress = guard.job().progress.clone();
-    let recording = (!request.internal).then(|| daemon.history.begin(&request, progress.clone()));
+    let recording = (!request.internal).then(|| {
+        let wanted = parent.map(|parent| daemon.traces.want(parent));
+        daemon.history.begin(&request, progress.clone(), wanted)
+    });
     let cancel = guard.job().cancel.clone();
     let (mut metadata, mut vertices) = (Vec::new(), Vec::new());
     let outcome = tokio::select! {
@@ -121,14 +130,17 @@ async fn run(
     vertices: &mut Vec<VertexExplanation>,
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
+    // Within the job: a client that asks for its status hears at once that it has ended.
+    request::check(request, &daemon.config)?;
     report_cache_imports(job, request);
     let planned = engine::plan(&request.exporters)?;
+    let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
     let build = daemon.engine.begin(BuildScope {
         session: request.session.clone(),
         entitlements: request.entitlements.clone(),
         progress: job.progress.clone(),
     });
-    let outcome = run_in(&build, guard, request, &planned, metadata).await;
+    let outcome = run_in(&build, guard, request, &planned, policy, metadata).await;
     *vertices = build.explain().await;
     outcome
 }
@@ -138,6 +150,7 @@ async fn run_in(
     guard: &JobGuard,
     request: &SolveRequest,
     planned: &[PlannedExport],
+    policy: SourcePolicy,
     metadata: &mut Vec<(String, String)>,
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
@@ -147,6 +160,7 @@ async fn run_in(
         job.cancel.clone(),
         &request.session,
         request.frontend_inputs.clone(),
+        policy,
     );
     let published = guard.publish(bridge.clone());
     let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());

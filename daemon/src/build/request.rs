@@ -11,10 +11,9 @@ use crate::error::BuildError;
 const COMPATIBILITY: &[i64] = &[0, 10, 20, 30];
 
 /// The request, with deprecated fields translated.
-pub(super) fn checked(mut request: SolveRequest, config: &Config) -> Result<SolveRequest, BuildError> {
-    let invalid = |message: String| Err(BuildError::new(Code::InvalidArgument, message));
+pub(super) fn current(mut request: SolveRequest) -> Result<SolveRequest, BuildError> {
     if request.r#ref.is_empty() {
-        return invalid("solve request without a ref".into());
+        return Err(BuildError::new(Code::InvalidArgument, "solve request without a ref"));
     }
     if let Some((_, id)) = request.session.split_once(':') {
         request.session = id.to_owned();
@@ -30,6 +29,11 @@ pub(super) fn checked(mut request: SolveRequest, config: &Config) -> Result<Solv
             exporter.attrs.entry("source-date-epoch".into()).or_insert_with(|| epoch.clone());
         }
     }
+    Ok(request)
+}
+
+/// Refuses what cannot be done.
+pub(super) fn check(request: &SolveRequest, config: &Config) -> Result<(), BuildError> {
     for entitlement in &request.entitlements {
         if !config.entitlements.contains(entitlement) {
             return Err(BuildError::build(format!(
@@ -38,11 +42,8 @@ pub(super) fn checked(mut request: SolveRequest, config: &Config) -> Result<Solv
         }
     }
     if !COMPATIBILITY.contains(&request.compatibility_version) {
-        return invalid(format!("unknown compatibility version {}", request.compatibility_version));
-    }
-    let policy = request.source_policy.as_ref().is_some_and(|policy| !policy.rules.is_empty());
-    if policy || !request.source_policy_session.is_empty() {
-        return Err(BuildError::unsupported("source policies"));
+        let text = format!("unknown compatibility version {}", request.compatibility_version);
+        return Err(BuildError::new(Code::InvalidArgument, text));
     }
     if request.proxy_network {
         return Err(BuildError::unsupported("proxy network"));
@@ -57,7 +58,7 @@ pub(super) fn checked(mut request: SolveRequest, config: &Config) -> Result<Solv
             return Err(BuildError::unsupported(format_args!("attestation {kind}")));
         }
     }
-    Ok(request)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -77,7 +78,7 @@ mod tests {
             frontend_attrs: [("build-arg:SOURCE_DATE_EPOCH".to_owned(), "7".to_owned())].into(),
             ..request()
         };
-        let request = checked(request, &Config::default()).expect("valid");
+        let request = current(request).expect("valid");
         assert_eq!(request.session, "id");
         assert_eq!(request.exporters[0].r#type, "oci");
         assert_eq!(request.exporters[0].attrs["name"], "x");
@@ -86,20 +87,19 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let text = |request: SolveRequest| checked(request, &Config::default()).expect_err("refused").message;
+        let text = |request: SolveRequest| check(&request, &Config::default()).expect_err("refused").message;
         assert_eq!(
             text(SolveRequest { entitlements: vec!["network.host".into()], ..request() }),
             "granting entitlement network.host is not allowed by build daemon configuration"
         );
         assert!(text(SolveRequest { compatibility_version: 15, ..request() }).contains("15"));
-        assert!(text(SolveRequest::default()).contains("ref"));
+        assert!(current(SolveRequest::default()).expect_err("refused").message.contains("ref"));
         let attest = [("attest:sbom".to_owned(), String::new())].into();
         assert_eq!(
             text(SolveRequest { frontend_attrs: attest, ..request() }),
             "unsupported: attestation sbom"
         );
         let disabled = [("attest:provenance".to_owned(), "disabled=true".to_owned())].into();
-        checked(SolveRequest { frontend_attrs: disabled, ..request() }, &Config::default())
-            .expect("disabled");
+        check(&SolveRequest { frontend_attrs: disabled, ..request() }, &Config::default()).expect("disabled");
     }
 }

@@ -4,7 +4,7 @@
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
     CompileError, CompileInput, Compiled, ContextSource, ImageResolver, LintReport, LintWarning,
-    NamedContext, Options, ResolveError, ResolveMode, ResolvedImage, SyntaxDirective, TargetInfo,
+    NamedContext, Options, Outline, ResolveError, ResolveMode, ResolvedImage, SyntaxDirective, TargetInfo,
 };
 use kiln_proto::{pb, platform};
 use tonic::Code;
@@ -76,6 +76,12 @@ impl<'a> Job<'a> {
         compiled.map_err(|error| explain(error, self.file))
     }
 
+    /// What can be given to the target.
+    pub(super) async fn outline(&self) -> Result<Outline, BuildError> {
+        let outline = kiln_dockerfile::outline(self.input(), &Resolver(self.contexts)).await;
+        outline.map_err(|error| explain(error, self.file))
+    }
+
     /// Checks the file, without what follows from it.
     pub(super) async fn lint(&self) -> LintReport {
         kiln_dockerfile::lint(self.input(), &Resolver(self.contexts)).await
@@ -120,11 +126,9 @@ impl ImageResolver for Resolver<'_> {
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
         Box::pin(async move {
             match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name).await {
-                Ok(image) => Ok(ResolvedImage {
-                    digest: image.digest,
-                    config: image.config,
-                    reference: reference.to_owned(),
-                }),
+                Ok((reference, image)) => {
+                    Ok(ResolvedImage { digest: image.digest, config: image.config, reference })
+                }
                 Err(error) => Err(error
                     .context(format_args!("failed to resolve source metadata for {reference}"))
                     .into()),

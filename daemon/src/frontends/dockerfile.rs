@@ -72,6 +72,9 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     if subrequest == Some(Subrequest::Lint) {
         return Ok(subrequests::lint(&file.info, &job.lint().await));
     }
+    if subrequest == Some(Subrequest::Outline) {
+        return Ok(subrequests::outline(&file.info, &job.outline().await?));
+    }
     let compiled = job.compile(|warnings| warn(bridge, &file, warnings)).await?;
     result(bridge, &options, compiled).await
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use kiln_dockerfile::{LintReport, TargetInfo};
+use kiln_dockerfile::{LintReport, Outline, OutlineNeed, TargetInfo};
 use kiln_proto::pb;
 use serde_json::{Value, json};
 
@@ -20,17 +20,25 @@ pub(super) enum Subrequest {
     Describe,
     /// What the checks find.
     Lint,
+    /// What can be given to a target.
+    Outline,
     /// Which stages there are.
     Targets,
 }
 
 impl Subrequest {
-    const ALL: [(Self, &str, &str, &[&str]); 3] = [
+    const ALL: [(Self, &str, &str, &[&str]); 4] = [
         (
             Self::Lint,
             "frontend.lint",
             "Lint a Dockerfile",
             &["result.json", "result.txt", "result.statuscode"],
+        ),
+        (
+            Self::Outline,
+            "frontend.outline",
+            "List all parameters current build target supports",
+            &["result.json", "result.txt"],
         ),
         (
             Self::Targets,
@@ -120,6 +128,71 @@ pub(super) fn targets(file: &pb::SourceInfo, targets: &[TargetInfo]) -> BuildRes
     result(&json!({ "targets": all, "sources": [encoded(&file.data)] }), text)
 }
 
+/// What can be given to a target.
+pub(super) fn outline(file: &pb::SourceInfo, outline: &Outline) -> BuildResult {
+    let Outline { name, description, args, secrets, ssh } = outline;
+    let mut text = String::new();
+    let mut value = json!({ "sources": [encoded(&file.data)] });
+    if !(name.is_empty() && description.is_empty()) {
+        value["name"] = name.as_str().into();
+        let mut rows = vec![["TARGET:".to_owned(), name.clone()]];
+        if !description.is_empty() {
+            value["description"] = description.as_str().into();
+            rows.push(["DESCRIPTION:".to_owned(), description.clone()]);
+        }
+        table(&mut text, &rows, 1);
+    }
+    if !args.is_empty() {
+        let mut rows = vec![["BUILD ARG", "VALUE", "DESCRIPTION"].map(str::to_owned)];
+        let mut all = Vec::new();
+        for arg in args {
+            let mut entry = json!({ "name": arg.name, "location": location(arg.lines) });
+            for (key, field) in [("value", &arg.value), ("description", &arg.description)] {
+                if !field.is_empty() {
+                    entry[key] = field.as_str().into();
+                }
+            }
+            all.push(entry);
+            rows.push([arg.name.clone(), arg.value.clone(), arg.description.clone()]);
+        }
+        value["args"] = all.into();
+        table(&mut text, &rows, 3);
+    }
+    for (key, title, needs) in [("secrets", "SECRET", secrets), ("ssh", "SSH", ssh)] {
+        if needs.is_empty() {
+            continue;
+        }
+        let mut rows = vec![[title.to_owned(), "REQUIRED".to_owned()]];
+        let mut all = Vec::new();
+        for OutlineNeed { name, required, lines } in needs {
+            let mut entry = json!({ "name": name, "location": location(*lines) });
+            if *required {
+                entry["required"] = true.into();
+            }
+            all.push(entry);
+            rows.push([name.clone(), if *required { "true".to_owned() } else { String::new() }]);
+        }
+        value[key] = all.into();
+        table(&mut text, &rows, 3);
+    }
+    result(&value, text)
+}
+
+/// Rows whose columns are as wide as need be, and an empty line.
+fn table<const N: usize>(text: &mut String, rows: &[[String; N]], gap: usize) {
+    for row in rows {
+        let mut line = String::new();
+        for (at, cell) in row.iter().enumerate() {
+            let width = rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default();
+            // Writing to a string does not fail.
+            let _ = write!(line, "{cell:<width$}{:gap$}", "");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text.push('\n');
+}
+
 fn encoded(data: &[u8]) -> String {
     use base64::Engine as _;
     base64::engine::general_purpose::STANDARD.encode(data)
@@ -166,8 +239,8 @@ mod tests {
     #[test]
     fn ids() {
         assert_eq!(Subrequest::parse("frontend.lint"), Ok(Subrequest::Lint));
-        let error = Subrequest::parse("frontend.outline").expect_err("not there");
-        assert_eq!(error.message, "unsupported: subrequest frontend.outline");
+        let error = Subrequest::parse("frontend.convertllb").expect_err("not there");
+        assert_eq!(error.message, "unsupported: subrequest frontend.convertllb");
         let described = describe();
         let list: Value = serde_json::from_slice(&described.metadata["result.json"]).expect("JSON");
         for entry in list.as_array().expect("a list") {

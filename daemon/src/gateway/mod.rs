@@ -5,6 +5,7 @@
 pub(crate) mod caps;
 mod refs;
 mod service;
+mod source_meta;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +22,7 @@ pub(crate) use service::GatewayService;
 use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
 use crate::error::{BuildError, solve_detail};
 use crate::frontends;
+use crate::policy::{IMAGE, SourcePolicy};
 use crate::progress::{ProgressLog, Step};
 
 type ImageCell = Arc<OnceCell<ResolvedImage>>;
@@ -32,6 +34,7 @@ pub(crate) struct Bridge {
     cancel: CancellationToken,
     session: String,
     inputs: HashMap<String, pb::Definition>,
+    policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
@@ -56,6 +59,7 @@ impl Bridge {
         cancel: CancellationToken,
         session: &str,
         inputs: HashMap<String, pb::Definition>,
+        policy: SourcePolicy,
     ) -> (Arc<Self>, oneshot::Receiver<Result<BuildResult, BuildError>>) {
         let (sender, receiver) = oneshot::channel();
         let bridge = Arc::new(Self {
@@ -64,6 +68,7 @@ impl Bridge {
             cancel,
             session: session.to_owned(),
             inputs,
+            policy,
             refs: DashMap::new(),
             images: DashMap::new(),
             returned: Mutex::new(Some(sender)),
@@ -100,6 +105,7 @@ impl Bridge {
         if definition.def.is_empty() {
             return Ok(None);
         }
+        let definition = self.policy.apply(self, definition).await?;
         let target = self.build.load(definition).await?;
         let reference = LazyRef::new(target, self.build.clone());
         self.refs.insert(reference.id().to_owned(), reference.clone());
@@ -128,9 +134,29 @@ impl Bridge {
         }
     }
 
+    /// Digest and config of the image that the policy has in place of `reference`, and its name.
+    ///
+    /// # Errors
+    /// It is not allowed, or there is no such image.
+    pub(crate) async fn resolve_image(
+        &self,
+        reference: &str,
+        wanted: &pb::Platform,
+        mode: &str,
+        log_name: &str,
+    ) -> Result<(String, ResolvedImage), BuildError> {
+        let source = pb::SourceOp { identifier: format!("{IMAGE}{reference}"), ..Default::default() };
+        let allowed = self.allowed(source, wanted).await?.identifier;
+        let Some(reference) = allowed.strip_prefix(IMAGE) else {
+            return Err(BuildError::unsupported(format_args!("{allowed} in place of an image")));
+        };
+        let image = self.find_image(reference, wanted, mode, log_name).await?;
+        Ok((reference.to_owned(), image))
+    }
+
     /// Digest and config of an image; asked once for each image, platform and mode in a build.
     /// Emits a vertex named `log_name`.
-    pub(crate) async fn resolve_image(
+    async fn find_image(
         &self,
         reference: &str,
         wanted: &pb::Platform,

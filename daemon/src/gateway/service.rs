@@ -10,17 +10,18 @@ use kiln_proto::gateway::{
     EvaluateRequest, EvaluateResponse, ExecMessage, InputsRequest, InputsResponse, NewContainerRequest,
     NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse, ReadFileRequest,
     ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse, ResolveImageConfigRequest,
-    ResolveImageConfigResponse, ResolveSourceGitResponse, ResolveSourceImageResponse,
-    ResolveSourceMetaRequest, ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest,
-    SolveResponse, StatFileRequest, StatFileResponse, WarnRequest, WarnResponse,
+    ResolveImageConfigResponse, ResolveSourceMetaRequest, ResolveSourceMetaResponse, ReturnRequest,
+    ReturnResponse, SolveRequest, SolveResponse, StatFileRequest, StatFileResponse, WarnRequest,
+    WarnResponse,
 };
 use kiln_proto::{platform, types};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::source_meta::log_name;
 use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps};
-use crate::engine::{GitObjects, ResolvedGit, files};
+use crate::engine::files;
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
 
@@ -141,13 +142,9 @@ impl LlbBridge for GatewayService {
             }
             let log_name = log_name(&request.log_name, &format!("docker-image://{}", request.r#ref));
             let platform = request.platform.unwrap_or_else(platform::host);
-            let image =
+            let (reference, image) =
                 bridge.resolve_image(&request.r#ref, &platform, &request.resolve_mode, &log_name).await?;
-            Ok(ResolveImageConfigResponse {
-                digest: image.digest,
-                config: image.config,
-                r#ref: request.r#ref,
-            })
+            Ok(ResolveImageConfigResponse { digest: image.digest, config: image.config, r#ref: reference })
         })
         .await
     }
@@ -156,46 +153,13 @@ impl LlbBridge for GatewayService {
         &self,
         request: Request<ResolveSourceMetaRequest>,
     ) -> Result<Response<ResolveSourceMetaResponse>, Status> {
-        self.call(request, |bridge, request| async move {
-            let Some(source) = request.source else {
+        self.call(request, |bridge, mut request| async move {
+            let Some(source) = request.source.take() else {
                 return Err(BuildError::new(Code::InvalidArgument, "source is not set"));
             };
-            if !request.source_policies.is_empty() {
-                return Err(BuildError::unsupported("source policies"));
-            }
-            let log_name = log_name(&request.log_name, &source.identifier);
-            if source.identifier.starts_with("git://") {
-                let objects = request.git.is_some_and(|git| git.return_object);
-                let git = bridge.resolve_git(&source, objects, &log_name).await?;
-                let git = Some(git_response(git));
-                return Ok(ResolveSourceMetaResponse { git, source: Some(source), image: None, http: None });
-            }
-            let Some(reference) = source.identifier.strip_prefix("docker-image://") else {
-                return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
-            };
-            let no_config = request.image.as_ref().is_some_and(|image| image.no_config);
-            if request
-                .image
-                .is_some_and(|image| image.attestation_chain || !image.resolve_attestations.is_empty())
-            {
-                return Err(BuildError::unsupported("resolving attestations"));
-            }
-            let platform = request.platform.unwrap_or_else(platform::host);
-            let mut image =
-                bridge.resolve_image(reference, &platform, &request.resolve_mode, &log_name).await?;
-            if no_config {
-                image.config.clear();
-            }
-            Ok(ResolveSourceMetaResponse {
-                image: Some(ResolveSourceImageResponse {
-                    digest: image.digest,
-                    config: image.config,
-                    attestation_chain: None,
-                }),
-                source: Some(source),
-                git: None,
-                http: None,
-            })
+            let platform = request.platform.clone().unwrap_or_else(platform::host);
+            request.source = Some(bridge.allowed(source, &platform).await?);
+            bridge.source_meta(request).await
         })
         .await
     }
@@ -331,20 +295,4 @@ impl LlbBridge for GatewayService {
     ) -> Result<Response<StatFileResponse>, Status> {
         no_containers("StatFileContainer")
     }
-}
-
-fn git_response((resolved, objects): (ResolvedGit, Option<GitObjects>)) -> ResolveSourceGitResponse {
-    let GitObjects { commit, commit_name, tag } = objects.unwrap_or_default();
-    let tagged = if tag.is_some() { Some(commit_name) } else { resolved.tagged };
-    ResolveSourceGitResponse {
-        r#ref: resolved.name.unwrap_or_else(|| resolved.object.clone()),
-        checksum: resolved.object,
-        commit_checksum: tagged.unwrap_or_default(),
-        commit_object: commit,
-        tag_object: tag.unwrap_or_default(),
-    }
-}
-
-fn log_name(asked: &str, identifier: &str) -> String {
-    if asked.is_empty() { format!("resolve image config for {identifier}") } else { asked.to_owned() }
 }

@@ -17,7 +17,7 @@ fn open(config: HistoryConfig) -> (TempDir, Arc<Store>, Arc<History>) {
 
 fn begun(history: &Arc<History>, id: &str) -> BuildHistoryRecord {
     let request = control::SolveRequest { r#ref: id.into(), ..Default::default() };
-    let mut recording = history.begin(&request, ProgressLog::new());
+    let mut recording = history.begin(&request, ProgressLog::new(), None);
     recording.record.take().expect("begun")
 }
 
@@ -51,6 +51,24 @@ fn a_build_is_listed_once_while_it_ends_and_while_it_runs_again() {
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Running")]);
     assert_eq!(listed(&history, &["status==running"]).len(), 1);
     assert!(listed(&history, &["status==completed"]).is_empty());
+}
+
+#[test]
+fn a_trace_is_made_when_it_is_asked_for() {
+    let (_dir, store, history) = open(HistoryConfig::default());
+    build(&history, "a", None);
+    let finalize = || history.update(&UpdateBuildHistoryRequest { finalize: true, ..update("a") });
+    finalize().expect("finalize");
+    let record = history.record("a").expect("read").expect("there");
+    let trace = record.trace.expect("a trace");
+    assert_eq!((trace.media_type.as_str(), record.generation), ("application/vnd.buildkit.otlp.json.v0", 2));
+    let bytes = history.content(&trace.digest).expect("read").expect("there");
+    assert_eq!(i64::try_from(bytes.len()).ok(), Some(trace.size));
+    finalize().expect("finalize again");
+    assert_eq!(history.record("a").expect("read").expect("there").generation, 2);
+    history.update(&UpdateBuildHistoryRequest { delete: true, ..update("a") }).expect("delete");
+    assert!(store.values().names(CONTENT).expect("names").is_empty());
+    finalize().expect("of nothing");
 }
 
 #[test]

@@ -20,6 +20,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::daemon::Daemon;
 use crate::error::BuildError;
 use crate::jobs::STATUS_WAIT;
+use crate::traces::TraceParent;
 
 /// Response header with the daemon's clock, by which clients correct theirs.
 const CLOCK: &str = "buildkit-current-timestamp";
@@ -59,7 +60,8 @@ impl Control for ControlService {
     type ListenBuildHistoryStream = BoxStream<'static, Result<BuildHistoryEvent, Status>>;
 
     async fn solve(&self, request: Request<SolveRequest>) -> Result<Response<SolveResponse>, Status> {
-        let response = crate::build::solve(&self.0, request.into_inner()).await?;
+        let parent = TraceParent::of(request.metadata());
+        let response = crate::build::solve(&self.0, request.into_inner(), parent).await?;
         Ok(Response::new(response))
     }
 

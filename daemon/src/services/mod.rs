@@ -39,5 +39,7 @@ pub(crate) fn routes(daemon: &Arc<Daemon>) -> Routes {
         ExplainServer::new(small::ExplainService(daemon.clone())).max_encoding_message_size(MAX_MESSAGE),
     )
     .add_service(HealthServer::new(small::HealthService(daemon.shutdown.clone())))
-    .add_service(TraceServiceServer::new(small::TraceService).max_decoding_message_size(MAX_MESSAGE))
+    .add_service(
+        TraceServiceServer::new(small::TraceService(daemon.clone())).max_decoding_message_size(MAX_MESSAGE),
+    )
 }

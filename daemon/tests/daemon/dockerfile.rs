@@ -189,15 +189,15 @@ async fn errors_show_the_lines() {
         client.build(&daemon, "three", &[("filename", "None")]).await.0.expect_err("no such Dockerfile");
     assert_eq!(error.message(), "failed to read dockerfile: open None: no such file or directory");
     let error = client
-        .build(&daemon, "four", &[("requestid", "frontend.outline")])
+        .build(&daemon, "four", &[("requestid", "frontend.convertllb")])
         .await
         .0
         .expect_err("a subrequest");
     assert_eq!(
         (error.code(), error.message()),
-        (Code::Unimplemented, "unsupported: subrequest frontend.outline")
+        (Code::Unimplemented, "unsupported: subrequest frontend.convertllb")
     );
-    assert_eq!(details(&error)[0].1["name"], "frontend.outline");
+    assert_eq!(details(&error)[0].1["name"], "frontend.convertllb");
     daemon.stop().await;
 }
 
@@ -271,12 +271,28 @@ async fn ask(
     answer
 }
 
+/// A file that asks for things.
+const GIVEN: &str = "# A is first
+ARG A=1
+FROM scratch AS base
+ARG B
+FROM base AS unused
+ARG C
+# made is the product
+FROM base AS made
+ARG A
+RUN --mount=type=secret,id=token,required true
+";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn questions_about_a_dockerfile() {
     let mut daemon = Daemon::start().await;
     let file = "# base is first\nFROM scratch AS base\nMAINTAINER x\nFROM base\nCOPY a /\n";
-    let client =
-        Client::attach(&daemon, &[("Dockerfile", file), ("Bad", "FROM scratch\nEXPOSE foo\n")]).await;
+    let client = Client::attach(
+        &daemon,
+        &[("Dockerfile", file), ("Bad", "FROM scratch\nEXPOSE foo\n"), ("Given", GIVEN)],
+    )
+    .await;
     let answer = async |id: &str, opts: &[(&str, &str)]| {
         let caps = [("frontend.caps", "moby.buildkit.frontend.subrequests+forward")];
         let answer = ask(&daemon, &client, id, &[&caps, opts].concat(), HashMap::new()).await.expect(id);
@@ -307,6 +323,23 @@ async fn questions_about_a_dockerfile() {
     let [base, last] = json["targets"].as_array().expect("targets").as_slice() else { panic!("{json}") };
     assert_eq!((&base["name"], &base["description"]), (&"base".into(), &"is first".into()));
     assert_eq!((&last["base"], &last["default"]), (&"base".into(), &true.into()));
+
+    let opts =
+        [("requestid", "frontend.outline"), ("filename", "Given"), ("target", "made"), ("build-arg:B", "2")];
+    let (json, _) = answer("five", &opts).await;
+    let places = |value: &Value| value["location"]["ranges"][0]["start"]["line"].as_i64();
+    assert_eq!((&json["name"], &json["description"]), (&"made".into(), &"is the product".into()));
+    assert_eq!(places(&json["args"][0]), Some(2), "{json}");
+    assert_eq!(json["args"][1]["value"], "2");
+    assert_eq!(json["secrets"][0]["required"], true);
+    let text = ask(&daemon, &client, "six", &opts, HashMap::new()).await.expect("six").metadata["result.txt"]
+        .clone();
+    let expected = concat!(
+        "TARGET:      made\nDESCRIPTION: is the product\n\n",
+        "BUILD ARG   VALUE   DESCRIPTION\nA           1       is first\nB           2\n\n",
+        "SECRET   REQUIRED\ntoken    true\n\n",
+    );
+    assert_eq!(String::from_utf8(text).expect("text"), expected);
 
     let (json, _) = answer("four", &[("requestid", "frontend.subrequests.describe")]).await;
     assert!(json.as_array().expect("a list").iter().any(|entry| entry["name"] == "frontend.targets"));

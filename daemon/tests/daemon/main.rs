@@ -3,4 +3,6 @@
 mod common;
 mod config;
 mod dockerfile;
+mod policy;
 mod service;
+mod traces;

@@ -17,7 +17,7 @@ use crate::inputs::Inputs;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, explain, stdout};
+use crate::{attach, csv, explain, layout, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
@@ -41,7 +41,10 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
     });
     let explains =
         plan.args.explain && !matches!(response, Err(CliError::Interrupted(_) | CliError::Connect(_)));
-    let finished = response.and_then(|response| finish(&response, &plan.args));
+    let finished = response.and_then(|response| {
+        layout::record(&outputs, &response)?;
+        finish(&response, &plan.args)
+    });
     if explains {
         let explained = explain::build(connection, &reference, plan.args.format);
         // The outcome of the build itself is what counts.
@@ -75,7 +78,7 @@ impl Plan {
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        attachables.export(outputs::targets(outputs));
+        outputs::attach(outputs, &mut attachables);
         let mut entitlements = args.allow.clone();
         if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host")
         {

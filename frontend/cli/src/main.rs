@@ -19,6 +19,7 @@ mod explain;
 mod failure;
 mod history;
 mod inputs;
+mod layout;
 mod llbjson;
 mod outputs;
 mod progress;

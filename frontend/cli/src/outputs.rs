@@ -9,11 +9,14 @@ use std::task::{Context, Poll};
 
 use kiln_proto::control::Exporter;
 use kiln_proto::reference::Reference;
-use kiln_session::client::{ExportTarget, Output};
+use kiln_session::client::{Attachables, ContentDir, ExportTarget, Output};
 use tokio::io::AsyncWrite;
 
 use crate::csv;
 use crate::error::CliError;
+
+/// What daemons call the store that an image layout goes into.
+const STORE: &str = "export";
 
 /// One output: what the daemon does and where its bytes go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub(crate) enum Target {
     None,
     Stdout,
     File(PathBuf),
+    /// Blob by blob into a directory in the form of an image layout.
+    Layout(PathBuf),
     Dir {
         path: PathBuf,
         mirror: bool,
@@ -77,10 +82,14 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
             Target::Dir { path: path.into(), mirror: attrs.get("mode").is_some_and(|mode| mode == "delete") }
         }
         "tar" | "oci" | "docker" => {
-            if attrs.get("tar").is_some_and(|tar| matches!(tar.as_str(), "false" | "0")) {
-                return Err(CliError::usage(format!("unsupported: output {flag:?}: tar=false")));
-            }
+            let archive = !attrs.get("tar").is_some_and(|tar| matches!(tar.as_str(), "false" | "0"));
             match dest.as_deref() {
+                Some(path) if !archive && kind != "tar" => Target::Layout(path.into()),
+                _ if !archive => {
+                    return Err(CliError::usage(format!(
+                        "invalid output {flag:?}: tar=false is for images with a dest"
+                    )));
+                }
                 None if kind == "docker" => {
                     return Err(CliError::usage(
                         "unsupported: type=docker without dest (loading into a docker daemon)",
@@ -167,6 +176,9 @@ pub(crate) fn complete(
     if outputs.iter().filter(|output| output.target == Target::Stdout).count() > 1 {
         return Err(CliError::usage("only one output can go to standard output"));
     }
+    if layouts(&outputs).count() > 1 {
+        return Err(CliError::usage("only one output can have tar=false"));
+    }
     Ok(outputs)
 }
 
@@ -178,12 +190,31 @@ pub(crate) fn exporters(outputs: &[OutputSpec]) -> Vec<Exporter> {
         .collect()
 }
 
+/// The image layouts among the outputs.
+pub(crate) fn layouts(outputs: &[OutputSpec]) -> impl Iterator<Item = &Path> {
+    outputs.iter().filter_map(|output| match &output.target {
+        Target::Layout(path) => Some(path.as_path()),
+        _ => None,
+    })
+}
+
+/// Offers the daemon what the outputs go into.
+pub(crate) fn attach(outputs: &[OutputSpec], attachables: &mut Attachables) {
+    attachables.export(targets(outputs));
+    let stores: Vec<ContentDir> =
+        layouts(outputs).map(|path| ContentDir { name: STORE.into(), path: path.to_owned() }).collect();
+    if !stores.is_empty() {
+        attachables.content(stores);
+    }
+}
+
 /// Where the daemon's answers go, by exporter.
-pub(crate) fn targets(outputs: &[OutputSpec]) -> Vec<Option<ExportTarget>> {
+fn targets(outputs: &[OutputSpec]) -> Vec<Option<ExportTarget>> {
     outputs
         .iter()
         .map(|output| match output.target.clone() {
-            Target::None => None,
+            // A layout is filled through another service.
+            Target::None | Target::Layout(_) => None,
             Target::Dir { path, mirror } => Some(ExportTarget::Dir { path, mirror }),
             Target::Stdout => {
                 Some(ExportTarget::Bytes(Box::new(|| Ok(Box::pin(tokio::io::stdout()) as Output))))
@@ -295,7 +326,8 @@ mod tests {
             ("dest=x", "no type"),
             ("type=local", "no dest"),
             ("type=docker", "unsupported: type=docker without dest"),
-            ("type=oci,dest=x,tar=false", "unsupported"),
+            ("type=oci,tar=false", "tar=false is for images with a dest"),
+            ("type=tar,dest=x,tar=false", "tar=false is for images"),
             ("type=image,dest=x", "takes no dest"),
             ("type=oci,dest=/", "is a directory"),
             ("type=oci,dest=/no/such/dir/file", "no directory /no/such/dir"),
@@ -307,6 +339,9 @@ mod tests {
         let stdout = OutputSpec { kind: "tar".into(), attrs: attrs(&[]), target: Target::Stdout };
         assert!(complete(vec![stdout.clone(), stdout], false, &[], &[]).is_err());
         assert!(complete(Vec::new(), true, &[], &[]).unwrap_err().to_string().contains("-t NAME"));
+        let layout = || parse(&["type=oci,dest=x,tar=false".into()]).unwrap().remove(0);
+        assert_eq!(layouts(&[layout()]).collect::<Vec<_>>(), [Path::new("x")]);
+        assert!(complete(vec![layout(), layout()], false, &[], &[]).is_err());
         let digest = format!("a@sha256:{}", "0".repeat(64));
         for tag in ["a:b:c", "Upper", digest.as_str()] {
             let error = complete(Vec::new(), false, &[tag.into()], &[]).unwrap_err().to_string();

@@ -13,7 +13,7 @@ use crate::auth::DockerConfig;
 use crate::error::CliError;
 use crate::progress::Display;
 use crate::run::{self, Job};
-use crate::{attach, build, inputs, outputs};
+use crate::{attach, build, inputs, layout, outputs};
 
 /// Builds what standard input defines.
 pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliError> {
@@ -39,7 +39,7 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        attachables.export(outputs::targets(&outputs));
+        outputs::attach(&outputs, &mut attachables);
         let request = SolveRequest {
             r#ref: kiln_session::new_id(),
             definition: Some(definition.clone()),
@@ -50,6 +50,7 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
         };
         Ok(Job { request, attachables, shared_key: String::new() })
     })?;
+    layout::record(&outputs, &response)?;
     args.metadata_file.as_ref().map_or(Ok(()), |path| build::metadata_file(path, &response))
 }
 

@@ -109,7 +109,8 @@ pub fn targets(dockerfile: &[u8], filename: &str) -> Result<Vec<TargetInfo>, Com
     Ok(stages.map(target).collect())
 }
 
-fn read(dockerfile: &[u8]) -> Result<(Source, Vec<Instruction>)> {
+/// The file's instructions.
+pub(crate) fn read(dockerfile: &[u8]) -> Result<(Source, Vec<Instruction>)> {
     let source = source::read(dockerfile).map_err(parse_error)?;
     let instructions = source
         .lines
@@ -149,7 +150,7 @@ fn parse_error(mut fault: Fault) -> Fault {
 }
 
 impl<'a> Compiler<'a> {
-    fn new(
+    pub(crate) fn new(
         input: &'a CompileInput<'a>,
         source: &Source,
         instructions: &[Instruction],
@@ -218,7 +219,7 @@ impl<'a> Compiler<'a> {
     }
 
     /// Runs the stages that the target needs, or `every` one. The answer is the target, and what was run.
-    async fn run_stages(
+    pub(crate) async fn run_stages(
         &mut self,
         instructions: &[Instruction],
         resolver: &dyn ImageResolver,

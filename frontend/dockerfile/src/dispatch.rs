@@ -296,6 +296,7 @@ impl Compiler<'_> {
         for arg in args {
             self.lint_secret("ARG", &arg.key, i.lines);
             let given = self.build_args.get(&arg.key).cloned();
+            let of_file = given.is_none() && arg.value.is_none() && self.global_args.get(&arg.key).is_some();
             let value = match (given, &arg.value) {
                 (Some(value), _) => Some(value),
                 (None, Some(default)) => Some(self.expand(stage, i, default)?),
@@ -304,6 +305,7 @@ impl Compiler<'_> {
             if let Some(value) = value.as_ref().filter(|_| !NO_VARIABLE.contains(&arg.key.as_str())) {
                 stage.fs.env.set(&arg.key, value);
             }
+            stage.uses.arg(i, arg, value.as_deref(), of_file);
             texts.push(match &value {
                 Some(value) => format!("{}={value}", arg.key),
                 None => arg.key.clone(),

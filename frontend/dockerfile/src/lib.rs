@@ -18,6 +18,7 @@ mod instruction;
 mod lint;
 mod mount;
 mod options;
+mod outline;
 mod parse;
 mod run;
 mod source;
@@ -33,6 +34,7 @@ pub use error::{CompileError, ResolveError};
 pub use giturl::git_context;
 pub use lint::LintWarning;
 pub use options::{Options, OptionsError, ResolveMode};
+pub use outline::outline;
 
 /// Resolves names of images and named contexts to what they stand for.
 pub trait ImageResolver: Send + Sync {
@@ -162,6 +164,45 @@ pub struct LintReport {
     pub warnings: Vec<LintWarning>,
     /// Why the file does not compile, if it does not.
     pub error: Option<CompileError>,
+}
+
+/// What can be given to a target.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outline {
+    /// The target's name; empty if it has none.
+    pub name: String,
+    /// The comment before its FROM that begins with its name, without that.
+    pub description: String,
+    /// Build arguments.
+    pub args: Vec<OutlineArg>,
+    /// Secrets.
+    pub secrets: Vec<OutlineNeed>,
+    /// Agents.
+    pub ssh: Vec<OutlineNeed>,
+}
+
+/// A build argument that a target uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutlineArg {
+    /// Its name.
+    pub name: String,
+    /// Its value in this build; empty if it has none.
+    pub value: String,
+    /// The comment before its ARG that begins with its name, without that.
+    pub description: String,
+    /// First and last line of its ARG, from 1.
+    pub lines: (u32, u32),
+}
+
+/// A secret or an ssh agent that a target uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutlineNeed {
+    /// Its id.
+    pub name: String,
+    /// The build fails without it.
+    pub required: bool,
+    /// First and last line of the instruction, from 1.
+    pub lines: (u32, u32),
 }
 
 /// A stage that can be built.

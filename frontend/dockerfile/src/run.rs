@@ -35,6 +35,11 @@ impl Compiler<'_> {
         let (args, title) = self.arguments(stage, run, &i.text, &mut gathered)?;
         for (n, mount) in parsed.iter().enumerate() {
             let source = command.sources.get(n).copied();
+            match mount.kind {
+                MountKind::Secret => stage.uses.secret(&secret_id(mount), mount.required, i.lines),
+                MountKind::Ssh => stage.uses.ssh(&mount.id, mount.required, i.lines),
+                _ => {}
+            }
             self.mount(stage, mount, source, &mut gathered)?;
         }
         if self.input.options.shm_size > 0 {
@@ -356,10 +361,17 @@ fn tmpfs_mount(dest: String, tmpfs: pb::TmpfsOpt, readonly: bool) -> pb::Mount {
     mount
 }
 
+fn base(path: &str) -> String {
+    path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_string()
+}
+
+fn secret_id(mount: &Mount) -> String {
+    let given = [&mount.source, &mount.id].into_iter().find(|s| !s.is_empty()).cloned();
+    given.unwrap_or_else(|| base(&mount.target))
+}
+
 fn secret(mount: &Mount, gathered: &mut Gathered) {
-    let base = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_string();
-    let id = [&mount.source, &mount.id].into_iter().find(|s| !s.is_empty()).cloned();
-    let id = id.unwrap_or_else(|| base(&mount.target));
+    let id = secret_id(mount);
     if let Some(name) = &mount.env {
         gathered.secret_env.push(pb::SecretEnv {
             id: id.clone(),

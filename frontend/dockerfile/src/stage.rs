@@ -11,6 +11,7 @@ use crate::expand::{EnvList, Lexer, NoEnv};
 use crate::graph::Out;
 use crate::image::Image;
 use crate::instruction::{self, Instruction, Kind};
+use crate::outline::Uses;
 use crate::suggest::{nearest, with_suggestion};
 use crate::{lint, parse, source};
 
@@ -42,6 +43,7 @@ pub(crate) struct Stage {
     pub(crate) base_config: Option<Vec<u8>>,
     pub(crate) fs: FileSystem,
     pub(crate) build_args: Vec<(String, Option<String>)>,
+    pub(crate) uses: Uses,
     pub(crate) ignore_cache: bool,
     pub(crate) step: usize,
     pub(crate) steps: usize,
@@ -121,6 +123,8 @@ impl Compiler<'_> {
             return Err(Fault::new(format!("base name ({}) should not be blank", from.base)));
         }
         let mut stage_platform = None;
+        let mut uses = Uses::default();
+        uses.read(base.matched);
         if !from.platform.is_empty() {
             let expanded = lexer.expand(&from.platform, &self.global_args)?;
             undeclared(&mut self.lint, &expanded.unmatched);
@@ -144,6 +148,7 @@ impl Compiler<'_> {
             let parsed = platform::parse(&expanded.text)
                 .map_err(|e| hint(format!("failed to parse platform {}: {e}", from.platform)))?;
             stage_platform = Some(parsed);
+            uses.read(expanded.matched);
         }
         let number = self.stages.len();
         let stage = Stage {
@@ -155,6 +160,7 @@ impl Compiler<'_> {
             lines: Some(lines),
             start: Some(instruction.start),
             platform: stage_platform,
+            uses,
             ignore_cache: match &self.input.options.no_cache {
                 None => false,
                 Some(names) if names.is_empty() => true,

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use common::{
     Images, base, compile, compile_with_ignore, config, error, history, loaded, names, render, try_compile,
 };
+use kiln_dockerfile::OutlineNeed;
 use kiln_proto::pb;
 use serde_json::json;
 
@@ -491,6 +492,31 @@ fn the_stages_of_a_file() {
     assert_eq!((found[0].base.as_str(), found[0].platform.as_str()), ("golang:$V", "$BUILDPLATFORM"));
     assert_eq!((found[1].name.as_str(), found[1].base.as_str(), found[1].lines), ("", "base", (3, 3)));
     assert!(kiln_dockerfile::targets(b"FORM x", "Dockerfile").is_err());
+}
+
+#[test]
+fn what_can_be_given_to_a_target() {
+    let file = concat!(
+        "# V is the version\nARG V=1\nARG TAG=$V-x\nARG UNUSED\n",
+        "FROM alpine:$TAG AS base\nRUN --mount=type=secret,target=/s/key --mount=type=ssh x\n",
+        "FROM alpine AS other\nARG OTHER\n",
+        "# last is what it is about\nFROM base AS last\nARG OWN=a TARGETARCH\n",
+        "RUN --mount=type=secret,id=key,required x\n",
+    );
+    let found = common::outline(file, &[("build-arg:V", "2")]).expect("compiles");
+    assert_eq!((found.name.as_str(), found.description.as_str()), ("last", "is what it is about"));
+    let args: Vec<_> =
+        found.args.iter().map(|arg| (arg.name.as_str(), arg.value.as_str(), arg.lines.0)).collect();
+    assert_eq!(args, [("V", "2", 2), ("TAG", "2-x", 3), ("OWN", "a", 11)]);
+    assert_eq!(found.args[0].description, "is the version");
+    let needs = |needs: &[OutlineNeed]| {
+        needs.iter().map(|need| (need.name.clone(), need.required, need.lines.0)).collect::<Vec<_>>()
+    };
+    assert_eq!(needs(&found.secrets), [("key".to_owned(), true, 12)]);
+    assert_eq!(needs(&found.ssh), [("default".to_owned(), false, 6)]);
+    let found = common::outline(file, &[("target", "other")]).expect("compiles");
+    assert_eq!(found.args.iter().map(|arg| arg.name.as_str()).collect::<Vec<_>>(), ["OTHER"]);
+    assert!(common::outline("FROM alpine\nEXPOSE foo", &[]).is_err());
 }
 
 #[test]

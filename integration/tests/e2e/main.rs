@@ -3,6 +3,7 @@
 mod build;
 mod buildkitd;
 mod cancel;
+mod clients;
 mod concurrency;
 mod contexts;
 mod crash;

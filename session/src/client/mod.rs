@@ -1,11 +1,14 @@
 //! The client's end of a session: a gRPC server inside the byte stream of a `Control.Session` call, offering what the
 //! command line chose to attach.
 
+mod content;
 mod export;
 mod files;
 mod secrets;
 mod ssh;
 mod upload;
+
+use std::convert::Infallible;
 
 use futures::StreamExt;
 use kiln_proto::control::BytesMessage;
@@ -17,6 +20,8 @@ use kiln_proto::health::{HealthCheckRequest, HealthCheckResponse, HealthListRequ
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::server::NamedService;
 use tonic::service::RoutesBuilder;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status};
@@ -25,6 +30,7 @@ use crate::error::SessionError;
 use crate::headers;
 use crate::pipe::{Pipe, pipe};
 
+pub use content::ContentDir;
 pub use export::{ExportTarget, Output};
 pub use files::SharedDir;
 pub use secrets::Secret;
@@ -50,6 +56,21 @@ impl Attachables {
         this
     }
 
+    /// Offers a service that is none of those below, whose calls are `methods`.
+    pub fn add<S>(&mut self, service: S, methods: &[&'static str])
+    where
+        S: tower::Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.routes.add_service(service);
+        self.methods.extend(methods);
+    }
+
     /// Shares directories under their names.
     pub fn share(&mut self, dirs: Vec<SharedDir>) {
         self.routes.add_service(files::service(dirs));
@@ -60,6 +81,17 @@ impl Attachables {
     pub fn export(&mut self, targets: Vec<Option<ExportTarget>>) {
         self.routes.add_service(export::FileSend::new(targets));
         self.methods.push("/moby.filesync.v1.FileSend/DiffCopy");
+    }
+
+    /// Offers image layouts.
+    pub fn content(&mut self, dirs: Vec<ContentDir>) {
+        self.routes.add_service(content::service(dirs));
+        self.methods.extend([
+            "/containerd.services.content.v1.Content/Info",
+            "/containerd.services.content.v1.Content/Read",
+            "/containerd.services.content.v1.Content/Write",
+            "/containerd.services.content.v1.Content/Abort",
+        ]);
     }
 
     /// Answers for secrets.

@@ -1,25 +1,34 @@
-//! The `oci` and `docker` exporters: an image layout in a tar.
+//! The `oci` and `docker` exporters: an image layout, in a tar or in the client's content store.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use kiln_proto::reference::Reference;
 use serde_json::{Value, json};
+use tokio::io::AsyncRead;
 use tokio_util::io::SyncIoBridge;
 
 use super::attrs::{Attributes, Kind};
 use super::config;
 use super::input::ExportInput;
-use super::manifest::{Assembled, assemble};
-use super::output::{Output, OutputError, TarOutput};
+use super::manifest::{Assembled, Document, assemble};
+use super::output::{LayoutBlob, Output, OutputError, TarOutput};
 use super::{ExportContext, ExportError};
 use crate::layer::{Kind as EntryKind, LayerError, TarEntry, TarWriter};
 
 const NAME: &str = "io.containerd.image.name";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const CREATED: &str = "org.opencontainers.image.created";
+/// What the blobs of an image are; none names one of a later kind.
+const KINDS: [&str; 4] = ["layer", "config", "manifest", "index"];
 
-/// Content of one file of the layout.
+/// One file of the layout.
+struct Blob {
+    kind: &'static str,
+    size: u64,
+    content: Content,
+}
+
 enum Content {
     Bytes(Vec<u8>),
     /// A stored blob; the handle keeps it.
@@ -57,6 +66,10 @@ pub(super) async fn export(
         response.insert("image.name".to_string(), joined);
     }
     let blobs = blobs(context, &assembled).await?;
+    if attributes.into_store {
+        store(blobs, output).await?;
+        return Ok(response);
+    }
     let index = index(&descriptor, &names)?;
     let manifest =
         (attributes.kind == Kind::Docker).then(|| docker_manifest(&assembled, &names)).transpose()?;
@@ -109,25 +122,42 @@ pub(super) async fn send(
     }
 }
 
+/// Stores the blobs, each after those that it names. The client itself keeps the index of what it has.
+async fn store(blobs: BTreeMap<String, Blob>, output: &dyn Output) -> Result<(), ExportError> {
+    let mut blobs: Vec<(String, Blob)> = blobs.into_iter().collect();
+    blobs.sort_by_key(|(_, blob)| KINDS.iter().position(|kind| *kind == blob.kind));
+    for (digest, Blob { kind, size, content }) in blobs {
+        let content: Box<dyn AsyncRead + Send + Unpin> = match &content {
+            Content::Bytes(bytes) => Box::new(io::Cursor::new(bytes.clone())),
+            Content::Blob(blob) => {
+                Box::new(tokio::fs::File::open(blob.path()).await.map_err(LayerError::Read)?)
+            }
+        };
+        output.blob(LayoutBlob { kind, digest, size, content }).await?;
+    }
+    Ok(())
+}
+
 /// All blobs of the image by digest.
 async fn blobs(
     context: &ExportContext,
     assembled: &Assembled,
-) -> Result<BTreeMap<String, (u64, Content)>, ExportError> {
+) -> Result<BTreeMap<String, Blob>, ExportError> {
+    let [layer_kind, config_kind, manifest_kind, index_kind] = KINDS;
+    let bytes = |kind, document: &Document| {
+        let content = Content::Bytes(document.bytes.clone());
+        (document.digest.clone(), Blob { kind, size: document.bytes.len() as u64, content })
+    };
     let mut all = BTreeMap::new();
     for image in &assembled.images {
         for layer in &image.layers {
             let blob = context.images.local_blob(layer, &context.access).await?;
-            all.insert(layer.blob.digest.clone(), (blob.size(), Content::Blob(blob)));
+            let file = Blob { kind: layer_kind, size: blob.size(), content: Content::Blob(blob) };
+            all.insert(layer.blob.digest.clone(), file);
         }
-        for document in [&image.config, &image.manifest] {
-            let bytes = document.bytes.clone();
-            all.insert(document.digest.clone(), (bytes.len() as u64, Content::Bytes(bytes)));
-        }
+        all.extend([bytes(config_kind, &image.config), bytes(manifest_kind, &image.manifest)]);
     }
-    if let Some(index) = &assembled.index {
-        all.insert(index.digest.clone(), (index.bytes.len() as u64, Content::Bytes(index.bytes.clone())));
-    }
+    all.extend(assembled.index.iter().map(|index| bytes(index_kind, index)));
     Ok(all)
 }
 
@@ -173,7 +203,7 @@ fn blob_path(digest: &str) -> String {
 
 fn layout<W: io::Write>(
     archive: &mut TarWriter<W>,
-    blobs: &BTreeMap<String, (u64, Content)>,
+    blobs: &BTreeMap<String, Blob>,
     index: &[u8],
     manifest: Option<&[u8]>,
 ) -> io::Result<()> {
@@ -185,7 +215,7 @@ fn layout<W: io::Write>(
         entry.size = size;
         archive.entry(&entry, content)
     };
-    for (digest, (size, content)) in blobs {
+    for (digest, Blob { size, content, .. }) in blobs {
         let path = blob_path(digest);
         match content {
             Content::Bytes(bytes) => file(&path, 0o444, *size, &mut bytes.as_slice())?,

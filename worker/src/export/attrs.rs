@@ -42,6 +42,8 @@ pub struct Attributes {
     pub dangling_empty_only: bool,
     /// OCI rather than Docker media types.
     pub oci_types: bool,
+    /// Into the client's content store rather than as an archive.
+    pub into_store: bool,
     /// Form of new layers.
     pub compression: Compression,
     /// Its level.
@@ -107,6 +109,7 @@ impl Attributes {
             dangling_prefix: None,
             dangling_empty_only: false,
             oci_types: true,
+            into_store: false,
             compression: Compression::Gzip,
             level: None,
             force: false,
@@ -168,13 +171,7 @@ impl Attributes {
             "store" | "unpack" if image_only => {
                 boolean(key, value, true)?;
             }
-            "tar" if !image_only => {
-                if !boolean(key, value, true)? {
-                    return Err(wrong(
-                        "unsupported: exporter attribute tar=false (export into the client's content store)",
-                    ));
-                }
-            }
+            "tar" if !image_only => self.into_store = !boolean(key, value, true)?,
             "dest" if !image_only => {}
             "oci-mediatypes" => self.oci_types = boolean(key, value, false)?,
             // They say how attestations are attached; without any they change nothing.

@@ -20,7 +20,7 @@ use kiln_cache::{Store, StoreError};
 
 pub use attrs::{Attributes, Kind};
 pub use input::{ExportInput, ExportTarget};
-pub use output::{NoOutput, Output, OutputError, SessionOutput, TarOutput, Tree};
+pub use output::{LayoutBlob, NoOutput, Output, OutputError, SessionOutput, TarOutput, Tree};
 
 use crate::image::{Access, ImageError, Images};
 use crate::layer::LayerError;

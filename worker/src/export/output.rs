@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use kiln_session::{Session, SessionError, TarSender, fsutil};
-use tokio::io::AsyncWrite;
+use kiln_session::{NewBlob, Session, SessionError, TarSender, fsutil};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// The receiver did not take what was sent.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -33,6 +33,21 @@ pub struct Tree {
     pub root: OwnedFd,
 }
 
+/// The name under which clients offer the store that image layouts go into.
+const STORE: &str = "export";
+
+/// A blob for the client's content store.
+pub struct LayoutBlob {
+    /// What it is in the image, e.g. `layer`.
+    pub kind: &'static str,
+    /// Its digest.
+    pub digest: String,
+    /// Its size.
+    pub size: u64,
+    /// Its bytes.
+    pub content: Box<dyn AsyncRead + Send + Unpin>,
+}
+
 /// An archive under way. Dropping it without [`TarOutput::finish`] aborts it.
 pub trait TarOutput: AsyncWrite + Send + Unpin + 'static {
     /// Ends the archive and waits until it is stored.
@@ -51,6 +66,9 @@ pub trait Output: Send + Sync {
         mirror: bool,
         progress: Arc<dyn Fn(u64) + Send + Sync>,
     ) -> BoxFuture<'a, Result<(), OutputError>>;
+
+    /// Stores a blob; one that is there already counts as stored.
+    fn blob(&self, blob: LayoutBlob) -> BoxFuture<'_, Result<(), OutputError>>;
 }
 
 /// For exporters that send nothing to the client.
@@ -77,6 +95,10 @@ impl Output for NoOutput {
         _mirror: bool,
         _progress: Arc<dyn Fn(u64) + Send + Sync>,
     ) -> BoxFuture<'a, Result<(), OutputError>> {
+        Box::pin(async { Err(Self::error()) })
+    }
+
+    fn blob(&self, _blob: LayoutBlob) -> BoxFuture<'_, Result<(), OutputError>> {
         Box::pin(async { Err(Self::error()) })
     }
 }
@@ -119,6 +141,14 @@ impl Output for SessionOutput {
                 .collect();
             self.session.file_send_dir(self.exporter, mirror, trees, Some(progress)).await?;
             Ok(())
+        })
+    }
+
+    fn blob(&self, blob: LayoutBlob) -> BoxFuture<'_, Result<(), OutputError>> {
+        Box::pin(async move {
+            let reference = format!("{}-{}", blob.kind, blob.digest);
+            let new = NewBlob { reference: &reference, digest: &blob.digest, size: blob.size };
+            Ok(self.session.write_blob(STORE, new, blob.content).await?)
         })
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use futures::future::BoxFuture;
 use kiln_dockerfile::{
     CompileError, CompileInput, Compiled, CompiledTarget, ContextSource, ImageResolver, LintReport,
-    NamedContext, Options, ResolveError, ResolveMode, ResolvedImage,
+    NamedContext, Options, Outline, ResolveError, ResolveMode, ResolvedImage,
 };
 use kiln_proto::{llb, pattern, pb, platform};
 use serde_json::{Value, json};
@@ -130,6 +130,13 @@ pub(crate) fn lint(dockerfile: &str, attrs: &[(&str, &str)]) -> LintReport {
     let options = options(attrs);
     let input = input(dockerfile, &options, None);
     futures::executor::block_on(kiln_dockerfile::lint(input, &Images::new()))
+}
+
+/// What can be given to a target.
+pub(crate) fn outline(dockerfile: &str, attrs: &[(&str, &str)]) -> Result<Outline, CompileError> {
+    let options = options(attrs);
+    let input = input(dockerfile, &options, None);
+    futures::executor::block_on(kiln_dockerfile::outline(input, &Images::new()))
 }
 
 fn options(attrs: &[(&str, &str)]) -> Options {
