@@ -17,7 +17,7 @@ use crate::inputs::Inputs;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, csv, explain, layout, stdout};
+use crate::{attach, explain, layout, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
