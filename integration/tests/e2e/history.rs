@@ -57,6 +57,26 @@ fn builds_are_listed_and_forgotten() {
 }
 
 #[test]
+fn builds_that_were_answered_are_remembered_at_once_and_by_the_next_daemon() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let context = Context::new("FROM busybox\nARG N\nRUN echo $N\n");
+    let build = |n: usize| kiln.build(context.path(), &["--build-arg", &format!("N={n}")]).ok();
+    for n in 1..=5 {
+        build(n);
+        assert_eq!(statuses(&builds(&kiln, &[])), vec!["Completed"; n]);
+        kiln.run(&["history", "explain"]).ok();
+    }
+    std::thread::scope(|scope| (6..=12).for_each(|n| drop(scope.spawn(move || build(n)))));
+    kiln.stop();
+    kiln.start();
+    assert_eq!(builds(&kiln, &[]).len(), 12);
+    let said = kiln.run(&["history", "explain"]).ok().stdout;
+    assert!(said.contains("RUN echo $N"), "{said}");
+}
+
+#[test]
 fn a_running_build_is_listed_and_stays() {
     let registry = Registry::with_busybox();
     let mut kiln = Kiln::new(&registry);

@@ -171,9 +171,9 @@ async fn a_build_is_compared_with_the_closest_of_all() {
         let step = format!("[1/1] RUN {other}");
         add(&format!("other {other}"), vertices(&[(&step, &step, &[])])).await;
     }
-    add("new", variant("b", "C")).await;
+    add("new", variant("b", "x")).await;
     let said = explanations.get("new").await.expect("explained");
     assert_eq!(said.compared_with, "near");
-    add("newer", variant("B", "c")).await;
+    add("newer", variant("B", "y")).await;
     assert_eq!(explanations.get("newer").await.expect("explained").compared_with, "like it");
 }
