@@ -61,6 +61,24 @@ fn inputs_nobody_looked_at_are_cached() {
 }
 
 #[test]
+fn each_run_of_a_vertex_is_told_to_its_end() {
+    let log = ProgressLog::new();
+    let at = |seconds: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let run = |from: u64, to: Option<u64>| VertexState {
+        started: Some(at(from)),
+        completed: to.map(at),
+        ..vertex("a", &[])
+    };
+    for state in [vertex("a", &[]), run(1, None), run(1, Some(2)), run(3, None), run(3, Some(4))] {
+        log.event(Event::Vertex(state));
+    }
+    let messages = log.replay();
+    let seconds = |time: &Option<prost_types::Timestamp>| time.map(|time| time.seconds);
+    let runs: Vec<_> = flat(&messages).iter().map(|v| (seconds(&v.started), seconds(&v.completed))).collect();
+    assert_eq!(runs, [(Some(1), Some(2)), (Some(3), Some(4))]);
+}
+
+#[test]
 fn output_is_split_over_messages() {
     let log = ProgressLog::new();
     log.lock().limits = LogLimits::new(-1, -1);

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use hashbrown::HashMap;
-use hashbrown::hash_map::Entry;
 use kiln_proto::control;
 use kiln_solver::progress::{Event, VertexLog, VertexState, VertexStatus, VertexWarning};
 use prost_types::Timestamp;
@@ -15,7 +14,7 @@ const MAX_LOG_BYTES: usize = 1 << 20;
 const MAX_ITEMS: usize = 2000;
 
 /// Messages that carry `events` in order of what clients need: vertices before what names them. A message tells the
-/// last state of a vertex only, which says all that the states before it said.
+/// last state of each time that a vertex ran only, which says all that the states before it said.
 pub(super) fn messages(events: &[Arc<Event>]) -> Vec<control::StatusResponse> {
     let mut messages = Vec::new();
     let mut batch = Batch::default();
@@ -67,10 +66,12 @@ struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     fn vertex(&mut self, state: &'a VertexState) {
-        match self.places.entry(&state.digest) {
-            Entry::Occupied(place) => self.vertices[*place.get()] = state,
-            Entry::Vacant(place) => {
-                place.insert(self.vertices.len());
+        let next = self.vertices.len();
+        let place = self.places.entry(&state.digest).or_insert(next);
+        match self.vertices.get_mut(*place) {
+            Some(former) if former.started.is_none() || former.started == state.started => *former = state,
+            _ => {
+                *place = next;
                 self.vertices.push(state);
                 self.items += 1;
             }

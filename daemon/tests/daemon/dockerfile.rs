@@ -211,9 +211,6 @@ async fn a_directory_of_an_archive_is_built() {
     assert_eq!(read(&client.written(), "a"), "inside");
     let error = client.build(&daemon, "two", &opts).await.0.expect_err("it was sent once");
     assert!(error.message().contains("no upload archive"), "{}", error.message());
-    let git = [("context", "https://example.org/x.git#main")];
-    let error = client.build(&daemon, "three", &git).await.0.expect_err("a repository");
-    assert_eq!(error.message(), "unsupported: remote build context https://example.org/x.git#main");
     daemon.stop().await;
 }
 
@@ -369,9 +366,9 @@ async fn results_of_builds_are_contexts_of_others() {
     assert_eq!(read(&client.written(), "copied"), "before");
     let error = ask(&daemon, &client, "two", &opts, HashMap::new()).await.expect_err("no such input");
     assert!(error.message().contains("invalid input 0-base for base"), "{}", error.message());
-    let remote = [("context:base", "https://example.org/x.git")];
-    let error = ask(&daemon, &client, "three", &remote, HashMap::new()).await.expect_err("remote");
-    assert!(error.message().contains("unsupported: named context base=https://"), "{}", error.message());
+    let layout = [("context:base", "oci-layout://store@sha256:00")];
+    let error = ask(&daemon, &client, "three", &layout, HashMap::new()).await.expect_err("a layout");
+    assert!(error.message().contains("unsupported: named context base=oci-layout://"), "{}", error.message());
 
     // The Dockerfile, too.
     let (file, _) = crate::common::file("/Dockerfile", "FROM scratch\nCOPY --from=other /made /alone\n");

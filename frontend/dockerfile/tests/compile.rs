@@ -497,18 +497,18 @@ fn the_stages_of_a_file() {
 #[test]
 fn what_can_be_given_to_a_target() {
     let file = concat!(
-        "# V is the version\nARG V=1\nARG TAG=$V-x\nARG UNUSED\n",
-        "FROM alpine:$TAG AS base\nRUN --mount=type=secret,target=/s/key --mount=type=ssh x\n",
+        "# V is the kind\nARG V=debi\nARG NAME=${V}ine\nARG UNUSED\n",
+        "FROM $NAME AS base\nRUN --mount=type=secret,target=/s/key --mount=type=ssh x\n",
         "FROM alpine AS other\nARG OTHER\n",
         "# last is what it is about\nFROM base AS last\nARG OWN=a TARGETARCH\n",
         "RUN --mount=type=secret,id=key,required x\n",
     );
-    let found = common::outline(file, &[("build-arg:V", "2")]).expect("compiles");
+    let found = common::outline(file, &[("build-arg:V", "alp")]).expect("compiles");
     assert_eq!((found.name.as_str(), found.description.as_str()), ("last", "is what it is about"));
     let args: Vec<_> =
         found.args.iter().map(|arg| (arg.name.as_str(), arg.value.as_str(), arg.lines.0)).collect();
-    assert_eq!(args, [("V", "2", 2), ("TAG", "2-x", 3), ("OWN", "a", 11)]);
-    assert_eq!(found.args[0].description, "is the version");
+    assert_eq!(args, [("V", "alp", 2), ("NAME", "alpine", 3), ("OWN", "a", 11)]);
+    assert_eq!(found.args[0].description, "is the kind");
     let needs = |needs: &[OutlineNeed]| {
         needs.iter().map(|need| (need.name.clone(), need.required, need.lines.0)).collect::<Vec<_>>()
     };

