@@ -76,8 +76,10 @@ impl Store {
     /// Removes what `options` say; `removed` is called with each record that went.
     pub fn prune(&self, options: &PruneOptions, removed: &mut dyn FnMut(UsageRecord)) -> Result<()> {
         let shared = self.shared();
+        // What was deleted before and still takes space counts against no limit.
+        shared.kv.reclaim()?;
         let any = shared.prune(options, &evictions::command(options), &shared.ledger()?, removed)?;
-        if any { evictions::trim(shared.kv.as_ref(), shared.eviction_notes) } else { Ok(()) }
+        shared.tidy(any)
     }
 
     /// Applies policies in order; `removed` is called with each record that went.
@@ -86,6 +88,7 @@ impl Store {
             return Ok(());
         }
         let shared = self.shared();
+        shared.kv.reclaim()?;
         let mut entries = shared.ledger()?;
         let mut any = false;
         for (number, policy) in policies.iter().enumerate() {
@@ -94,11 +97,20 @@ impl Store {
                 any = true;
             }
         }
-        if any { evictions::trim(shared.kv.as_ref(), shared.eviction_notes) } else { Ok(()) }
+        shared.tidy(any)
     }
 }
 
 impl Shared {
+    /// After records were removed, if any were.
+    fn tidy(&self, any: bool) -> Result<()> {
+        if any {
+            evictions::trim(self.kv.as_ref(), self.eviction_notes)?;
+            self.kv.reclaim()?;
+        }
+        Ok(())
+    }
+
     /// Removes of `entries`, the whole ledger, what `options` say, and notes that `rule` did it; true if
     /// that was anything.
     fn prune(

@@ -48,7 +48,9 @@ impl Store {
         let is_old = |value: &[u8]| {
             Ok(codec::decode::<EncodedOp>("operation", b"", value).is_ok_and(|op| op.day < oldest))
         };
-        Ok(count + self.keys().forget(Cf::Ops, b"", &is_old)?)
+        count += self.keys().forget(Cf::Ops, b"", &is_old)?;
+        kv.reclaim()?;
+        Ok(count)
     }
 }
 

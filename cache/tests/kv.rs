@@ -165,3 +165,29 @@ fn logs_of_short_lives_do_not_pile_up() {
         assert!(kv.get(Cf::ALL[life as usize % 3], &life.to_le_bytes()).unwrap().is_some(), "{life}");
     }
 }
+
+#[test]
+fn what_was_deleted_takes_no_space_once_it_is_reclaimed() {
+    let dir = tempfile::tempdir().unwrap();
+    let kv = RocksKv::open(dir.path()).unwrap();
+    let key = |n: u32| n.to_be_bytes().to_vec();
+    let used = || -> u64 {
+        std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+    };
+    let before = used();
+    let mut batch = Batch::new();
+    for n in 0..20_000 {
+        batch.put(Cf::Values, key(n), vec![b'x'; 500]);
+    }
+    kv.write(batch).unwrap();
+    kv.settle().unwrap();
+    assert!(used() > before + 10_000_000);
+    let mut batch = Batch::new();
+    for n in 1..20_000 {
+        batch.delete(Cf::Values, key(n));
+    }
+    kv.write(batch).unwrap();
+    kv.reclaim().unwrap();
+    assert!(used() < before + 1_000_000, "{} bytes are used", used());
+    assert_eq!(scan(&kv, Cf::Values, b"").len(), 1);
+}

@@ -5,7 +5,7 @@
 mod tests;
 mod trace;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -17,7 +17,7 @@ use kiln_proto::control::{
 };
 use prost::Message;
 use sha2::Digest;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tonic::Code;
 
 use crate::config::HistoryConfig;
@@ -39,7 +39,7 @@ const ERROR_TYPE: &str = "application/vnd.googeapis.google.rpc.status+proto";
 const LIVE_EVENTS: usize = 256;
 
 /// So many builds may be answered and not stored yet.
-const ENDING: u32 = 64;
+const ENDING: usize = 64;
 
 /// All records.
 pub(crate) struct History {
@@ -52,12 +52,43 @@ pub(crate) struct History {
     /// By ref; `None` until the records are read. Held by who changes one.
     finished: Mutex<Option<HashMap<String, Finished>>>,
     events: broadcast::Sender<BuildHistoryEvent>,
+    ending: watch::Sender<Endings>,
     /// One permit for each build that was answered and is not stored yet.
-    ending: Arc<Semaphore>,
+    room: Arc<Semaphore>,
+}
+
+/// Builds that have ended and are not stored yet, in the order in which they ended.
+#[derive(Default)]
+struct Endings {
+    next: u64,
+    open: BTreeSet<u64>,
+}
+
+/// A build that has ended and is not stored yet.
+pub(crate) struct Ending {
+    history: Arc<History>,
+    place: u64,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.history.ending.send_modify(|ending| {
+            ending.open.remove(&self.place);
+        });
+    }
+}
+
+/// How a build ended.
+pub(crate) struct Outcome {
+    pub(crate) ended: SystemTime,
+    /// What its frontend said of the result.
+    pub(crate) metadata: Vec<(String, String)>,
+    pub(crate) error: Option<BuildError>,
 }
 
 /// What decides on the stay of a record and of what it names.
 struct Finished {
+    created: SystemTime,
     completed: SystemTime,
     pinned: bool,
     /// Digests of its log, its trace and, if it failed, its error.
@@ -68,6 +99,7 @@ impl Finished {
     fn of(record: &BuildHistoryRecord) -> Self {
         let contents = [&record.logs, &record.external_error, &record.trace].into_iter().flatten();
         Self {
+            created: time(&record.created_at),
             completed: time(&record.completed_at),
             pinned: record.pinned,
             contents: contents.map(|content| content.digest.clone()).collect(),
@@ -95,20 +127,35 @@ impl History {
             untraced: DashMap::new(),
             finished: Mutex::default(),
             events,
-            ending: Arc::new(Semaphore::new(ENDING as usize)),
+            ending: watch::Sender::default(),
+            room: Arc::new(Semaphore::new(ENDING)),
         })
     }
 
-    /// For a build about to be answered, whose record is stored afterwards: until what this gives is dropped, who asks
-    /// for records waits. Waits itself if very many are being stored.
-    pub(crate) async fn ending(&self) -> OwnedSemaphorePermit {
-        // Never closed.
-        self.ending.clone().acquire_owned().await.expect("open")
+    /// For a build that ends, whose record is stored afterwards: until what this gives is dropped, who asks for records
+    /// waits.
+    pub(crate) fn ending(self: &Arc<Self>) -> Ending {
+        let mut place = 0;
+        self.ending.send_modify(|ending| {
+            place = ending.next;
+            ending.next += 1;
+            ending.open.insert(place);
+        });
+        Ending { history: self.clone(), place }
     }
 
-    /// Waits until the records of all builds that were answered are stored.
+    /// Room for one more build to be stored after its answer; waits while there are very many.
+    pub(crate) async fn room(&self) -> OwnedSemaphorePermit {
+        // Never closed.
+        self.room.clone().acquire_owned().await.expect("open")
+    }
+
+    /// Waits until the records of all builds that have ended are stored.
     pub(crate) async fn settled(&self) {
-        let _all = self.ending.acquire_many(ENDING).await;
+        let mut endings = self.ending.subscribe();
+        let next = endings.borrow().next;
+        // Its sender is here.
+        let _ = endings.wait_for(|ending| ending.open.first().is_none_or(|first| *first >= next)).await;
     }
 
     /// Starts the record of a build, which may be part of a client's trace.
@@ -128,7 +175,7 @@ impl History {
         };
         self.active.insert(record.r#ref.clone(), record.clone());
         self.send(BuildHistoryEventType::Started, record.clone());
-        Recording { history: self.clone(), progress, wanted, record: Some(record) }
+        Recording { history: self.clone(), progress, wanted, record }
     }
 
     fn send(&self, kind: BuildHistoryEventType, record: BuildHistoryRecord) {
@@ -187,7 +234,6 @@ impl History {
         error: Option<&BuildError>,
     ) -> Result<(), BuildError> {
         let id = record.r#ref.clone();
-        record.completed_at = Some(SystemTime::now().into());
         record.generation = 1;
         let mut contents = vec![encode_log(log)];
         record.logs = Some(descriptor(LOG_TYPE, &contents[0]));
@@ -201,6 +247,10 @@ impl History {
         let build = Finished::of(&record);
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
+        // A later build under that name may have been faster.
+        if finished.get(&id).is_some_and(|former| former.created > build.created) {
+            return Ok(());
+        }
         for (digest, bytes) in build.contents.iter().zip(&contents) {
             self.values.put(CONTENT, digest, bytes).map_err(storage)?;
         }
@@ -398,32 +448,31 @@ fn decode_log(mut bytes: &[u8]) -> Result<Vec<StatusResponse>, BuildError> {
     Ok(messages)
 }
 
-/// The record of a running build. Dropping it records that the build was canceled.
+/// The record of a running build.
 pub(crate) struct Recording {
     history: Arc<History>,
     progress: Arc<ProgressLog>,
     wanted: Option<Wanted>,
-    record: Option<BuildHistoryRecord>,
+    record: BuildHistoryRecord,
 }
 
 impl Recording {
     /// Stores how the build ended; its progress must be closed. Returns when it can be looked up.
-    pub(crate) async fn finish(mut self, metadata: Vec<(String, String)>, error: Option<BuildError>) {
-        if let Some(mut record) = self.record.take() {
-            record.exporter_response = metadata.into_iter().collect();
-            if error.is_none() {
-                record.result = Some(BuildResultInfo::default());
-            }
-            let (history, progress) = (self.history.clone(), self.progress.clone());
-            let id = record.r#ref.clone();
-            let stored =
-                tokio::task::spawn_blocking(move || store(&history, record, &progress, error.as_ref()));
-            if let Err(error) = stored.await {
-                tracing::error!(%error, "storing the record of a build");
-            }
-            if let Some(wanted) = self.wanted.take() {
-                self.history.expect_trace(id, wanted);
-            }
+    pub(crate) async fn finish(self, outcome: Outcome) {
+        let Self { history, progress, wanted, mut record } = self;
+        record.completed_at = Some(outcome.ended.into());
+        record.exporter_response = outcome.metadata.into_iter().collect();
+        if outcome.error.is_none() {
+            record.result = Some(BuildResultInfo::default());
+        }
+        let (of, id) = (history.clone(), record.r#ref.clone());
+        let stored =
+            tokio::task::spawn_blocking(move || store(&of, record, &progress, outcome.error.as_ref()));
+        if let Err(error) = stored.await {
+            tracing::error!(%error, "storing the record of a build");
+        }
+        if let Some(wanted) = wanted {
+            history.expect_trace(id, wanted);
         }
     }
 }
@@ -444,17 +493,5 @@ fn store(
     if let Err(error) = history.finish(record, &progress.replay(), error) {
         history.active.remove_if(&id, |_, running| running.created_at == created);
         tracing::warn!(%error, build = id, "the build is not in the history");
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        let Some(record) = self.record.take() else { return };
-        let (history, progress) = (self.history.clone(), self.progress.clone());
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        runtime.spawn_blocking(move || {
-            progress.close(false);
-            store(&history, record, &progress, Some(&BuildError::canceled()));
-        });
     }
 }

@@ -13,6 +13,7 @@ use rustix::net::AddressFamily;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -25,6 +26,9 @@ use crate::daemon::DaemonError;
 
 /// How long an idle daemon still answers those who found its socket just before it went.
 const FAREWELL: Duration = Duration::from_millis(100);
+
+/// How long a daemon that seems to answer is given to be gone.
+const LAST_MOMENT: Duration = Duration::from_millis(300);
 
 /// A configured address.
 pub(crate) enum Listener {
@@ -63,12 +67,16 @@ fn parse_one(address: &str, manager: &mut ServiceManager) -> Result<Listener, Da
 impl Listener {
     /// Fails early and clearly where another daemon answers.
     pub(crate) async fn refuse_if_running(&self) -> Result<(), DaemonError> {
-        match self {
-            Self::Unix { path, .. } if UnixStream::connect(path).await.is_ok() => {
-                Err(DaemonError::Running { path: path.clone() })
+        let Self::Unix { path, .. } = self else { return Ok(()) };
+        let start = Instant::now();
+        // Of a process that was killed the socket may answer for a moment.
+        while UnixStream::connect(path).await.is_ok() {
+            if start.elapsed() > LAST_MOMENT {
+                return Err(DaemonError::Running { path: path.clone() });
             }
-            _ => Ok(()),
+            tokio::time::sleep(LAST_MOMENT / 10).await;
         }
+        Ok(())
     }
 
     /// Starts to listen.

@@ -38,6 +38,8 @@ pub enum Outcome {
     Made,
     /// It failed.
     Failed,
+    /// It was begun, and stopped because nobody needed it any longer.
+    Stopped,
 }
 
 /// One input of a vertex.

@@ -39,25 +39,39 @@ pub struct CacheMap {
 /// A value that a digest was made of: its name and what it is, e.g. `("env PATH", "/bin")`.
 pub type Part = (String, String);
 
+/// Takes the name of a part and what it is.
+pub type Tell<'a> = dyn FnMut(&str, &str) + 'a;
+
+type Teller = dyn Fn(&mut Tell<'_>) + Send + Sync;
+
 /// The values that a digest was made of, worked out when somebody asks: most builds don't.
 #[derive(Clone, Default)]
-pub struct Parts(Option<Arc<dyn Fn() -> Vec<Part> + Send + Sync>>);
+pub struct Parts(Option<Arc<Teller>>);
 
 impl Parts {
-    /// What `list` gives, which is the same each time.
-    pub fn new(list: impl Fn() -> Vec<Part> + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(list)))
+    /// What `tell` tells, which is the same each time.
+    pub fn new(tell: impl Fn(&mut Tell<'_>) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(tell)))
+    }
+
+    /// Tells all of them, in their order.
+    pub fn each(&self, tell: &mut Tell<'_>) {
+        if let Some(parts) = &self.0 {
+            parts(tell);
+        }
     }
 
     /// All of them, in their order.
     pub fn list(&self) -> Vec<Part> {
-        self.0.as_ref().map(|list| list()).unwrap_or_default()
+        let mut list = Vec::new();
+        self.each(&mut |name, value| list.push((name.to_owned(), value.to_owned())));
+        list
     }
 }
 
 impl From<Vec<Part>> for Parts {
     fn from(parts: Vec<Part>) -> Self {
-        Self::new(move || parts.clone())
+        Self::new(move |tell| parts.iter().for_each(|(name, value)| tell(name, value)))
     }
 }
 

@@ -11,6 +11,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use crate::error::SolveError;
 use crate::op::{CacheMap, Op, OpError, OpFactory, OpVertex};
 use crate::progress::VertexInfo;
+use crate::work::guarded_call;
 
 /// A definition, ready to enter the graph.
 pub(crate) struct Prepared<R> {
@@ -66,8 +67,12 @@ fn prepare_vertex<R: 'static>(
     let ignore_cache = metadata.ignore_cache;
     let group = metadata.progress_group.clone();
     let vertex = OpVertex { digest: digest.clone(), op, metadata, name: name.clone() };
-    let op = factory.op(vertex).map_err(|error| SolveError::load(Some(&digest), &name, error))?;
+    let made = guarded_call(|| {
+        let op = factory.op(vertex)?;
+        let map = op.known_map().map(Arc::new);
+        Ok((op, map))
+    });
+    let (op, map) = made.map_err(|error| SolveError::load(Some(&digest), &name, error))?;
     let info = Arc::new(VertexInfo { digest, inputs: input_digests, name, group });
-    let map = op.known_map().map(Arc::new);
     Ok(PreparedVertex { info, op, map, ignore_cache, inputs })
 }

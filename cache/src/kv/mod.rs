@@ -138,6 +138,11 @@ pub trait Kv: Send + Sync + 'static {
         true
     }
 
+    /// Gives back the space of what was deleted, where that is much of all. May take as long as reading the rest.
+    fn reclaim(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Called now and then: gives back memory that many writes took.
     fn settle(&self) -> Result<()> {
         Ok(())

@@ -19,6 +19,9 @@ const BLOCK_CACHE: usize = 2 << 20;
 const MEMTABLE: usize = 8 << 20;
 const MEMTABLES_TOTAL: usize = 16 << 20;
 const WAL_TOTAL: u64 = 64 << 20;
+/// From this many deletions on, and this part of all, it is worth while to write tables without what was deleted.
+const DELETIONS: u64 = 1000;
+const DELETED_PART: u64 = 4;
 /// From this many bytes in memory on they are written to tables when there is nothing else to do.
 const SETTLE: u64 = 1 << 20;
 /// Each open begins a new log, and short ones may wait long to be written to tables: from this many on they are.
@@ -99,6 +102,19 @@ impl RocksKv {
         Ok(native)
     }
 
+    /// Deletions that are in memory and in no table yet.
+    fn deletions_in_memory(&self, cf: Cf) -> Result<u64> {
+        let family = self.family(cf)?;
+        let mut count = 0;
+        for name in [
+            rocksdb::properties::NUM_DELETES_ACTIVE_MEM_TABLE,
+            rocksdb::properties::NUM_DELETES_IMM_MEM_TABLES,
+        ] {
+            count += self.db.property_int_value_cf(family, name)?.unwrap_or(0);
+        }
+        Ok(count)
+    }
+
     fn has_room(&self) -> Result<bool> {
         Ok(fsx::free_space(&self.dir)? >= TABLE_ROOM)
     }
@@ -166,6 +182,28 @@ impl Kv for RocksKv {
 
     fn write_durable(&self, batch: Batch) -> Result<()> {
         self.write_with(batch, true)
+    }
+
+    fn reclaim(&self) -> Result<()> {
+        if !self.has_room()? {
+            return Ok(());
+        }
+        for cf in Cf::ALL {
+            if self.deletions_in_memory(cf)? >= DELETIONS {
+                self.db.flush_cf(self.family(cf)?)?;
+            }
+        }
+        let tables = self.db.live_files()?;
+        for cf in Cf::ALL {
+            let own = tables.iter().filter(|table| table.column_family_name == cf.name());
+            let (all, deleted) = own.fold((0, 0), |(all, deleted), table| {
+                (all + table.num_entries, deleted + table.num_deletions)
+            });
+            if deleted >= DELETIONS && deleted >= all / DELETED_PART {
+                self.db.compact_range_cf(self.family(cf)?, None::<&[u8]>, None::<&[u8]>);
+            }
+        }
+        Ok(())
     }
 
     fn settle(&self) -> Result<()> {

@@ -3,24 +3,23 @@
 
 mod exports;
 mod request;
+mod running;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
-use kiln_solver::explain::VertexExplanation;
 
 use crate::daemon::Daemon;
-use crate::engine::{self, BuildScope, EngineBuild, PlannedExport};
+use crate::engine::{self, BuildScope};
 use crate::error::BuildError;
-use crate::explain;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
-use crate::jobs::{Job, JobGuard};
+use crate::jobs::Job;
 use crate::policy::SourcePolicy;
 use crate::progress::Step;
 use crate::traces::TraceParent;
+use running::Running;
 
 /// Metadata of a frontend's result that is text, for the history.
 fn readable(result: &BuildResult) -> Vec<(String, String)> {
@@ -37,84 +36,32 @@ pub(crate) async fn solve(
     request: SolveRequest,
     parent: Option<TraceParent>,
 ) -> Result<SolveResponse, BuildError> {
-    let request = request::current(request)?;
-    // A client that leaves drops this future, and what it built is garbage like any other.
-    let _ended = Ended(daemon);
-    let mut guard = daemon.jobs.start(&request.r#ref)?;
-    let build = request.r#ref.clone();
-    let progress = guard.job().progress.clone();
-    let recording = (!request.internal).then(|| {
-        let wanted = parent.map(|parent| daemon.traces.want(parent));
-        daemon.history.begin(&request, progress.clone(), wanted)
-    });
-    let cancel = guard.job().cancel.clone();
-    let (mut metadata, mut vertices) = (Vec::new(), Vec::new());
+    let request = Arc::new(request::current(request)?);
+    let running = Running::start(daemon, request.clone(), parent)?;
+    let cancel = running.guard().job().cancel.clone();
     let outcome = tokio::select! {
-        outcome = run(daemon, &guard, &request, &mut metadata, &mut vertices) => outcome,
+        outcome = run(daemon, &running, &request) => outcome,
         () = cancel.cancelled() => Err(BuildError::canceled()),
-        () = session_lost(daemon, &request.session) => {
+        () = session_lost(daemon, &running, &request.session) => {
             Err(BuildError::canceled().context(format_args!("session {} ended", request.session)))
         }
     };
-    if outcome.is_ok() {
-        guard.succeed();
-    }
-    progress.close(outcome.is_ok());
-    let job = guard.job().clone();
-    drop(guard);
-    if let Some(recording) = recording {
-        // Before the answer, with which the client's session goes.
-        let ended = explain::Ended { project: project(daemon, &request), vertices };
-        let ending = daemon.history.ending().await;
-        // Announced before the history knows the build, and could be told to forget it.
-        let expected = daemon.explanations.expect(&request.r#ref);
-        let (daemon, error) = (daemon.clone(), outcome.as_ref().err().cloned());
-        tokio::spawn(async move {
-            recording.finish(metadata, error).await;
-            if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
-                daemon.jobs.forget(&job);
-                // What the history does not keep needs no explanation.
-                if !ended.vertices.is_empty() {
-                    daemon.explanations.add(expected, ended).await;
-                }
-            }
-            drop(ending);
-        });
-    }
+    let build = &request.r#ref;
     match &outcome {
         Ok(_) => tracing::debug!(build, "built"),
         Err(error) => tracing::debug!(build, %error, "build failed"),
     }
+    // Before the answer, with which the client's session goes.
+    running.end(outcome.as_ref().map(drop).map_err(Clone::clone)).await;
     outcome
 }
 
-/// What tells builds of one thing from those of another, apart from its content.
-fn project(daemon: &Daemon, request: &SolveRequest) -> Vec<u8> {
-    let mut hasher = blake3::Hasher::new();
-    let attr = |name: &str| request.frontend_attrs.get(name).map(String::as_str).unwrap_or_default();
-    let session = daemon.engine.sessions().get(&request.session);
-    let session = session.now_or_never().and_then(Result::ok);
-    let directory = session.as_ref().map(|session| session.shared_key()).unwrap_or_default();
-    for text in [&request.frontend, attr("filename"), attr("target"), attr("platform"), directory] {
-        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
-    }
-    hasher.finalize().as_bytes()[..16].to_vec()
-}
-
-/// Tells the engine, once dropped, that a build is over.
-struct Ended<'a>(&'a Daemon);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        self.0.engine.build_ended();
-    }
-}
-
 /// Completes when a session that was there has gone: nobody is left to build for.
-async fn session_lost(daemon: &Daemon, id: &str) {
+async fn session_lost(daemon: &Daemon, running: &Running, id: &str) {
     if !id.is_empty() {
         let session: Result<Arc<Session>, _> = daemon.engine.sessions().get(id).await;
         if let Ok(session) = session {
+            running.directory.get_or_init(|| session.shared_key().to_owned());
             return session.closed().await;
         }
     }
@@ -124,36 +71,22 @@ async fn session_lost(daemon: &Daemon, id: &str) {
 
 async fn run(
     daemon: &Arc<Daemon>,
-    guard: &JobGuard,
+    running: &Running,
     request: &SolveRequest,
-    metadata: &mut Vec<(String, String)>,
-    vertices: &mut Vec<VertexExplanation>,
 ) -> Result<SolveResponse, BuildError> {
-    let job = guard.job();
+    let (guard, job) = (running.guard(), running.guard().job());
     // Within the job: a client that asks for its status hears at once that it has ended.
     request::check(request, &daemon.config)?;
     report_cache_imports(job, request);
     let planned = engine::plan(&request.exporters)?;
     let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
-    let build = daemon.engine.begin(BuildScope {
-        session: request.session.clone(),
-        entitlements: request.entitlements.clone(),
-        progress: job.progress.clone(),
+    let build = running.engine.get_or_init(|| {
+        daemon.engine.begin(BuildScope {
+            session: request.session.clone(),
+            entitlements: request.entitlements.clone(),
+            progress: job.progress.clone(),
+        })
     });
-    let outcome = run_in(&build, guard, request, &planned, policy, metadata).await;
-    *vertices = build.explain().await;
-    outcome
-}
-
-async fn run_in(
-    build: &Arc<EngineBuild>,
-    guard: &JobGuard,
-    request: &SolveRequest,
-    planned: &[PlannedExport],
-    policy: SourcePolicy,
-    metadata: &mut Vec<(String, String)>,
-) -> Result<SolveResponse, BuildError> {
-    let job = guard.job();
     let (bridge, returned) = Bridge::new(
         build.clone(),
         job.progress.clone(),
@@ -177,7 +110,7 @@ async fn run_in(
         // The client is the frontend; it ends by returning a result.
         returned.await.map_err(|_| BuildError::canceled())??
     };
-    *metadata = readable(&result);
+    running.metadata.get_or_init(|| readable(&result));
     result.refs.evaluate().await?;
     let mut response: HashMap<String, String> = result
         .metadata
@@ -185,7 +118,7 @@ async fn run_in(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
-    exports::run(build, job, planned, &request.session, &result, &mut response).await?;
+    exports::run(build, job, &planned, &request.session, &result, &mut response).await?;
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

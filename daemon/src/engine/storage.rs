@@ -217,7 +217,9 @@ impl Rounds {
 impl Rounds {
     /// What the store takes for itself can't be collected: with a limit below that, nothing ever stays.
     fn warn_of_narrow_limits(&self, store: &Store) {
-        let limits = self.policies.iter().filter(|policy| policy.max_used_space > 0);
+        // One with filters leaves everything else as it is.
+        let limits =
+            self.policies.iter().filter(|policy| policy.max_used_space > 0 && policy.filters.is_empty());
         let Some(limit) = limits.map(|policy| policy.max_used_space.max(policy.reserved_space)).min() else {
             return;
         };

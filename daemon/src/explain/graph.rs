@@ -170,8 +170,9 @@ impl Graph {
             let done = matches!(vertex.outcome, Outcome::Cached | Outcome::Made);
             let persistent = super::reasons::is_persistent(vertex);
             graph.flags.push((u8::from(done) * DONE) | (u8::from(persistent) * PERSISTENT));
-            for (name, value) in map.iter().flat_map(|map| map.parts.list()) {
-                graph.parts.extend([texts.place(&name), texts.value(&value)]);
+            if let Some(map) = map {
+                map.parts
+                    .each(&mut |name, value| graph.parts.extend([texts.place(name), texts.value(value)]));
             }
             graph.part_ends.push(index(graph.parts.len()));
             for (at, input) in vertex.inputs.iter().enumerate() {

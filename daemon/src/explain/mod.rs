@@ -460,7 +460,7 @@ fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
         bytes.extend_from_slice(&(vertex.name.len() as u64).to_le_bytes());
         bytes.extend_from_slice(vertex.name.as_bytes());
         // What an earlier build did not finish is told.
-        bytes.push(u8::from(vertex.outcome == Outcome::Failed));
+        bytes.push(u8::from(matches!(vertex.outcome, Outcome::Failed | Outcome::Stopped)));
         match &vertex.definition {
             Some(key) => {
                 bytes.push(0);

@@ -392,7 +392,7 @@ pub(super) fn is_persistent(vertex: &VertexExplanation) -> bool {
 
 /// It could have been cached and was not.
 fn is_missed(vertex: &VertexExplanation) -> bool {
-    is_persistent(vertex) && matches!(vertex.outcome, Outcome::Made | Outcome::Failed)
+    is_persistent(vertex) && matches!(vertex.outcome, Outcome::Made | Outcome::Failed | Outcome::Stopped)
 }
 
 fn reason(kind: &str) -> Reason {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures::FutureExt;
 use kiln_cache::{Store, StoreOptions};
 use tempfile::TempDir;
 
@@ -17,12 +18,16 @@ fn open(config: HistoryConfig) -> (TempDir, Arc<Store>, Arc<History>) {
 
 fn begun(history: &Arc<History>, id: &str) -> BuildHistoryRecord {
     let request = control::SolveRequest { r#ref: id.into(), ..Default::default() };
-    let mut recording = history.begin(&request, ProgressLog::new(), None);
-    recording.record.take().expect("begun")
+    history.begin(&request, ProgressLog::new(), None).record
 }
 
 fn build(history: &Arc<History>, id: &str, error: Option<&BuildError>) {
     let record = begun(history, id);
+    finish(history, record, error);
+}
+
+fn finish(history: &History, record: BuildHistoryRecord, error: Option<&BuildError>) {
+    let record = BuildHistoryRecord { completed_at: Some(SystemTime::now().into()), ..record };
     history.finish(record, &[], error).expect("finish");
 }
 
@@ -42,7 +47,7 @@ fn a_build_is_listed_once_while_it_ends_and_while_it_runs_again() {
     let (_dir, _store, history) = open(HistoryConfig::default());
     let record = begun(&history, "a");
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Running")]);
-    history.finish(record.clone(), &[], None).expect("finish");
+    finish(&history, record.clone(), None);
     // As a listener finds it that looks at running builds, then waits for its turn, then looks at the others.
     history.active.insert("a".into(), record.clone());
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Completed")]);
@@ -98,4 +103,28 @@ fn what_builds_share_stays_until_the_last_of_them_goes() {
     assert_eq!((listed(&history, &[]).len(), contents()), (0, 0));
     let again = history.update(&UpdateBuildHistoryRequest { delete: true, ..update("d") });
     assert_eq!(again.expect_err("it is gone").to_rpc().code, Code::NotFound as i32);
+}
+
+#[test]
+fn a_build_that_is_stored_late_does_not_replace_a_later_one() {
+    let (_dir, _store, history) = open(HistoryConfig::default());
+    let first = begun(&history, "a");
+    build(&history, "a", None);
+    let error = BuildError::build("broken");
+    finish(&history, first, Some(&error));
+    assert_eq!(listed(&history, &[]), [("a".to_owned(), "Completed")]);
+}
+
+#[tokio::test]
+async fn who_asks_waits_for_builds_that_have_ended_and_for_no_later_ones() {
+    let (_dir, _store, history) = open(HistoryConfig::default());
+    history.settled().await;
+    let (first, second) = (history.ending(), history.ending());
+    let mut asking = std::pin::pin!(history.settled());
+    assert!((&mut asking).now_or_never().is_none());
+    let _later = history.ending();
+    drop(second);
+    assert!((&mut asking).now_or_never().is_none());
+    drop(first);
+    asking.now_or_never().expect("both are stored");
 }

@@ -79,6 +79,19 @@ fn each_run_of_a_vertex_is_told_to_its_end() {
 }
 
 #[test]
+fn vertices_stay_in_the_order_of_the_graph() {
+    let log = ProgressLog::new();
+    for id in ["a", "b", "c"] {
+        log.event(Event::Vertex(vertex(id, &[])));
+    }
+    for id in ["c", "a", "b"] {
+        log.event(Event::Vertex(started(vertex(id, &[]))));
+    }
+    let messages = log.replay();
+    assert_eq!(flat(&messages).iter().map(|v| v.digest.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+}
+
+#[test]
 fn output_is_split_over_messages() {
     let log = ProgressLog::new();
     log.lock().limits = LogLimits::new(-1, -1);

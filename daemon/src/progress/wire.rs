@@ -78,10 +78,9 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Vertices by start (not started first), statuses and logs by time; equal ones keep their order.
+    /// Vertices in the order in which they were announced, which is that of the graph; statuses and logs by time.
     fn take(&mut self) -> Option<control::StatusResponse> {
-        let Self { mut vertices, mut statuses, warnings, mut logs, items, .. } = std::mem::take(self);
-        vertices.sort_by_key(|state| state.started);
+        let Self { vertices, mut statuses, warnings, mut logs, items, .. } = std::mem::take(self);
         statuses.sort_by_key(|state| state.timestamp);
         logs.sort_by_key(|(state, _)| state.timestamp);
         (items > 0).then(|| control::StatusResponse {

@@ -219,9 +219,6 @@ fn finish(response: &Response, args: &BuildArgs) -> Result<(), CliError> {
 
 /// Writes the response as JSON; values that are JSON in base64 are embedded.
 pub(crate) fn metadata_file(path: &Path, response: &Response) -> Result<(), CliError> {
-    if response.is_empty() {
-        return Ok(());
-    }
     let sorted: BTreeMap<&String, Value> = response.iter().map(|(key, value)| (key, embed(value))).collect();
     let text =
         serde_json::to_string_pretty(&sorted).map_err(|error| CliError::file("write", path, error.into()))?;
@@ -322,5 +319,8 @@ mod tests {
         metadata_file(&path, &response).unwrap();
         let read: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(read, serde_json::json!({"d": {"size": 3}, "n": "plain", "x": "MTIz"}));
+        // Scripts read it whatever was built.
+        metadata_file(&path, &HashMap::new()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"{}");
     }
 }

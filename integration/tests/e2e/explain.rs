@@ -1,14 +1,16 @@
 //! Every step that was not cached is explained by what changed, and by nothing else.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kiln_integration::kiln::Built;
 use kiln_integration::lab::wait_until;
 use kiln_integration::tools::{self, run};
 use kiln_integration::{Context, Kiln, Registry};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const DOCKERFILE: &str = "\
@@ -692,7 +694,41 @@ fn a_step_that_was_stopped_because_another_failed_has_not_failed() {
     let json: Value = serde_json::from_str(&json).expect("JSON");
     let names: Vec<_> = json["steps"].as_array().expect("steps").iter().map(|step| &step["name"]).collect();
     assert!(names.iter().any(|name| **name == "[bad 2/2] RUN sleep 2 && exit 3"), "{json:#}");
-    let stopped =
-        |name: &&&Value| name.as_str().is_some_and(|name| name.contains("[slow") || name.contains("COPY"));
-    assert_eq!(names.iter().find(stopped), None, "{json:#}");
+    let unbegun = |name: &&&Value| {
+        name.as_str().is_some_and(|name| name.contains("[slow 3/3]") || name.contains("COPY"))
+    };
+    assert_eq!(names.iter().find(unbegun), None, "{json:#}");
+    kiln.build(context.path(), &[]).fails(&["exit code: 3"]);
+    let json = kiln.run(&["history", "explain", "--format", "json"]).ok().stdout;
+    assert!(json.contains("RUN sleep 600"), "it was begun and was not cached: {json}");
+}
+
+#[test]
+fn a_build_that_is_stopped_is_explained() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let context = Context::new("FROM busybox\nRUN true\nRUN echo one\nRUN echo last\n");
+    let path = context.path().to_str().expect("a path in UTF-8").to_owned();
+    kiln.build(context.path(), &[]).ok();
+    let mut before = "echo one".to_owned();
+    for signal in [Signal::INT, Signal::KILL] {
+        let now = format!("echo {} && sleep 600", signal.as_raw());
+        edit(&context, &before, &now);
+        let mut build = kiln.command(&["build", "--progress", "plain", &path]);
+        let mut build = build.stderr(Stdio::piped()).spawn().expect("run kiln");
+        let mut lines = BufReader::new(build.stderr.take().expect("its progress")).lines();
+        let begun = format!(" {}", signal.as_raw());
+        let found = lines.any(|line| line.is_ok_and(|line| line.starts_with('#') && line.ends_with(&begun)));
+        assert!(found, "the step never began");
+        kill_process(Pid::from_child(&build), signal).expect("stop the client");
+        build.wait().expect("wait for the client");
+        wait_until("the build to end", Duration::from_secs(20), || {
+            !kiln.run(&["history", "ls"]).ok().stdout.contains("Running")
+        });
+        let said = explained(&kiln);
+        let changed = format!("\"/bin/sh -c {before}\" became \"/bin/sh -c {now}\"");
+        assert_eq!(said, [format!("[3/4] RUN {now}: command: {changed}")]);
+        before = now;
+    }
 }

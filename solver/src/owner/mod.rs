@@ -251,6 +251,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 {
                     explain::Outcome::Failed
                 }
+                _ if vertex.was_stopped() => explain::Outcome::Stopped,
                 _ => explain::Outcome::NotReached,
             },
             definition: match vertex.definition {

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use super::arena::{Map, Step, Vertex};
 use super::{Event, Owner};
+use crate::explain::Found;
 use crate::op::OpError;
 use crate::progress::{Event as ProgressEvent, ProgressSink, VertexInfo, VertexState};
 use crate::work::{Asker, Outcome, Watcher};
@@ -89,6 +90,11 @@ impl<R> Vertex<R> {
     /// Shown as failed, not as cancelled.
     pub(super) fn shows_own_error(&self) -> bool {
         !self.state.error.is_empty() && self.state.error != CANCELED
+    }
+
+    /// It was at work, not loading what an earlier build made, and was left.
+    pub(super) fn was_stopped(&self) -> bool {
+        self.state.error == CANCELED && !self.all_lookups().iter().any(|lookup| lookup.found == Found::Record)
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 
 pub(crate) use after::{After, build_ended};
 pub(crate) use board::{Outcome, Watcher};
-pub(crate) use run::guarded;
+pub(crate) use run::{guarded, guarded_call};
 
 use crate::op::{CacheMap, Key, Op, OpClass};
 use crate::produced::Produced;

@@ -23,10 +23,17 @@ const INTERNAL: i32 = 13;
 
 /// Runs foreign code so that a panic in it is an error of its vertex and not a hang of the build.
 pub(crate) async fn guarded<T>(future: impl Future<Output = Result<T, OpError>>) -> Result<T, OpError> {
-    AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| {
-        let text = panic_text(&*panic);
-        Err(OpError { code: Some(INTERNAL), ..OpError::new(format!("operation panicked: {text}")) })
-    })
+    AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)))
+}
+
+/// Like [`guarded`] for what is done at once.
+pub(crate) fn guarded_call<T>(call: impl FnOnce() -> Result<T, OpError>) -> Result<T, OpError> {
+    std::panic::catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| Err(panicked(&*panic)))
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> OpError {
+    let text = panic_text(panic);
+    OpError { code: Some(INTERNAL), ..OpError::new(format!("operation panicked: {text}")) }
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {

@@ -76,6 +76,13 @@ async fn an_operation_that_panics_fails_its_vertex() {
     let error = world.run(&world.solver(), &chain(&["image", "bug"])).await.unwrap_err();
     assert_eq!(error.to_string(), "operation panicked: boom");
     assert_eq!(&*error.name, "bug");
+    // Some operations are asked when they are loaded, others when they are wanted.
+    for name in ["bug 1", "bug 2", "bug 3", "bug 4", "bug 5", "bug 6", "bug 7", "bug 8"] {
+        world.set(name, recipe(name).map_panics());
+        let error = world.run(&world.solver(), &chain(&["image", name])).await.unwrap_err();
+        assert!(error.to_string().ends_with("operation panicked: boom"), "{error}");
+        assert_eq!(&*error.name, name);
+    }
 }
 
 #[tokio::test]

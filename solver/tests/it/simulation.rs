@@ -400,7 +400,7 @@ fn way(vertex: &VertexExplanation) -> Option<Way> {
         Outcome::Made => Some(Way::Runs),
         Outcome::Cached => Some(found(hit.map(|lookup| lookup.kind))),
         Outcome::Failed => Some(Way::Fails),
-        Outcome::NotReached => None,
+        Outcome::NotReached | Outcome::Stopped => None,
     }
 }
 

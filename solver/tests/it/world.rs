@@ -41,6 +41,7 @@ pub(crate) struct Recipe {
     fails: Option<OpError>,
     map_fails: Option<String>,
     panics: bool,
+    map_panics: bool,
     gate: Option<Arc<Semaphore>>,
     map_gate: Option<Arc<Semaphore>>,
     logs: Vec<String>,
@@ -59,6 +60,7 @@ pub(crate) fn recipe(text: &str) -> Recipe {
         fails: None,
         map_fails: None,
         panics: false,
+        map_panics: false,
         gate: None,
         map_gate: None,
         logs: Vec::new(),
@@ -112,6 +114,12 @@ impl Recipe {
 
     pub(crate) fn panics(mut self) -> Self {
         self.panics = true;
+        self
+    }
+
+    /// Asked what it depends on.
+    pub(crate) fn map_panics(mut self) -> Self {
+        self.map_panics = true;
         self
     }
 
@@ -480,6 +488,7 @@ impl Op<Tree> for FakeOp {
     fn known_map(&self) -> Option<CacheMap> {
         // Half of them, always the same.
         let known = blake3::hash(self.recipe.text.as_bytes()).as_bytes()[0] < 128;
+        assert!(!(known && self.recipe.map_panics), "boom");
         let open = self.recipe.map_gate.is_some() || self.recipe.map_fails.is_some();
         (known && !open).then(|| self.map())
     }
@@ -487,6 +496,7 @@ impl Op<Tree> for FakeOp {
     fn cache_map<'a>(&'a self, _ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
         async move {
             self.world.delay().await;
+            assert!(!self.recipe.map_panics, "boom");
             if let Some(gate) = &self.recipe.map_gate {
                 gate.acquire().await.expect("open").forget();
             }

@@ -283,7 +283,10 @@ mod tests {
             vertices(vec![vertex("a", None, None), vertex("b", None, None), vertex("c", None, None)]),
             vertices(vec![cached("c", 1), cached("b", 3), cached("a", 2)]),
         ]);
-        assert_eq!(text, "#1 [a] step\n#1 CACHED\n\n#2 [b] step\n#2 CACHED\n\n#3 [c] step\n#3 CACHED\n");
+        let ordered = "#1 [a] step\n#1 CACHED\n\n#2 [b] step\n#2 CACHED\n\n#3 [c] step\n#3 CACHED\n";
+        assert_eq!(text, ordered);
+        // As they come if all is known at once.
+        assert_eq!(shown(vec![vertices(vec![cached("a", 3), cached("b", 1), cached("c", 2)])]), ordered);
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(super) fn cache_map(
     Ok(keys::described("kiln.exec.v1", inputs, move |key| describe(key, &op, &platform)))
 }
 
-fn describe(key: &mut KeyBuilder, op: &pb::ExecOp, platform: &pb::Platform) {
+fn describe(key: &mut KeyBuilder<'_>, op: &pb::ExecOp, platform: &pb::Platform) {
     let no_meta = pb::Meta::default();
     let meta = op.meta.as_ref().unwrap_or(&no_meta);
     for arg in &meta.args {
@@ -75,7 +75,7 @@ fn describe(key: &mut KeyBuilder, op: &pb::ExecOp, platform: &pb::Platform) {
 }
 
 /// What people read of a mount. What it shows is told by the step's input.
-fn describe_mount(key: &mut KeyBuilder, mount: &pb::Mount) {
+fn describe_mount(key: &mut KeyBuilder<'_>, mount: &pb::Mount) {
     let mut note = |name: &str, value: String| key.note(format!("mount {} {name}", mount.dest), value);
     let kind = mount.mount_type();
     note("type", kind.as_str_name().to_lowercase());

@@ -1,5 +1,7 @@
 //! What a file action is made of, for its key and for people.
 
+use std::borrow::Cow;
+
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
 use prost::Message;
@@ -8,7 +10,7 @@ use super::plan::owner;
 use crate::ops::keys::KeyBuilder;
 
 /// Adds an action to its operation's key: all of it counts, and what people know by a name has one.
-pub(super) fn action(key: &mut KeyBuilder, action: &pb::FileAction) {
+pub(super) fn action(key: &mut KeyBuilder<'_>, action: &pb::FileAction) {
     let summary = match &action.action {
         Some(Action::Copy(copy)) => format!("copy {} {}", copy.src, copy.dest),
         Some(Action::Mkfile(file)) => format!("mkfile {}", file.path),
@@ -26,7 +28,7 @@ pub(super) fn action(key: &mut KeyBuilder, action: &pb::FileAction) {
         Some(Action::Mkfile(file)) => {
             key.note("file", &file.path);
             key.note("mode", mode(file.mode));
-            key.note("content", format!("blake3:{}", blake3::hash(&file.data).to_hex()));
+            key.note_digest("content", &file.data);
         }
         Some(Action::Mkdir(dir)) => {
             key.note("directory", &dir.path);
@@ -44,10 +46,13 @@ pub(super) fn action(key: &mut KeyBuilder, action: &pb::FileAction) {
     }
 }
 
-fn copy(key: &mut KeyBuilder, copy: &pb::FileActionCopy, alone: bool) {
+fn copy(key: &mut KeyBuilder<'_>, copy: &pb::FileActionCopy, alone: bool) {
     key.note("destination", &copy.dest);
-    key.note("independent of what is below", alone.to_string());
-    key.note("mode", if copy.mode_str.is_empty() { mode(copy.mode) } else { copy.mode_str.clone() });
+    key.note("independent of what is below", truth(alone));
+    match copy.mode_str.as_str() {
+        "" => key.note("mode", mode(copy.mode)),
+        text => key.note("mode", text),
+    }
     for (name, on) in [
         ("follows symlinks", copy.follow_symlink),
         ("copies a directory's contents", copy.dir_copy_contents),
@@ -55,7 +60,7 @@ fn copy(key: &mut KeyBuilder, copy: &pb::FileActionCopy, alone: bool) {
         ("makes the destination", copy.create_dest_path),
         ("replaces the destination", copy.always_replace_existing_dest_paths),
     ] {
-        key.note(name, on.to_string());
+        key.note(name, truth(on));
     }
     for (name, patterns) in [
         ("include pattern", &copy.include_patterns),
@@ -68,8 +73,12 @@ fn copy(key: &mut KeyBuilder, copy: &pb::FileActionCopy, alone: bool) {
     }
 }
 
-fn mode(mode: i32) -> String {
-    if mode < 0 { "as it is".into() } else { format!("{mode:04o}") }
+fn truth(value: bool) -> &'static str {
+    if value { "true" } else { "false" }
+}
+
+fn mode(mode: i32) -> Cow<'static, str> {
+    if mode < 0 { "as it is".into() } else { format!("{mode:04o}").into() }
 }
 
 fn chown(owner: &pb::ChownOpt) -> String {

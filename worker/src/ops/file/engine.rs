@@ -15,6 +15,9 @@ use crate::ops::users;
 use crate::view::View;
 use crate::worker::Layers;
 
+/// So many views of inputs stay open: an operation may have more inputs than there are file descriptors.
+const VIEWS: usize = 64;
+
 /// An action that failed.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -86,9 +89,7 @@ impl<'a> Engine<'a> {
         }
         let plan = self.plan;
         let step = &plan.steps[index];
-        for operand in [Some(step.source), step.user, step.group].into_iter().flatten() {
-            self.open(operand)?;
-        }
+        self.open(step)?;
         let live = self.base(step.base)?;
         self.act(index, step, &live)?;
         let made = if step.folded {
@@ -139,11 +140,17 @@ impl<'a> Engine<'a> {
         Ok(Live { view, staged })
     }
 
-    /// Opens a read-only view of what an action reads.
-    fn open(&mut self, operand: Operand) -> Result<(), FileError> {
-        if !self.views.contains_key(&operand) {
-            let view = self.layers.view(&self.resolve(operand)).map_err(text)?;
-            self.views.insert(operand, view);
+    /// Opens read-only views of what an action reads. Those of actions before stay for the next ones.
+    fn open(&mut self, step: &Step) -> Result<(), FileError> {
+        let operands = || [Some(step.source), step.user, step.group].into_iter().flatten();
+        if self.views.len() >= VIEWS {
+            self.views.retain(|view, _| operands().any(|operand| operand == *view));
+        }
+        for operand in operands() {
+            if !self.views.contains_key(&operand) {
+                let view = self.layers.view(&self.resolve(operand)).map_err(text)?;
+                self.views.insert(operand, view);
+            }
         }
         Ok(())
     }

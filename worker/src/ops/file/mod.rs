@@ -68,7 +68,7 @@ impl FileOp {
 }
 
 impl Actions {
-    fn describe(&self, key: &mut KeyBuilder) {
+    fn describe(&self, key: &mut KeyBuilder<'_>) {
         for (action, step) in self.actions.iter().zip(&self.plan.steps) {
             let (Operand::Input(_), Some(Action::Copy(copy))) = (step.source, &action.action) else {
                 describe::action(key, action);

@@ -159,7 +159,7 @@ impl HttpSource {
         key.finish(Vec::new(), false).digest.to_hex().to_string()
     }
 
-    fn describe(&self, key: &mut KeyBuilder) {
+    fn describe(&self, key: &mut KeyBuilder<'_>) {
         key.part("mode", format!("{:o}", self.mode));
         key.part("owner", format!("{}:{}", self.uid, self.gid));
         key.part("secret", &self.auth_secret);

@@ -1,0 +1,138 @@
+//! A build from its registration to its end. However it ends, and be it that its client is gone, its job is over at
+//! once; its record and its explanation are stored afterwards.
+
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use kiln_proto::control::SolveRequest;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::daemon::Daemon;
+use crate::engine::EngineBuild;
+use crate::error::BuildError;
+use crate::explain;
+use crate::history::{Outcome, Recording};
+use crate::jobs::JobGuard;
+use crate::traces::TraceParent;
+
+/// A build. Dropping it ends it: cancelled, unless it was said how it ended.
+pub(super) struct Running {
+    daemon: Arc<Daemon>,
+    request: Arc<SolveRequest>,
+    /// Goes when the build ends.
+    guard: Option<JobGuard>,
+    /// Nothing for builds that clients make for themselves.
+    recording: Option<Recording>,
+    /// Once it has begun.
+    pub(super) engine: OnceLock<Arc<EngineBuild>>,
+    /// The client's directory, once its session is there.
+    pub(super) directory: OnceLock<String>,
+    /// Metadata of the frontend's result that is text.
+    pub(super) metadata: OnceLock<Vec<(String, String)>>,
+    /// How it ended.
+    outcome: Result<(), BuildError>,
+    /// Held until it is stored.
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl Running {
+    /// Registers a build and begins its record.
+    ///
+    /// # Errors
+    /// As [`crate::jobs::Jobs::start`].
+    pub(super) fn start(
+        daemon: &Arc<Daemon>,
+        request: Arc<SolveRequest>,
+        parent: Option<TraceParent>,
+    ) -> Result<Self, BuildError> {
+        let guard = daemon.jobs.start(&request.r#ref)?;
+        let recording = (!request.internal).then(|| {
+            let wanted = parent.map(|parent| daemon.traces.want(parent));
+            daemon.history.begin(&request, guard.job().progress.clone(), wanted)
+        });
+        Ok(Self {
+            daemon: daemon.clone(),
+            request,
+            guard: Some(guard),
+            recording,
+            engine: OnceLock::new(),
+            directory: OnceLock::new(),
+            metadata: OnceLock::new(),
+            outcome: Err(BuildError::canceled()),
+            room: None,
+        })
+    }
+
+    /// Its job.
+    pub(super) fn guard(&self) -> &JobGuard {
+        // Only dropping takes it.
+        self.guard.as_ref().expect("running")
+    }
+
+    /// Ends it. Waits if very many builds that ended before are still to be stored.
+    pub(super) async fn end(mut self, outcome: Result<(), BuildError>) {
+        self.outcome = outcome;
+        if self.recording.is_some() {
+            self.room = Some(self.daemon.history.room().await);
+        }
+    }
+
+    /// What tells builds of one thing from those of another, apart from its content.
+    fn project(&self) -> Vec<u8> {
+        let request = &self.request;
+        let mut hasher = blake3::Hasher::new();
+        let attr = |name: &str| request.frontend_attrs.get(name).map(String::as_str).unwrap_or_default();
+        let directory = self.directory.get().map(String::as_str).unwrap_or_default();
+        for text in [&request.frontend, attr("filename"), attr("target"), attr("platform"), directory] {
+            hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+        }
+        hasher.finalize().as_bytes()[..16].to_vec()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(mut guard) = self.guard.take() else { return };
+        if self.outcome.is_ok() {
+            guard.succeed();
+        }
+        let job = guard.job().clone();
+        drop(guard);
+        let (daemon, engine) = (self.daemon.clone(), self.engine.take());
+        let Some(recording) = self.recording.take() else {
+            drop(engine);
+            return daemon.engine.build_ended();
+        };
+        let outcome = Outcome {
+            ended: SystemTime::now(),
+            metadata: self.metadata.take().unwrap_or_default(),
+            error: std::mem::replace(&mut self.outcome, Ok(())).err(),
+        };
+        // A runtime that has gone takes the daemon with it.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (project, reference) = (self.project(), self.request.r#ref.clone());
+        let (ending, room) = (daemon.history.ending(), self.room.take());
+        // Announced before the history knows the build, and could be told to forget it.
+        let expected = daemon.explanations.expect(&reference);
+        runtime.spawn(async move {
+            let vertices = match &engine {
+                Some(engine) => engine.explain().await,
+                None => Vec::new(),
+            };
+            drop(engine);
+            // What it built and nobody named is garbage like any other.
+            daemon.engine.build_ended();
+            recording.finish(outcome).await;
+            let kept = matches!(daemon.history.record(&reference), Ok(Some(_)));
+            drop(ending);
+            if kept {
+                daemon.jobs.forget(&job);
+                // What the history does not keep needs no explanation.
+                if !vertices.is_empty() {
+                    daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
+                }
+            }
+            drop(room);
+        });
+    }
+}
