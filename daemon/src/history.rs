@@ -15,6 +15,7 @@ use kiln_proto::control::{
     self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, BuildResultInfo,
     Descriptor, StatusResponse, UpdateBuildHistoryRequest,
 };
+use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 use prost::Message;
 use sha2::Digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
@@ -24,6 +25,7 @@ use crate::config::HistoryConfig;
 use crate::error::BuildError;
 use crate::explain::Explanations;
 use crate::progress::ProgressLog;
+use crate::provenance::Claim;
 use crate::traces::Wanted;
 
 /// Records by ref.
@@ -60,13 +62,16 @@ pub(crate) struct History {
 struct Finished {
     completed: SystemTime,
     pinned: bool,
-    /// Digests of its log, its trace and, if it failed, its error.
+    /// Digests of its log, its trace, what is claimed of its results and, if it failed, its error.
     contents: Vec<String>,
 }
 
 impl Finished {
     fn of(record: &BuildHistoryRecord) -> Self {
+        let results = record.result.iter().chain(record.results.values());
+        let claimed = results.flat_map(|result| &result.attestations);
         let contents = [&record.logs, &record.external_error, &record.trace].into_iter().flatten();
+        let contents = contents.chain(claimed);
         Self {
             completed: time(&record.completed_at),
             pinned: record.pinned,
@@ -184,6 +189,7 @@ impl History {
         &self,
         mut record: BuildHistoryRecord,
         log: &[StatusResponse],
+        claimed: Vec<Vec<u8>>,
         error: Option<&BuildError>,
     ) -> Result<(), BuildError> {
         let id = record.r#ref.clone();
@@ -198,11 +204,12 @@ impl History {
             record.error = Some(kiln_proto::rpc::Status { details: Vec::new(), ..full });
             contents.push(bytes);
         }
+        contents.extend(claimed);
         let build = Finished::of(&record);
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
-        for (digest, bytes) in build.contents.iter().zip(&contents) {
-            self.values.put(CONTENT, digest, bytes).map_err(storage)?;
+        for bytes in &contents {
+            self.values.put(CONTENT, &digest(bytes), bytes).map_err(storage)?;
         }
         self.values.put(RECORDS, &id, &record.encode_to_vec()).map_err(storage)?;
         let former = finished.insert(id.clone(), build);
@@ -342,10 +349,14 @@ impl History {
     }
 }
 
+fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)))
+}
+
 fn descriptor(media_type: &str, bytes: &[u8]) -> Descriptor {
     Descriptor {
         media_type: media_type.to_owned(),
-        digest: format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes))),
+        digest: digest(bytes),
         size: i64::try_from(bytes.len()).unwrap_or(i64::MAX),
         ..Descriptor::default()
     }
@@ -408,16 +419,35 @@ pub(crate) struct Recording {
 
 impl Recording {
     /// Stores how the build ended; its progress must be closed. Returns when it can be looked up.
-    pub(crate) async fn finish(mut self, metadata: Vec<(String, String)>, error: Option<BuildError>) {
+    pub(crate) async fn finish(
+        mut self,
+        metadata: Vec<(String, String)>,
+        claims: Vec<Claim>,
+        error: Option<BuildError>,
+    ) {
         if let Some(mut record) = self.record.take() {
             record.exporter_response = metadata.into_iter().collect();
+            let mut claimed = Vec::new();
             if error.is_none() {
-                record.result = Some(BuildResultInfo::default());
+                let mut result = BuildResultInfo::default();
+                for Claim { platform, attestation, full } in claims {
+                    let bytes = full.to_string().into_bytes();
+                    let mut described = descriptor(IN_TOTO, &bytes);
+                    described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
+                    let into = match platform.is_empty() {
+                        true => &mut result,
+                        false => record.results.entry(platform).or_default(),
+                    };
+                    into.attestations.push(described);
+                    claimed.push(bytes);
+                }
+                record.result = Some(result);
             }
             let (history, progress) = (self.history.clone(), self.progress.clone());
             let id = record.r#ref.clone();
-            let stored =
-                tokio::task::spawn_blocking(move || store(&history, record, &progress, error.as_ref()));
+            let stored = tokio::task::spawn_blocking(move || {
+                store(&history, record, &progress, claimed, error.as_ref())
+            });
             if let Err(error) = stored.await {
                 tracing::error!(%error, "storing the record of a build");
             }
@@ -432,6 +462,7 @@ fn store(
     history: &History,
     mut record: BuildHistoryRecord,
     progress: &ProgressLog,
+    claimed: Vec<Vec<u8>>,
     error: Option<&BuildError>,
 ) {
     let counts = progress.counts();
@@ -441,7 +472,7 @@ fn store(
     record.num_completed_steps = number(counts.completed);
     record.num_warnings = number(counts.warnings);
     let (id, created) = (record.r#ref.clone(), record.created_at);
-    if let Err(error) = history.finish(record, &progress.replay(), error) {
+    if let Err(error) = history.finish(record, &progress.replay(), claimed, error) {
         history.active.remove_if(&id, |_, running| running.created_at == created);
         tracing::warn!(%error, build = id, "the build is not in the history");
     }
@@ -454,7 +485,7 @@ impl Drop for Recording {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         runtime.spawn_blocking(move || {
             progress.close(false);
-            store(&history, record, &progress, Some(&BuildError::canceled()));
+            store(&history, record, &progress, Vec::new(), Some(&BuildError::canceled()));
         });
     }
 }

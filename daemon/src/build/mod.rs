@@ -6,6 +6,7 @@ mod request;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
@@ -20,6 +21,7 @@ use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
 use crate::policy::SourcePolicy;
 use crate::progress::Step;
+use crate::provenance::{self, Claim};
 use crate::traces::TraceParent;
 
 /// Metadata of a frontend's result that is text, for the history.
@@ -48,9 +50,9 @@ pub(crate) async fn solve(
         daemon.history.begin(&request, progress.clone(), wanted)
     });
     let cancel = guard.job().cancel.clone();
-    let (mut metadata, mut vertices) = (Vec::new(), Vec::new());
+    let (mut metadata, mut vertices, mut claims) = (Vec::new(), Vec::new(), Vec::new());
     let outcome = tokio::select! {
-        outcome = run(daemon, &guard, &request, &mut metadata, &mut vertices) => outcome,
+        outcome = run(daemon, &guard, &request, &mut metadata, &mut vertices, &mut claims) => outcome,
         () = cancel.cancelled() => Err(BuildError::canceled()),
         () = session_lost(daemon, &request.session) => {
             Err(BuildError::canceled().context(format_args!("session {} ended", request.session)))
@@ -70,7 +72,7 @@ pub(crate) async fn solve(
         let expected = daemon.explanations.expect(&request.r#ref);
         let (daemon, error) = (daemon.clone(), outcome.as_ref().err().cloned());
         tokio::spawn(async move {
-            recording.finish(metadata, error).await;
+            recording.finish(metadata, claims, error).await;
             if matches!(daemon.history.record(&request.r#ref), Ok(Some(_))) {
                 daemon.jobs.forget(&job);
                 // What the history does not keep needs no explanation.
@@ -128,19 +130,28 @@ async fn run(
     request: &SolveRequest,
     metadata: &mut Vec<(String, String)>,
     vertices: &mut Vec<VertexExplanation>,
+    claims: &mut Vec<Claim>,
 ) -> Result<SolveResponse, BuildError> {
+    let started = SystemTime::now();
     let job = guard.job();
     // Within the job: a client that asks for its status hears at once that it has ended.
     request::check(request, &daemon.config)?;
     report_cache_imports(job, request);
     let planned = engine::plan(&request.exporters)?;
+    let provenance = provenance::Options::of(&request.frontend_attrs)?;
+    let wanted = provenance.as_ref().map(|options| provenance::Build {
+        options,
+        id: &request.r#ref,
+        started,
+        environment: daemon.config.provenance_env_dir.as_deref(),
+    });
     let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
     let build = daemon.engine.begin(BuildScope {
         session: request.session.clone(),
         entitlements: request.entitlements.clone(),
         progress: job.progress.clone(),
     });
-    let outcome = run_in(&build, guard, request, &planned, policy, metadata).await;
+    let outcome = run_in(&build, guard, request, &planned, policy, wanted, metadata, claims).await;
     *vertices = build.explain().await;
     outcome
 }
@@ -151,17 +162,13 @@ async fn run_in(
     request: &SolveRequest,
     planned: &[PlannedExport],
     policy: SourcePolicy,
+    wanted: Option<provenance::Build<'_>>,
     metadata: &mut Vec<(String, String)>,
+    claims: &mut Vec<Claim>,
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
-    let (bridge, returned) = Bridge::new(
-        build.clone(),
-        job.progress.clone(),
-        job.cancel.clone(),
-        &request.session,
-        request.frontend_inputs.clone(),
-        policy,
-    );
+    let (bridge, returned) =
+        Bridge::new(build.clone(), job.progress.clone(), job.cancel.clone(), request, policy);
     let published = guard.publish(bridge.clone());
     let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
     let result = if !request.frontend.is_empty() {
@@ -185,7 +192,11 @@ async fn run_in(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
-    exports::run(build, job, planned, &request.session, &result, &mut response).await?;
+    if let Some(wanted) = wanted {
+        let explained = build.explain().await;
+        *claims = provenance::claims(&bridge, &result, &explained, &wanted)?;
+    }
+    exports::run(build, job, planned, &request.session, &result, claims, &mut response).await?;
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

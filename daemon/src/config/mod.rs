@@ -58,6 +58,8 @@ pub struct Config {
     pub gc: GcConfig,
     /// How much of finished builds is kept.
     pub history: HistoryConfig,
+    /// Directory of JSON files whose fields go into provenance.
+    pub provenance_env_dir: Option<PathBuf>,
 }
 
 impl Default for Config {

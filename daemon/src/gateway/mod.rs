@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
-use kiln_proto::{gateway, pb, platform};
+use kiln_proto::{control, gateway, pb, platform};
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -24,6 +24,7 @@ use crate::error::{BuildError, solve_detail};
 use crate::frontends;
 use crate::policy::{IMAGE, SourcePolicy};
 use crate::progress::{ProgressLog, Step};
+use crate::provenance;
 
 type ImageCell = Arc<OnceCell<ResolvedImage>>;
 
@@ -37,6 +38,10 @@ pub(crate) struct Bridge {
     policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
+    /// What frontends were asked for that gave references, by reference.
+    requests: DashMap<String, Arc<FrontendRequest>>,
+    /// The build's own attributes.
+    attrs: HashMap<String, String>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
 }
 
@@ -57,8 +62,7 @@ impl Bridge {
         build: Arc<EngineBuild>,
         progress: Arc<ProgressLog>,
         cancel: CancellationToken,
-        session: &str,
-        inputs: HashMap<String, pb::Definition>,
+        request: &control::SolveRequest,
         policy: SourcePolicy,
     ) -> (Arc<Self>, oneshot::Receiver<Result<BuildResult, BuildError>>) {
         let (sender, receiver) = oneshot::channel();
@@ -66,11 +70,13 @@ impl Bridge {
             build,
             progress,
             cancel,
-            session: session.to_owned(),
-            inputs,
+            session: request.session.clone(),
+            inputs: request.frontend_inputs.clone(),
+            attrs: request.frontend_attrs.clone(),
             policy,
             refs: DashMap::new(),
             images: DashMap::new(),
+            requests: DashMap::new(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)
@@ -120,7 +126,30 @@ impl Bridge {
         self: &Arc<Self>,
         request: FrontendRequest,
     ) -> Result<BuildResult, BuildError> {
-        frontends::run(self, request).await
+        provenance::check(&request.opts, &self.attrs)?;
+        let asked = Arc::new(request.clone());
+        let result = frontends::run(self, request).await?;
+        for reference in result.refs.all() {
+            self.requests.insert(reference.id().to_owned(), asked.clone());
+        }
+        Ok(result)
+    }
+
+    /// What a frontend was asked for when it gave a reference; nothing for those that clients made.
+    pub(crate) fn request(&self, reference: &str) -> Option<Arc<FrontendRequest>> {
+        self.requests.get(reference).map(|request| request.value().clone())
+    }
+
+    /// All references that have been built.
+    pub(crate) fn built(&self) -> Vec<Arc<LazyRef>> {
+        self.refs.iter().filter(|entry| entry.is_built()).map(|entry| entry.value().clone()).collect()
+    }
+
+    /// Whether a frontend was told that the image `reference` has this digest.
+    pub(crate) fn resolved(&self, reference: &str, digest: &str) -> bool {
+        let of = format!("{reference} ");
+        let is = |cell: &ImageCell| cell.get().is_some_and(|image| image.digest == digest);
+        self.images.iter().any(|entry| entry.key().starts_with(&of) && is(entry.value()))
     }
 
     /// A reference by its id; the empty id is scratch.

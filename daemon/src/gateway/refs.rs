@@ -39,6 +39,11 @@ impl LazyRef {
         self.result.get_or_init(|| self.target.result()).await.clone()
     }
 
+    /// Whether it has been built.
+    pub(crate) fn is_built(&self) -> bool {
+        matches!(self.result.get(), Some(Ok(_)))
+    }
+
     /// Builds it and reads in its root directory, on a thread where blocking does no harm.
     pub(crate) async fn read<T, F>(&self, read: F) -> Result<T, BuildError>
     where

@@ -58,6 +58,12 @@ pub struct Attributes {
     pub(super) annotations: Vec<Annotation>,
     /// Each platform in a directory of its own; `None`: if there are several.
     pub platform_split: Option<bool>,
+    /// Put before the names of attestations' files.
+    pub attestation_prefix: String,
+    /// Attestations of a single image that are inline-only are attached, too.
+    pub attestation_inline: bool,
+    /// Attestations are artifacts with a subject.
+    pub oci_artifact: bool,
     /// Local only: what is not in the result is deleted.
     pub mirror: bool,
     /// Further result metadata that came as attributes.
@@ -117,6 +123,9 @@ impl Attributes {
             rewrite_timestamp: false,
             annotations: Vec::new(),
             platform_split: None,
+            attestation_prefix: String::new(),
+            attestation_inline: kind == Kind::Image,
+            oci_artifact: true,
             mirror: false,
             metadata: BTreeMap::new(),
             epoch_given: false,
@@ -145,8 +154,8 @@ impl Attributes {
                 "delete" => self.mirror = true,
                 other => return Err(wrong(format!("invalid mode {other:?} for local exporter"))),
             },
-            // Without attestations there is nothing for the prefix to name.
-            "attestation-prefix" | "dest" => {}
+            "attestation-prefix" => self.attestation_prefix = value.to_string(),
+            "dest" => {}
             _ => return Err(self.unknown(key)),
         }
         Ok(())
@@ -174,10 +183,8 @@ impl Attributes {
             "tar" if !image_only => self.into_store = !boolean(key, value, true)?,
             "dest" if !image_only => {}
             "oci-mediatypes" => self.oci_types = boolean(key, value, false)?,
-            // They say how attestations are attached; without any they change nothing.
-            "oci-artifact" | "attestation-inline" => {
-                boolean(key, value, false)?;
-            }
+            "oci-artifact" => self.oci_artifact = boolean(key, value, false)?,
+            "attestation-inline" => self.attestation_inline = boolean(key, value, false)?,
             "compression" => {
                 self.compression = match value {
                     "gzip" => Compression::Gzip,

@@ -1,0 +1,123 @@
+//! Provenance: what a result was built from and how, as a SLSA predicate. Made from the definitions that the
+//! build solved and from what its sources turned out to be; it never changes a build.
+
+mod options;
+mod predicate;
+mod sources;
+mod steps;
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use kiln_proto::llb::{self, Loaded};
+use kiln_solver::explain::VertexExplanation;
+use kiln_worker::export::Attestation;
+use serde_json::{Map, Value};
+use tonic::Code;
+
+pub(crate) use options::{Mode, Options, Version, check};
+
+use crate::error::BuildError;
+use crate::gateway::{Bridge, BuildResult, LazyRef, Refs};
+use predicate::Facts;
+use sources::Sources;
+
+/// The platform of a result that is not one of several.
+const SINGLE: &str = "";
+
+/// What is claimed of one platform's result.
+pub(crate) struct Claim {
+    /// Platform id; empty if there is one result only.
+    pub(crate) platform: String,
+    /// For the exporters.
+    pub(crate) attestation: Attestation,
+    /// For the history, which keeps all that is known.
+    pub(crate) full: Value,
+}
+
+/// Claims about all results of a build.
+///
+/// # Errors
+/// A definition can't be read, which was read before.
+pub(crate) fn claims(
+    bridge: &Bridge,
+    result: &BuildResult,
+    explained: &[VertexExplanation],
+    build: &Build<'_>,
+) -> Result<Vec<Claim>, BuildError> {
+    let results: Vec<(&str, Option<&LazyRef>)> = match &result.refs {
+        Refs::Single(reference) => vec![(SINGLE, reference.as_deref())],
+        Refs::Map(refs) => refs.iter().map(|(id, reference)| (id.as_str(), reference.as_deref())).collect(),
+    };
+    let named: Vec<&str> = result.refs.all().into_iter().map(|reference| reference.id()).collect();
+    let mut read = Sources::new(explained);
+    // What a frontend read on its way: the Dockerfile, a context's ignore file.
+    for reference in bridge.built() {
+        if !named.contains(&reference.id()) {
+            read.add(&load(&reference)?, bridge);
+        }
+    }
+    let custom = build.environment.map(environment).unwrap_or_default();
+    let mut claims = Vec::new();
+    for (platform, reference) in results {
+        let loaded = reference.map(load).transpose()?.unwrap_or_default();
+        let mut sources = read.clone();
+        sources.add(&loaded, bridge);
+        let request = reference.and_then(|reference| bridge.request(reference.id()));
+        let facts = Facts {
+            options: build.options,
+            request: request.as_deref(),
+            sources: &sources,
+            loaded: &loaded,
+            custom: &custom,
+            started: build.started,
+            invocation: build.id,
+        };
+        claims.push(Claim {
+            platform: platform.to_owned(),
+            attestation: Attestation {
+                predicate_type: build.options.version.predicate_type().to_owned(),
+                predicate: predicate::make(&facts, build.options.mode),
+                file: build.options.filename.clone(),
+                inline_only: build.options.inline_only,
+            },
+            full: predicate::make(&facts, Mode::Max),
+        });
+    }
+    Ok(claims)
+}
+
+/// A build as its provenance sees it.
+pub(crate) struct Build<'a> {
+    pub(crate) options: &'a Options,
+    pub(crate) id: &'a str,
+    pub(crate) started: SystemTime,
+    /// Directory with what the administrator adds.
+    pub(crate) environment: Option<&'a Path>,
+}
+
+fn load(reference: &LazyRef) -> Result<Loaded, BuildError> {
+    llb::load(reference.definition()).map_err(|error| BuildError::new(Code::Internal, error.to_string()))
+}
+
+/// The fields that all JSON files of a directory have together. What can't be read is left out: it is no
+/// build's fault.
+fn environment(directory: &Path) -> Map<String, Value> {
+    let mut all = Map::new();
+    let mut files: Vec<_> = match std::fs::read_dir(directory) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => return all,
+    };
+    files.sort();
+    for file in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "json")) {
+        let read = std::fs::read(file).map_err(|error| error.to_string());
+        let parsed = read.and_then(|bytes| {
+            serde_json::from_slice::<Map<String, Value>>(&bytes).map_err(|error| error.to_string())
+        });
+        match parsed {
+            Ok(fields) => all.extend(fields),
+            Err(error) => tracing::warn!(file = %file.display(), %error, "not in provenance"),
+        }
+    }
+    all
+}

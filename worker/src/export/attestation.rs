@@ -1,0 +1,130 @@
+//! Attestations of a result: in-toto statements beside its files, or manifests beside its images.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kiln_proto::reference::Reference;
+use kiln_proto::{pb, platform};
+use rustix::fs::{FileType, Mode, OFlags, openat};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+const STATEMENT: &str = "https://in-toto.io/Statement/v1";
+/// Media type of statements.
+pub const IN_TOTO: &str = "application/vnd.in-toto+json";
+/// Annotation that names what a statement says.
+pub const PREDICATE_TYPE: &str = "in-toto.io/predicate-type";
+
+/// A claim about one platform's result.
+#[derive(Debug, Clone)]
+pub struct Attestation {
+    /// URI of what the predicate is.
+    pub predicate_type: String,
+    /// The claim.
+    pub predicate: Value,
+    /// Its file's name in exports of files.
+    pub file: String,
+    /// Left out of what does not ask for it.
+    pub inline_only: bool,
+}
+
+impl Attestation {
+    /// The in-toto statement that says this of `subjects`.
+    pub(super) fn statement(&self, subjects: &[Value]) -> Value {
+        json!({
+            "_type": STATEMENT,
+            "predicateType": self.predicate_type,
+            "subject": subjects,
+            "predicate": self.predicate,
+        })
+    }
+
+    /// Its file's name in a directory that it shares with those of other platforms.
+    pub(super) fn file_of(&self, platform: &str) -> String {
+        let platform = platform.replace('/', "_");
+        match self.file.split_once('.') {
+            Some((stem, rest)) => format!("{stem}.{platform}.{rest}"),
+            None => format!("{}.{platform}", self.file),
+        }
+    }
+}
+
+/// An image as a package URL.
+pub fn package_url(reference: &Reference, platform: Option<&pb::Platform>) -> String {
+    let mut url = format!("pkg:docker/{}", reference.familiar_name());
+    let tag = reference.tag().or(reference.digest().is_none().then_some("latest"));
+    url.extend(tag.into_iter().flat_map(|tag| ["@", tag]));
+    let mut qualifiers = Vec::new();
+    qualifiers.extend(reference.digest().map(|digest| format!("digest={digest}")));
+    let platform = platform.map(|platform| platform::format(&platform::normalized(platform)));
+    qualifiers.extend(platform.map(|platform| format!("platform={}", platform.replace('/', "%2F"))));
+    if !qualifiers.is_empty() {
+        url = format!("{url}?{}", qualifiers.join("&"));
+    }
+    url
+}
+
+/// A subject of a statement.
+pub(super) fn subject(name: &str, digest: &str) -> Value {
+    let (algorithm, hex) = digest.split_once(':').unwrap_or(("sha256", digest));
+    json!({"name": name, "digest": {algorithm: hex}})
+}
+
+/// All regular files below `root` as subjects, in the order of their paths. Blocking.
+pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
+    let mut subjects = Vec::new();
+    let top = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut stack = vec![Frame::open(top, String::new())?];
+    while let Some(frame) = stack.last_mut() {
+        let Some((name, kind)) = frame.entries.next() else {
+            stack.pop();
+            continue;
+        };
+        let path = format!("{}{}", frame.prefix, name.to_string_lossy());
+        match kind {
+            FileType::Directory => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let fd = openat(&frame.fd, &*name, flags, Mode::empty())?;
+                stack.push(Frame::open(fd, path + "/")?);
+            }
+            FileType::RegularFile => {
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let mut file = std::fs::File::from(openat(&frame.fd, &*name, flags, Mode::empty())?);
+                let mut hasher = Sha256::new();
+                io::copy(&mut file, &mut hasher)?;
+                subjects.push(subject(&path, &format!("sha256:{}", hex::encode(hasher.finalize()))));
+            }
+            _ => {}
+        }
+    }
+    Ok(subjects)
+}
+
+struct Frame {
+    fd: OwnedFd,
+    prefix: String,
+    entries: std::vec::IntoIter<(std::ffi::CString, FileType)>,
+}
+
+impl Frame {
+    fn open(fd: OwnedFd, prefix: String) -> io::Result<Self> {
+        let mut entries = Vec::new();
+        for entry in rustix::fs::Dir::read_from(fd.as_fd())? {
+            let entry = entry?;
+            let name = entry.file_name().to_owned();
+            if name.to_bytes() == b"." || name.to_bytes() == b".." {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                FileType::Unknown => {
+                    let stat = rustix::fs::statat(&fd, &*name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+                    FileType::from_raw_mode(stat.st_mode)
+                }
+                known => known,
+            };
+            entries.push((name, kind));
+        }
+        entries.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(Self { fd, prefix, entries: entries.into_iter() })
+    }
+}
