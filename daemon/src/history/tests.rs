@@ -23,7 +23,7 @@ fn begun(history: &Arc<History>, id: &str) -> BuildHistoryRecord {
 
 fn build(history: &Arc<History>, id: &str, error: Option<&BuildError>) {
     let record = begun(history, id);
-    history.finish(record, &[], error).expect("finish");
+    history.finish(record, &[], Vec::new(), error).expect("finish");
 }
 
 fn listed(history: &History, filter: &[&str]) -> Vec<(String, &'static str)> {
@@ -42,7 +42,7 @@ fn a_build_is_listed_once_while_it_ends_and_while_it_runs_again() {
     let (_dir, _store, history) = open(HistoryConfig::default());
     let record = begun(&history, "a");
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Running")]);
-    history.finish(record.clone(), &[], None).expect("finish");
+    history.finish(record.clone(), &[], Vec::new(), None).expect("finish");
     // As a listener finds it that looks at running builds, then waits for its turn, then looks at the others.
     history.active.insert("a".into(), record.clone());
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Completed")]);

@@ -63,6 +63,9 @@ pub(crate) fn claims(
         let loaded = reference.map(load).transpose()?.unwrap_or_default();
         let mut sources = read.clone();
         sources.add(&loaded, bridge);
+        if build.options.complete_materials && !sources.complete() {
+            return Err(BuildError::build("provenance materials are incomplete"));
+        }
         let request = reference.and_then(|reference| bridge.request(reference.id()));
         let facts = Facts {
             options: build.options,

@@ -1,6 +1,6 @@
 //! Attestations of a result: in-toto statements beside its files, or manifests beside its images.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_proto::reference::Reference;
@@ -91,7 +91,15 @@ pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let mut file = std::fs::File::from(openat(&frame.fd, &*name, flags, Mode::empty())?);
                 let mut hasher = Sha256::new();
-                io::copy(&mut file, &mut hasher)?;
+                let mut buffer = vec![0; 64 << 10];
+                loop {
+                    match file.read(&mut buffer) {
+                        Ok(0) => break,
+                        Ok(read) => hasher.update(&buffer[..read]),
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        Err(error) => return Err(error),
+                    }
+                }
                 subjects.push(subject(&path, &format!("sha256:{}", hex::encode(hasher.finalize()))));
             }
             _ => {}
