@@ -84,6 +84,7 @@ impl Default for Config {
             platforms: Vec::new(),
             gc: GcConfig::default(),
             history: HistoryConfig::default(),
+            provenance_env_dir: None,
         }
     }
 }

@@ -45,6 +45,7 @@ const MISSING: &[&str] = &[
     ids::REMOTE_CACHE_GHA,
     ids::REMOTE_CACHE_S3,
     ids::REMOTE_CACHE_AZBLOB,
+    ids::EXPORTER_IMAGE_ATTESTATIONS,
     ids::EXPORTER_SESSION,
     ids::HISTORY_FILTER,
 ];

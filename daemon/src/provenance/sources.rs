@@ -96,7 +96,7 @@ impl<'a> Sources<'a> {
 
     fn exec(&mut self, exec: &pb::ExecOp) {
         self.network |= exec.network != pb::NetMode::None as i32;
-        let mut note = |into: &mut BTreeMap<String, bool>, id: &str, optional: bool| {
+        let note = |into: &mut BTreeMap<String, bool>, id: &str, optional: bool| {
             // Where one step needs it, the build does.
             let known = into.entry(id.to_owned()).or_insert(true);
             *known &= optional;
