@@ -15,7 +15,7 @@ use kiln_worker::export::Attestation;
 use serde_json::{Map, Value};
 use tonic::Code;
 
-pub(crate) use options::{Mode, Options, Version, check};
+pub(crate) use options::{Mode, Options, check};
 
 use crate::error::BuildError;
 use crate::gateway::{Bridge, BuildResult, LazyRef, Refs};
