@@ -21,8 +21,16 @@ use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::{Job, JobGuard};
 use crate::policy::SourcePolicy;
 use crate::progress::Step;
-use crate::provenance::{self, Claim};
+use crate::provenance::{self, Claim, Solved};
 use crate::traces::TraceParent;
+
+/// What a build tells its record.
+#[derive(Default)]
+struct Told {
+    metadata: Vec<(String, String)>,
+    vertices: Vec<VertexExplanation>,
+    claims: Vec<Claim>,
+}
 
 /// Metadata of a frontend's result that is text, for the history.
 fn readable(result: &BuildResult) -> Vec<(String, String)> {
@@ -50,9 +58,9 @@ pub(crate) async fn solve(
         daemon.history.begin(&request, progress.clone(), wanted)
     });
     let cancel = guard.job().cancel.clone();
-    let (mut metadata, mut vertices, mut claims) = (Vec::new(), Vec::new(), Vec::new());
+    let mut told = Told::default();
     let outcome = tokio::select! {
-        outcome = run(daemon, &guard, &request, &mut metadata, &mut vertices, &mut claims) => outcome,
+        outcome = run(daemon, &guard, &request, &mut told) => outcome,
         () = cancel.cancelled() => Err(BuildError::canceled()),
         () = session_lost(daemon, &request.session) => {
             Err(BuildError::canceled().context(format_args!("session {} ended", request.session)))
@@ -65,6 +73,7 @@ pub(crate) async fn solve(
     let job = guard.job().clone();
     drop(guard);
     if let Some(recording) = recording {
+        let Told { metadata, vertices, claims } = told;
         // Before the answer, with which the client's session goes.
         let ended = explain::Ended { project: project(daemon, &request), vertices };
         let ending = daemon.history.ending().await;
@@ -128,9 +137,7 @@ async fn run(
     daemon: &Arc<Daemon>,
     guard: &JobGuard,
     request: &SolveRequest,
-    metadata: &mut Vec<(String, String)>,
-    vertices: &mut Vec<VertexExplanation>,
-    claims: &mut Vec<Claim>,
+    told: &mut Told,
 ) -> Result<SolveResponse, BuildError> {
     let started = SystemTime::now();
     let job = guard.job();
@@ -151,8 +158,8 @@ async fn run(
         entitlements: request.entitlements.clone(),
         progress: job.progress.clone(),
     });
-    let outcome = run_in(&build, guard, request, &planned, policy, wanted, metadata, claims).await;
-    *vertices = build.explain().await;
+    let outcome = run_in(&build, guard, request, &planned, policy, wanted, told).await;
+    told.vertices = build.explain().await;
     outcome
 }
 
@@ -163,8 +170,7 @@ async fn run_in(
     planned: &[PlannedExport],
     policy: SourcePolicy,
     wanted: Option<provenance::Build<'_>>,
-    metadata: &mut Vec<(String, String)>,
-    claims: &mut Vec<Claim>,
+    told: &mut Told,
 ) -> Result<SolveResponse, BuildError> {
     let job = guard.job();
     let (bridge, returned) =
@@ -184,7 +190,7 @@ async fn run_in(
         // The client is the frontend; it ends by returning a result.
         returned.await.map_err(|_| BuildError::canceled())??
     };
-    *metadata = readable(&result);
+    told.metadata = readable(&result);
     result.refs.evaluate().await?;
     let mut response: HashMap<String, String> = result
         .metadata
@@ -193,10 +199,12 @@ async fn run_in(
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
     if let Some(wanted) = wanted {
-        let explained = build.explain().await;
-        *claims = provenance::claims(&bridge, &result, &explained, &wanted)?;
+        let solved = Solved { explained: build.explain().await, made: build.results().await };
+        told.claims = provenance::claims(&bridge, &result, &solved, &wanted)?;
     }
-    exports::run(build, job, planned, &request.session, &result, claims, &mut response).await?;
+    exports::run(build, job, planned, &request.session, &result, &told.claims, &mut response).await?;
+    // The record is written later, and must not keep results from being removed.
+    told.claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

@@ -38,11 +38,19 @@ pub(crate) struct Bridge {
     policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
-    /// What frontends were asked for that gave references, by reference.
-    requests: DashMap<String, Arc<FrontendRequest>>,
-    /// The build's own attributes.
-    attrs: HashMap<String, String>,
+    asked: Mutex<Vec<Arc<Asked>>>,
+    /// What the client asked of the build itself.
+    root: FrontendRequest,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
+}
+
+/// What a frontend was asked to do, and how it went about it.
+pub(crate) struct Asked {
+    pub(crate) request: FrontendRequest,
+    /// What it read on its way.
+    pub(crate) read: Vec<Arc<LazyRef>>,
+    /// Ids of the references that it gave.
+    results: Vec<String>,
 }
 
 /// What a frontend is asked to do.
@@ -72,11 +80,15 @@ impl Bridge {
             cancel,
             session: request.session.clone(),
             inputs: request.frontend_inputs.clone(),
-            attrs: request.frontend_attrs.clone(),
+            root: FrontendRequest {
+                name: request.frontend.clone(),
+                opts: request.frontend_attrs.clone(),
+                inputs: HashMap::new(),
+            },
             policy,
             refs: DashMap::new(),
             images: DashMap::new(),
-            requests: DashMap::new(),
+            asked: Mutex::default(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)
@@ -124,25 +136,46 @@ impl Bridge {
     /// What the frontend says, or that it is not known.
     pub(crate) async fn run_frontend(
         self: &Arc<Self>,
-        request: FrontendRequest,
+        mut request: FrontendRequest,
     ) -> Result<BuildResult, BuildError> {
-        provenance::check(&request.opts, &self.attrs)?;
-        let asked = Arc::new(request.clone());
-        let result = frontends::run(self, request).await?;
-        for reference in result.refs.all() {
-            self.requests.insert(reference.id().to_owned(), asked.clone());
-        }
+        provenance::check(&request.opts, &self.root.opts)?;
+        // In a box, or the call's type grows beyond what the compiler takes.
+        let result = Box::pin(frontends::run(self, &mut request)).await?;
+        let results = result.refs.all().into_iter().map(|reference| reference.id().to_owned()).collect();
+        let asked = Asked { request, read: result.read.clone(), results };
+        self.lock_asked().push(Arc::new(asked));
         Ok(result)
     }
 
-    /// What a frontend was asked for when it gave a reference; nothing for those that clients made.
-    pub(crate) fn request(&self, reference: &str) -> Option<Arc<FrontendRequest>> {
-        self.requests.get(reference).map(|request| request.value().clone())
+    fn lock_asked(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Asked>>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All references that have been built.
-    pub(crate) fn built(&self) -> Vec<Arc<LazyRef>> {
-        self.refs.iter().filter(|entry| entry.is_built()).map(|entry| entry.value().clone()).collect()
+    /// What a frontend was asked for when it gave a reference; nothing for those that clients made. Scratch is
+    /// taken for what the last frontend gave that gave no other reference.
+    pub(crate) fn asked(&self, reference: Option<&LazyRef>) -> Option<Arc<Asked>> {
+        let gave = |asked: &&Arc<Asked>| match reference {
+            Some(reference) => asked.results.iter().any(|id| id == reference.id()),
+            None => asked.results.is_empty(),
+        };
+        self.lock_asked().iter().rev().find(gave).cloned()
+    }
+
+    /// What the client asked of the build itself.
+    pub(crate) fn root(&self) -> &FrontendRequest {
+        &self.root
+    }
+
+    /// What the client built that no frontend in the daemon asked for.
+    pub(crate) fn built_by_client(&self) -> Vec<Arc<LazyRef>> {
+        let asked = self.lock_asked().clone();
+        let by_frontend = |id: &str| {
+            asked.iter().any(|asked| {
+                asked.results.iter().any(|result| result == id) || asked.read.iter().any(|read| read.id() == id)
+            })
+        };
+        let built = self.refs.iter().filter(|entry| entry.is_built() && !by_frontend(entry.key()));
+        built.map(|entry| entry.value().clone()).collect()
     }
 
     /// Whether a frontend was told that the image `reference` has this digest.
@@ -259,7 +292,7 @@ impl Bridge {
             Some(Wire::RefsDeprecated(refs)) => map(refs.refs.into_iter().collect())?,
             Some(Wire::Refs(refs)) => map(refs.refs.into_iter().map(|(name, r)| (name, r.id)).collect())?,
         };
-        Ok(BuildResult { refs, metadata: result.metadata.into_iter().collect() })
+        Ok(BuildResult { refs, metadata: result.metadata.into_iter().collect(), read: Vec::new() })
     }
 
     fn encode_result(&self, result: &BuildResult) -> gateway::Result {

@@ -62,11 +62,13 @@ pub(crate) struct BuildResult {
     pub(crate) refs: Refs,
     /// Image configs and whatever else exporters and clients read.
     pub(crate) metadata: BTreeMap<String, Vec<u8>>,
+    /// What the frontend read on its way.
+    pub(crate) read: Vec<Arc<LazyRef>>,
 }
 
 impl Default for BuildResult {
     fn default() -> Self {
-        Self { refs: Refs::Single(None), metadata: BTreeMap::new() }
+        Self { refs: Refs::Single(None), metadata: BTreeMap::new(), read: Vec::new() }
     }
 }
 

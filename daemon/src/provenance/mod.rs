@@ -6,12 +6,15 @@ mod predicate;
 mod sources;
 mod steps;
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use kiln_cache::Ref;
 use kiln_proto::llb::{self, Loaded};
 use kiln_solver::explain::VertexExplanation;
-use kiln_worker::export::Attestation;
+use kiln_worker::export::{Attestation, Steps};
 use serde_json::{Map, Value};
 use tonic::Code;
 
@@ -42,7 +45,7 @@ pub(crate) struct Claim {
 pub(crate) fn claims(
     bridge: &Bridge,
     result: &BuildResult,
-    explained: &[VertexExplanation],
+    solved: &Solved,
     build: &Build<'_>,
 ) -> Result<Vec<Claim>, BuildError> {
     let results: Vec<(&str, Option<&LazyRef>)> = match &result.refs {
@@ -50,26 +53,26 @@ pub(crate) fn claims(
         Refs::Map(refs) => refs.iter().map(|(id, reference)| (id.as_str(), reference.as_deref())).collect(),
     };
     let named: Vec<&str> = result.refs.all().into_iter().map(|reference| reference.id()).collect();
-    let mut read = Sources::new(explained);
-    // What a frontend read on its way: the Dockerfile, a context's ignore file.
-    for reference in bridge.built() {
-        if !named.contains(&reference.id()) {
-            read.add(&load(&reference)?, bridge);
-        }
-    }
+    let nothing = Sources::new(&solved.explained);
     let custom = build.environment.map(environment).unwrap_or_default();
     let mut claims = Vec::new();
     for (platform, reference) in results {
         let loaded = reference.map(load).transpose()?.unwrap_or_default();
-        let mut sources = read.clone();
+        let asked = bridge.asked(reference);
+        let mut sources = nothing.clone();
+        // What a frontend read on its way: the Dockerfile, a context's ignore file.
+        let read = asked.as_ref().map_or_else(|| bridge.built_by_client(), |asked| asked.read.clone());
+        for other in read.iter().filter(|other| !named.contains(&other.id())) {
+            sources.add(&load(other)?, bridge);
+        }
         sources.add(&loaded, bridge);
         if build.options.complete_materials && !sources.complete() {
             return Err(BuildError::build("provenance materials are incomplete"));
         }
-        let request = reference.and_then(|reference| bridge.request(reference.id()));
         let facts = Facts {
             options: build.options,
-            request: request.as_deref(),
+            request: asked.as_ref().map(|asked| &asked.request),
+            root: bridge.root(),
             sources: &sources,
             loaded: &loaded,
             custom: &custom,
@@ -83,11 +86,23 @@ pub(crate) fn claims(
                 predicate: predicate::make(&facts, build.options.mode),
                 file: build.options.filename.clone(),
                 inline_only: build.options.inline_only,
+                steps: (build.options.mode == Mode::Max).then(|| Steps {
+                    place: build.options.version.metadata(),
+                    results: steps::results(&loaded, &solved.made),
+                }),
             },
             full: predicate::make(&facts, Mode::Max),
         });
     }
     Ok(claims)
+}
+
+/// What came of the build's definitions.
+pub(crate) struct Solved {
+    /// What was decided about each vertex.
+    pub(crate) explained: Vec<VertexExplanation>,
+    /// Outputs by vertex.
+    pub(crate) made: HashMap<Arc<str>, Vec<Ref>>,
 }
 
 /// A build as its provenance sees it.

@@ -26,6 +26,14 @@ pub(crate) enum Version {
 }
 
 impl Version {
+    /// JSON pointer to what BuildKit adds to the predicate's metadata.
+    pub(crate) fn metadata(self) -> &'static str {
+        match self {
+            Self::V02 => "/metadata/https:~1~1mobyproject.org~1buildkit@v1#metadata",
+            Self::V1 => "/runDetails/metadata/buildkit_metadata",
+        }
+    }
+
     /// The predicate's type.
     pub(crate) fn predicate_type(self) -> &'static str {
         match self {

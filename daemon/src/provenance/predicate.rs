@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 use super::options::{Mode, Options, Version};
 use super::sources::{Sources, redacted};
 use super::steps;
+use crate::frontends::DOCKERFILE;
 use crate::gateway::FrontendRequest;
+use crate::workers::DOCKERFILE_VERSION;
 
 const BUILD_TYPE_1: &str =
     "https://github.com/moby/buildkit/blob/master/docs/attestations/slsa-definitions.md";
@@ -25,6 +27,8 @@ pub(super) struct Facts<'a> {
     pub(super) request: Option<&'a FrontendRequest>,
     pub(super) sources: &'a Sources<'a>,
     pub(super) loaded: &'a Loaded,
+    /// What the client asked of the build itself.
+    pub(super) root: &'a FrontendRequest,
     /// What the administrator adds.
     pub(super) custom: &'a Map<String, Value>,
     pub(super) started: SystemTime,
@@ -32,13 +36,29 @@ pub(super) struct Facts<'a> {
 }
 
 /// What a build was asked for, as predicates tell it.
+#[derive(Default)]
 struct Invocation {
     uri: String,
     digest: Option<Value>,
     path: String,
-    request: Value,
+    request: Map<String, Value>,
     vcs: Map<String, Value>,
     complete: bool,
+}
+
+impl Invocation {
+    /// Where the build's instructions came from; `path` is how a version calls their file.
+    fn source(&self, path: &str) -> Value {
+        let mut source = Map::new();
+        if !self.uri.is_empty() {
+            source.insert("uri".into(), self.uri.clone().into());
+        }
+        source.extend(self.digest.clone().map(|digest| ("digest".to_owned(), digest)));
+        if !self.path.is_empty() {
+            source.insert(path.into(), self.path.clone().into());
+        }
+        source.into()
+    }
 }
 
 fn rfc3339(time: SystemTime) -> String {
@@ -46,7 +66,39 @@ fn rfc3339(time: SystemTime) -> String {
 }
 
 fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
-    let opts = facts.request.map(|request| request.opts.clone()).unwrap_or_default();
+    let mut asked = facts.request.map(|request| read(request, facts, mode)).unwrap_or_default();
+    if mode == Mode::Max {
+        for (name, ids) in [("secrets", &facts.sources.secrets), ("ssh", &facts.sources.ssh)] {
+            let ids: Vec<Value> = ids
+                .iter()
+                .map(|(id, optional)| match optional {
+                    true => json!({"id": id, "optional": true}),
+                    false => json!({"id": id}),
+                })
+                .collect();
+            if !ids.is_empty() {
+                asked.request.insert(name.into(), ids.into());
+            }
+        }
+    }
+    let locals: Vec<Value> = facts.sources.locals.iter().map(|name| json!({"name": name})).collect();
+    if !locals.is_empty() {
+        asked.request.insert("locals".into(), locals.into());
+    }
+    if facts.request.is_some() && facts.root.name.is_empty() {
+        // A client drove the build, and asked a frontend for this on its way.
+        let root = read(facts.root, facts, mode);
+        if !root.request.is_empty() && root.request.get("args") != asked.request.get("args") {
+            let source = root.source("path");
+            asked.request.insert("root".into(), json!({"configSource": source, "request": root.request}));
+        }
+    }
+    asked
+}
+
+/// What one request says.
+fn read(request: &FrontendRequest, facts: &Facts<'_>, mode: Mode) -> Invocation {
+    let opts = request.opts.clone();
     let context = ["contextkey", "input:context"]
         .iter()
         .find_map(|key| opts.get(*key).filter(|value| !value.is_empty()).map(|value| (*key, value.clone())))
@@ -75,7 +127,7 @@ fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
         }
         false
     });
-    let frontend = facts.request.map(|request| request.name.as_str()).unwrap_or_default();
+    let frontend = request.name.as_str();
     let mut complete = !frontend.is_empty();
     if mode == Mode::Min {
         args.retain(|key, _| {
@@ -91,25 +143,7 @@ fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
     if !args.is_empty() {
         request.insert("args".into(), json!(args));
     }
-    if mode == Mode::Max {
-        for (name, ids) in [("secrets", &facts.sources.secrets), ("ssh", &facts.sources.ssh)] {
-            let ids: Vec<Value> = ids
-                .iter()
-                .map(|(id, optional)| match optional {
-                    true => json!({"id": id, "optional": true}),
-                    false => json!({"id": id}),
-                })
-                .collect();
-            if !ids.is_empty() {
-                request.insert(name.into(), ids.into());
-            }
-        }
-    }
-    let locals: Vec<Value> = facts.sources.locals.iter().map(|name| json!({"name": name})).collect();
-    if !locals.is_empty() {
-        request.insert("locals".into(), locals.into());
-    }
-    Invocation { uri, digest, path, request: request.into(), vcs, complete }
+    Invocation { uri, digest, path, request, vcs, complete }
 }
 
 /// A predicate of the version that the options name.
@@ -120,7 +154,7 @@ pub(super) fn make(facts: &Facts<'_>, mode: Mode) -> Value {
     let config = (mode == Mode::Max).then(|| steps::config(facts.loaded)).flatten();
     let mut metadata = Map::new();
     if !invocation.vcs.is_empty() {
-        metadata.insert("vcs".into(), invocation.vcs.into());
+        metadata.insert("vcs".into(), invocation.vcs.clone().into());
     }
     if mode == Mode::Max
         && let Some(source) = steps::source_map(facts.loaded)
@@ -129,19 +163,15 @@ pub(super) fn make(facts: &Facts<'_>, mode: Mode) -> Value {
     }
     let materials: Vec<Value> = facts.sources.materials.iter().map(super::sources::Material::json).collect();
     let (started, finished) = (rfc3339(facts.started), rfc3339(SystemTime::now()));
-    let mut source = Map::new();
-    if !invocation.uri.is_empty() {
-        source.insert("uri".into(), invocation.uri.into());
-    }
-    source.extend(invocation.digest.map(|digest| ("digest".to_owned(), digest)));
-    let path = Some(invocation.path).filter(|path| !path.is_empty());
+    let is_dockerfile = facts.request.is_some_and(|request| request.name == DOCKERFILE);
+    let language = is_dockerfile.then(|| ("dockerfileVersion".to_owned(), DOCKERFILE_VERSION.into()));
     let hermetic = complete && !network;
     match facts.options.version {
         Version::V1 => {
-            source.extend(path.map(|path| ("path".to_owned(), path.into())));
             let mut internal = Map::new();
             internal.extend(config.map(|config| ("buildConfig".to_owned(), config)));
             internal.insert("builderPlatform".into(), host.into());
+            internal.extend(language);
             internal.extend(facts.custom.clone());
             let mut run = json!({
                 "invocationId": facts.invocation,
@@ -159,7 +189,7 @@ pub(super) fn make(facts: &Facts<'_>, mode: Mode) -> Value {
             }
             let mut definition = json!({
                 "buildType": BUILD_TYPE_1,
-                "externalParameters": {"configSource": source, "request": invocation.request},
+                "externalParameters": {"configSource": invocation.source("path"), "request": invocation.request},
                 "internalParameters": internal,
             });
             if !materials.is_empty() {
@@ -171,9 +201,9 @@ pub(super) fn make(facts: &Facts<'_>, mode: Mode) -> Value {
             })
         }
         Version::V02 => {
-            source.extend(path.map(|path| ("entryPoint".to_owned(), path.into())));
             let mut environment = Map::new();
             environment.insert("platform".into(), host.into());
+            environment.extend(language);
             environment.extend(facts.custom.clone());
             let mut out = json!({
                 "builder": {"id": facts.options.builder_id},
@@ -183,7 +213,7 @@ pub(super) fn make(facts: &Facts<'_>, mode: Mode) -> Value {
                 out["materials"] = materials.into();
             }
             out["invocation"] = json!({
-                "configSource": source,
+                "configSource": invocation.source("entryPoint"),
                 "parameters": invocation.request,
                 "environment": environment,
             });

@@ -177,7 +177,12 @@ impl<'a> Sources<'a> {
 
     /// What a URL was found to be.
     pub(super) fn find(&self, url: &str) -> Option<&Material> {
-        let url = redacted(url);
+        let mut url = redacted(url);
+        // A context may be a directory of a repository.
+        let subdirectory = url.split_once('#').and_then(|(_, reference)| reference.split_once(':'));
+        if let Some((_, subdirectory)) = subdirectory {
+            url.truncate(url.len() - subdirectory.len() - 1);
+        }
         self.materials.iter().find(|material| material.kind != Kind::Image && material.uri == url)
     }
 }

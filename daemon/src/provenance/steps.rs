@@ -1,10 +1,12 @@
 //! The steps of a build in a predicate: the definition's operations in the JSON that Go makes of their messages
 //! (fields by their names in the protocol, without what has its zero value), and where they stand in sources.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use kiln_cache::Ref;
 use kiln_proto::llb::{self, Loaded, LoadedVertex};
 use kiln_proto::pb;
 use serde_json::{Map, Value, json};
@@ -36,6 +38,15 @@ fn steps(loaded: &Loaded) -> Option<(Vec<Value>, Map<String, Value>)> {
     let digest = |(at, vertex): (usize, &LoadedVertex)| (vertex.digest.to_string(), id(at).into());
     let digests: BTreeMap<String, Value> = loaded.vertices.iter().enumerate().map(digest).collect();
     Some((steps, digests.into_iter().collect()))
+}
+
+/// What the steps made, by step and output.
+pub(super) fn results(loaded: &Loaded, made: &HashMap<Arc<str>, Vec<Ref>>) -> BTreeMap<String, Ref> {
+    let of = |(at, vertex): (usize, &LoadedVertex)| {
+        let outputs = made.get(&vertex.digest).into_iter().flatten().enumerate();
+        outputs.map(|(output, result)| (format!("{}:{output}", id(at)), result.clone())).collect::<Vec<_>>()
+    };
+    loaded.vertices.iter().enumerate().flat_map(of).collect()
 }
 
 /// The result's definition.

@@ -1,13 +1,18 @@
 //! Attestations of a result: in-toto statements beside its files, or manifests beside its images.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use kiln_cache::{LayerBlob, Ref, SnapshotRef};
 use kiln_proto::reference::Reference;
 use kiln_proto::{pb, platform};
 use rustix::fs::{FileType, Mode, OFlags, openat};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+
+use super::ExportError;
+use crate::image::{BlobOptions, EMPTY_DIFF_ID, Images};
 
 const STATEMENT: &str = "https://in-toto.io/Statement/v1";
 /// Media type of statements.
@@ -26,17 +31,67 @@ pub struct Attestation {
     pub file: String,
     /// Left out of what does not ask for it.
     pub inline_only: bool,
+    /// What the steps made, where the predicate names it.
+    pub steps: Option<Steps>,
+}
+
+/// Results of steps, whose layers are put into a predicate by the exporter: it packs some of them.
+#[derive(Debug, Clone)]
+pub struct Steps {
+    /// JSON pointer to the object that gets the field `layers`.
+    pub place: &'static str,
+    /// By the step's name and output.
+    pub results: BTreeMap<String, Ref>,
+}
+
+impl Steps {
+    /// Descriptors of the layers of each result all of whose layers have a blob.
+    fn layers(&self, images: &Images, options: BlobOptions) -> Result<Map<String, Value>, ExportError> {
+        let mut all = Map::new();
+        for (name, result) in &self.results {
+            let layers = result.iter().flat_map(SnapshotRef::layers);
+            let known = layers.map(|layer| Ok(images.known_layer(&layer, options)?));
+            let Some(known) = known.collect::<Result<Option<Vec<_>>, ExportError>>()? else { continue };
+            let described: Vec<Value> = known
+                .iter()
+                .filter(|layer| layer.blob.diff_id != EMPTY_DIFF_ID)
+                .filter_map(|layer| {
+                    let media_type = layer.compression.media_type(!options.docker_types)?;
+                    let LayerBlob { digest, size, .. } = &layer.blob;
+                    Some(json!({"mediaType": media_type, "digest": digest, "size": size}))
+                })
+                .collect();
+            if !described.is_empty() {
+                all.insert(name.clone(), json!([described]));
+            }
+        }
+        Ok(all)
+    }
 }
 
 impl Attestation {
     /// The in-toto statement that says this of `subjects`.
-    pub(super) fn statement(&self, subjects: &[Value]) -> Value {
-        json!({
+    pub(super) fn statement(
+        &self,
+        subjects: &[Value],
+        images: &Images,
+        options: BlobOptions,
+    ) -> Result<Value, ExportError> {
+        let mut predicate = self.predicate.clone();
+        if let Some(steps) = &self.steps
+            && let Some(place) = predicate.pointer_mut(steps.place).and_then(Value::as_object_mut)
+        {
+            let layers = steps.layers(images, options)?;
+            if !layers.is_empty() {
+                place.insert("layers".to_string(), layers.into());
+            }
+        }
+        Ok(json!({
             "_type": STATEMENT,
             "predicateType": self.predicate_type,
             "subject": subjects,
-            "predicate": self.predicate,
-        })
+            "predicate": predicate,
+        }))
     }
 
     /// Its file's name in a directory that it shares with those of other platforms.
@@ -51,7 +106,8 @@ impl Attestation {
 
 /// An image as a package URL.
 pub fn package_url(reference: &Reference, platform: Option<&pb::Platform>) -> String {
-    let mut url = format!("pkg:docker/{}", reference.familiar_name());
+    // Of what names may hold, only the colon before a port has another meaning there.
+    let mut url = format!("pkg:docker/{}", reference.familiar_name().replace(':', "%3A"));
     let tag = reference.tag().or(reference.digest().is_none().then_some("latest"));
     url.extend(tag.into_iter().flat_map(|tag| ["@", tag]));
     let mut qualifiers = Vec::new();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::ExportError;
 use super::annotations::{Annotation, parse_annotation};
+use crate::image::BlobOptions;
 use crate::layer::Compression;
 
 /// Which exporter.
@@ -93,6 +94,17 @@ fn epoch(value: &str) -> Result<Option<i64>, ExportError> {
 }
 
 impl Attributes {
+    /// In what form layers are wanted.
+    pub(super) fn blob_options(&self) -> BlobOptions {
+        BlobOptions {
+            compression: self.compression,
+            level: self.level,
+            force: self.force,
+            clamp: self.epoch.filter(|_| self.rewrite_timestamp),
+            docker_types: !self.oci_types,
+        }
+    }
+
     pub(super) fn parse<'a>(
         kind: &str,
         attributes: impl IntoIterator<Item = (&'a String, &'a String)>,

@@ -20,7 +20,7 @@ use super::attrs::Attributes;
 use super::config::{self, LayerFacts};
 use super::input::{ExportInput, ExportTarget};
 use super::{ExportContext, ExportError};
-use crate::image::{BlobOptions, LayerContent};
+use crate::image::LayerContent;
 use crate::registry::{INDEX_DOCKER, INDEX_OCI, MANIFEST_DOCKER, MANIFEST_OCI};
 
 const CONFIG_OCI: &str = "application/vnd.oci.image.config.v1+json";
@@ -135,7 +135,7 @@ pub(super) async fn assemble(
     let indexed = input.is_map || input.targets.iter().any(attested);
     if indexed {
         for (image, target) in images.iter_mut().zip(&input.targets) {
-            image.attestation = attestation_manifest(attributes, image, target)?;
+            image.attestation = attestation_manifest(context, attributes, image, target)?;
         }
     }
     status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
@@ -191,13 +191,7 @@ async fn assemble_platform(
     target: &ExportTarget,
 ) -> Result<PlatformImage, ExportError> {
     let snapshots: Vec<SnapshotRef> = target.result.iter().flat_map(SnapshotRef::layers).collect();
-    let options = BlobOptions {
-        compression: attributes.compression,
-        level: attributes.level,
-        force: attributes.force,
-        clamp: attributes.epoch.filter(|_| attributes.rewrite_timestamp),
-        docker_types: !attributes.oci_types,
-    };
+    let options = attributes.blob_options();
     let packed: Vec<_> =
         snapshots.iter().map(|layer| context.images.layer_content(layer, options, &context.access)).collect();
     let contents: Vec<LayerContent> = futures::stream::iter(packed).buffered(PACKING).try_collect().await?;
@@ -253,6 +247,7 @@ async fn assemble_platform(
 
 /// The manifest of all that is claimed of an image.
 fn attestation_manifest(
+    context: &ExportContext,
     attributes: &Attributes,
     image: &PlatformImage,
     target: &ExportTarget,
@@ -273,7 +268,8 @@ fn attestation_manifest(
     }
     let (mut statements, mut layers) = (Vec::new(), Vec::new());
     for attestation in &target.attestations {
-        let bytes = serde_json::to_vec(&attestation.statement(&subjects)).map_err(internal)?;
+        let statement = attestation.statement(&subjects, &context.images, attributes.blob_options())?;
+        let bytes = serde_json::to_vec(&statement).map_err(internal)?;
         let statement = Document::new(IN_TOTO, bytes);
         layers.push(json!({
             "mediaType": IN_TOTO,
@@ -302,7 +298,7 @@ fn attestation_manifest(
     if attributes.oci_artifact {
         let Document { digest, media_type, bytes } = &image.manifest;
         let size = bytes.len() as u64;
-        let subject = descriptor(media_type, digest, size, Some(&image.platform), &BTreeMap::new())?;
+        let subject = descriptor(media_type, digest, size, None, &BTreeMap::new())?;
         manifest["subject"] = sorted(&subject)?;
     }
     let manifest = Document::new(MANIFEST_OCI, serde_json::to_vec_pretty(&manifest).map_err(internal)?);

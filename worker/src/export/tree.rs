@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use kiln_cache::{Ref, ScratchDir, SnapshotRef};
 use kiln_proto::platform;
 use rustix::fs::{Mode, OFlags, openat};
+use serde_json::Value;
 
 use super::archive::send;
 use super::attestation::{Attestation, file_subjects};
@@ -64,7 +65,7 @@ async fn roots(
         let prefix = if split { id.replace('/', "_") } else { String::new() };
         targets.push((prefix, shown, target.result.clone(), files));
     }
-    let (context, epoch) = (context.clone(), attributes.epoch);
+    let (context, epoch, options) = (context.clone(), attributes.epoch, attributes.blob_options());
     tokio::task::spawn_blocking(move || {
         let empty = context.store.scratch()?;
         let mut roots = Roots { views: Vec::new(), _scratch: Vec::new() };
@@ -72,7 +73,10 @@ async fn roots(
             let mut view = view(&context, &result, &empty)?;
             if !files.is_empty() {
                 let (upper, work) = (context.store.scratch()?, context.store.scratch()?);
-                write_statements(&view, &files, upper.path(), epoch)?;
+                let state = |attestation: &Attestation, subjects: &[Value]| {
+                    attestation.statement(subjects, &context.images, options)
+                };
+                write_statements(&view, &files, upper.path(), epoch, &state)?;
                 view = View::writable(layers(&context, &result)?, upper.path(), work.path())?;
                 roots._scratch.extend([upper, work]);
             }
@@ -90,6 +94,7 @@ fn write_statements(
     files: &[(String, Attestation)],
     directory: &Path,
     epoch: Option<i64>,
+    state: &dyn Fn(&Attestation, &[Value]) -> Result<Value, ExportError>,
 ) -> Result<(), ExportError> {
     let subjects = file_subjects(view.fd())?;
     std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
@@ -98,7 +103,7 @@ fn write_statements(
         if name.contains('/') || name == ".." || name == "." {
             return Err(ExportError::Attribute(format!("invalid name of an attestation's file: {name:?}")));
         }
-        let text = serde_json::to_vec_pretty(&attestation.statement(&subjects))
+        let text = serde_json::to_vec_pretty(&state(attestation, &subjects)?)
             .map_err(|error| ExportError::Internal(error.to_string()))?;
         let mut file =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(directory.join(name))?;
