@@ -431,6 +431,7 @@ impl Recording {
             if error.is_none() {
                 let mut result = BuildResultInfo::default();
                 for Claim { platform, attestation, full } in claims {
+                    let Some(full) = full else { continue };
                     let bytes = full.to_string().into_bytes();
                     let mut described = descriptor(IN_TOTO, &bytes);
                     described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);

@@ -150,6 +150,7 @@ async fn run(
         options,
         id: &request.r#ref,
         started,
+        compatibility: request.compatibility_version,
         environment: daemon.config.provenance_env_dir.as_deref(),
     });
     let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
@@ -198,9 +199,10 @@ async fn run_in(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
+    told.claims = provenance::offered(&result).await?;
     if let Some(wanted) = wanted {
         let solved = Solved { explained: build.explain().await, made: build.results().await };
-        told.claims = provenance::claims(&bridge, &result, &solved, &wanted)?;
+        told.claims.extend(provenance::claims(&bridge, &result, &solved, &wanted, &guard.running())?);
     }
     exports::run(build, job, planned, &request.session, &result, &told.claims, &mut response).await?;
     // The record is written later, and must not keep results from being removed.

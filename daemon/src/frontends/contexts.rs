@@ -38,10 +38,7 @@ pub(super) struct Fetched {
 
 impl Contexts<'_> {
     /// Takes a definition into the build whose files will be read.
-    pub(super) async fn solve(
-        &self,
-        definition: pb::Definition,
-    ) -> Result<Option<Arc<LazyRef>>, BuildError> {
+    pub(super) async fn solve(&self, definition: pb::Definition) -> Result<Option<Arc<LazyRef>>, BuildError> {
         let reference = self.bridge.solve(definition).await?;
         self.read.lock().unwrap_or_else(PoisonError::into_inner).extend(reference.clone());
         Ok(reference)

@@ -37,10 +37,7 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     Ok(result)
 }
 
-async fn compiled(
-    contexts: Contexts<'_>,
-    subrequest: Option<Subrequest>,
-) -> Result<BuildResult, BuildError> {
+async fn compiled(contexts: Contexts<'_>, subrequest: Option<Subrequest>) -> Result<BuildResult, BuildError> {
     let Contexts { bridge, request, .. } = contexts;
     let context_key = request.opts.get("contextkey").map_or(CONTEXT_LOCAL, String::as_str);
     let options = Options::from_attrs(&request.opts)
@@ -205,7 +202,7 @@ async fn result(
     }
     metadata.insert("refs.platforms".into(), json!({ "Platforms": platforms }).to_string().into_bytes());
     let refs = if map { Refs::Map(refs) } else { Refs::Single(single) };
-    Ok(BuildResult { refs, metadata, read: Vec::new() })
+    Ok(BuildResult { refs, metadata, ..BuildResult::default() })
 }
 
 /// A platform in the form of the OCI specification.

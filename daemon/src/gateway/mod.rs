@@ -12,11 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
 use kiln_proto::{control, gateway, pb, platform};
+use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-pub(crate) use refs::{BuildResult, LazyRef, Refs};
+pub(crate) use refs::{BuildResult, LazyRef, Offered, Refs};
 pub(crate) use service::GatewayService;
 
 use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
@@ -49,8 +50,21 @@ pub(crate) struct Asked {
     pub(crate) request: FrontendRequest,
     /// What it read on its way.
     pub(crate) read: Vec<Arc<LazyRef>>,
-    /// Ids of the references that it gave.
-    results: Vec<String>,
+    /// The references that it gave.
+    results: Vec<Arc<LazyRef>>,
+}
+
+impl Asked {
+    /// Whether it gave what `definition` describes.
+    pub(crate) fn gave(&self, definition: &pb::Definition) -> bool {
+        let wanted = root(definition);
+        wanted.is_some() && self.results.iter().any(|result| root(result.definition()) == wanted)
+    }
+}
+
+/// The vertex of a definition's result and its output.
+fn root(definition: &pb::Definition) -> Option<pb::Input> {
+    pb::Op::decode(definition.def.last()?.as_slice()).ok()?.inputs.into_iter().next()
 }
 
 /// What a frontend is asked to do.
@@ -83,7 +97,7 @@ impl Bridge {
             root: FrontendRequest {
                 name: request.frontend.clone(),
                 opts: request.frontend_attrs.clone(),
-                inputs: HashMap::new(),
+                inputs: request.frontend_inputs.clone(),
             },
             policy,
             refs: DashMap::new(),
@@ -141,7 +155,7 @@ impl Bridge {
         provenance::check(&request.opts, &self.root.opts)?;
         // In a box, or the call's type grows beyond what the compiler takes.
         let result = Box::pin(frontends::run(self, &mut request)).await?;
-        let results = result.refs.all().into_iter().map(|reference| reference.id().to_owned()).collect();
+        let results = result.refs.all().into_iter().cloned().collect();
         let asked = Asked { request, read: result.read.clone(), results };
         self.lock_asked().push(Arc::new(asked));
         Ok(result)
@@ -155,10 +169,15 @@ impl Bridge {
     /// taken for what the last frontend gave that gave no other reference.
     pub(crate) fn asked(&self, reference: Option<&LazyRef>) -> Option<Arc<Asked>> {
         let gave = |asked: &&Arc<Asked>| match reference {
-            Some(reference) => asked.results.iter().any(|id| id == reference.id()),
+            Some(reference) => asked.results.iter().any(|result| result.id() == reference.id()),
             None => asked.results.is_empty(),
         };
         self.lock_asked().iter().rev().find(gave).cloned()
+    }
+
+    /// What all frontends of the build were asked.
+    pub(crate) fn all_asked(&self) -> Vec<Arc<Asked>> {
+        self.lock_asked().clone()
     }
 
     /// What the client asked of the build itself.
@@ -171,7 +190,8 @@ impl Bridge {
         let asked = self.lock_asked().clone();
         let by_frontend = |id: &str| {
             asked.iter().any(|asked| {
-                asked.results.iter().any(|result| result == id) || asked.read.iter().any(|read| read.id() == id)
+                let mut references = asked.results.iter().chain(&asked.read);
+                references.any(|reference| reference.id() == id)
             })
         };
         let built = self.refs.iter().filter(|entry| entry.is_built() && !by_frontend(entry.key()));
@@ -276,9 +296,6 @@ impl Bridge {
 
     fn decode_result(&self, result: gateway::Result) -> Result<BuildResult, BuildError> {
         use gateway::result::Result as Wire;
-        if !result.attestations.is_empty() {
-            return Err(BuildError::unsupported("attestations of a frontend"));
-        }
         let map = |refs: Vec<(String, String)>| {
             refs.into_iter()
                 .map(|(name, id)| Ok((name, self.reference(&id)?)))
@@ -292,7 +309,17 @@ impl Bridge {
             Some(Wire::RefsDeprecated(refs)) => map(refs.refs.into_iter().collect())?,
             Some(Wire::Refs(refs)) => map(refs.refs.into_iter().map(|(name, r)| (name, r.id)).collect())?,
         };
-        Ok(BuildResult { refs, metadata: result.metadata.into_iter().collect(), read: Vec::new() })
+        let mut attestations = BTreeMap::new();
+        for (platform, all) in result.attestations {
+            let offer = |wire: gateway::Attestation| {
+                let reference = self.reference(wire.r#ref.as_ref().map_or("", |r| &r.id))?;
+                Ok(Offered { reference, wire })
+            };
+            let all: Result<Vec<Offered>, BuildError> = all.attestation.into_iter().map(offer).collect();
+            attestations.insert(platform, all?);
+        }
+        let metadata = result.metadata.into_iter().collect();
+        Ok(BuildResult { refs, metadata, attestations, read: Vec::new() })
     }
 
     fn encode_result(&self, result: &BuildResult) -> gateway::Result {

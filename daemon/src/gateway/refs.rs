@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kiln_cache::Ref;
-use kiln_proto::pb;
+use kiln_proto::{gateway, pb};
 use tokio::sync::OnceCell;
 
 use crate::engine::{EngineBuild, Target};
@@ -55,6 +55,14 @@ impl LazyRef {
     }
 }
 
+/// A claim of a frontend about its result.
+#[derive(Clone)]
+pub(crate) struct Offered {
+    /// Where the file is.
+    pub(crate) reference: Option<Arc<LazyRef>>,
+    pub(crate) wire: gateway::Attestation,
+}
+
 /// What a frontend returned.
 #[derive(Clone)]
 pub(crate) struct BuildResult {
@@ -62,13 +70,20 @@ pub(crate) struct BuildResult {
     pub(crate) refs: Refs,
     /// Image configs and whatever else exporters and clients read.
     pub(crate) metadata: BTreeMap<String, Vec<u8>>,
+    /// What it claims of them, by platform.
+    pub(crate) attestations: BTreeMap<String, Vec<Offered>>,
     /// What the frontend read on its way.
     pub(crate) read: Vec<Arc<LazyRef>>,
 }
 
 impl Default for BuildResult {
     fn default() -> Self {
-        Self { refs: Refs::Single(None), metadata: BTreeMap::new(), read: Vec::new() }
+        Self {
+            refs: Refs::Single(None),
+            metadata: BTreeMap::new(),
+            attestations: BTreeMap::new(),
+            read: Vec::new(),
+        }
     }
 }
 

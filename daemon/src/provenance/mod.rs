@@ -1,6 +1,7 @@
 //! Provenance: what a result was built from and how, as a SLSA predicate. Made from the definitions that the
 //! build solved and from what its sources turned out to be; it never changes a build.
 
+mod offered;
 mod options;
 mod predicate;
 mod sources;
@@ -18,10 +19,11 @@ use kiln_worker::export::{Attestation, Steps};
 use serde_json::{Map, Value};
 use tonic::Code;
 
+pub(crate) use offered::claims as offered;
 pub(crate) use options::{Mode, Options, check};
 
 use crate::error::BuildError;
-use crate::gateway::{Bridge, BuildResult, LazyRef, Refs};
+use crate::gateway::{Asked, Bridge, BuildResult, LazyRef, Refs};
 use predicate::Facts;
 use sources::Sources;
 
@@ -34,11 +36,11 @@ pub(crate) struct Claim {
     pub(crate) platform: String,
     /// For the exporters.
     pub(crate) attestation: Attestation,
-    /// For the history, which keeps all that is known.
-    pub(crate) full: Value,
+    /// For the history, which keeps all that is known; nothing of what frontends claim.
+    pub(crate) full: Option<Value>,
 }
 
-/// Claims about all results of a build.
+/// Claims about all results of a build; those of the builds that are `running` may be its inputs.
 ///
 /// # Errors
 /// A definition can't be read, which was read before.
@@ -47,6 +49,7 @@ pub(crate) fn claims(
     result: &BuildResult,
     solved: &Solved,
     build: &Build<'_>,
+    running: &[Arc<Bridge>],
 ) -> Result<Vec<Claim>, BuildError> {
     let results: Vec<(&str, Option<&LazyRef>)> = match &result.refs {
         Refs::Single(reference) => vec![(SINGLE, reference.as_deref())],
@@ -54,6 +57,9 @@ pub(crate) fn claims(
     };
     let named: Vec<&str> = result.refs.all().into_iter().map(|reference| reference.id()).collect();
     let nothing = Sources::new(&solved.explained);
+    let running = running.iter().filter(|other| !std::ptr::eq(Arc::as_ptr(other), bridge));
+    let others = running.flat_map(|other| other.all_asked());
+    let all_asked: Vec<Arc<Asked>> = bridge.all_asked().into_iter().chain(others).collect();
     let custom = build.environment.map(environment).unwrap_or_default();
     let mut claims = Vec::new();
     for (platform, reference) in results {
@@ -73,17 +79,20 @@ pub(crate) fn claims(
             options: build.options,
             request: asked.as_ref().map(|asked| &asked.request),
             root: bridge.root(),
+            asked: &all_asked,
             sources: &sources,
             loaded: &loaded,
             custom: &custom,
             started: build.started,
             invocation: build.id,
+            compatibility: build.compatibility,
         };
         claims.push(Claim {
             platform: platform.to_owned(),
             attestation: Attestation {
                 predicate_type: build.options.version.predicate_type().to_owned(),
                 predicate: predicate::make(&facts, build.options.mode),
+                subjects: Vec::new(),
                 file: build.options.filename.clone(),
                 inline_only: build.options.inline_only,
                 steps: (build.options.mode == Mode::Max).then(|| Steps {
@@ -91,7 +100,7 @@ pub(crate) fn claims(
                     results: steps::results(&loaded, &solved.made),
                 }),
             },
-            full: predicate::make(&facts, Mode::Max),
+            full: Some(predicate::make(&facts, Mode::Max)),
         });
     }
     Ok(claims)
@@ -110,6 +119,8 @@ pub(crate) struct Build<'a> {
     pub(crate) options: &'a Options,
     pub(crate) id: &'a str,
     pub(crate) started: SystemTime,
+    /// The version of the results' form that the client asked for; 0 is the current one.
+    pub(crate) compatibility: i64,
     /// Directory with what the administrator adds.
     pub(crate) environment: Option<&'a Path>,
 }

@@ -1,6 +1,7 @@
 //! The predicates themselves: SLSA version 1, and version 0.2 with the same content.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use kiln_proto::llb::Loaded;
@@ -11,12 +12,14 @@ use super::options::{Mode, Options, Version};
 use super::sources::{Sources, redacted};
 use super::steps;
 use crate::frontends::DOCKERFILE;
-use crate::gateway::FrontendRequest;
+use crate::gateway::{Asked, FrontendRequest};
 use crate::workers::DOCKERFILE_VERSION;
 
 const BUILD_TYPE_1: &str =
     "https://github.com/moby/buildkit/blob/master/docs/attestations/slsa-definitions.md";
 const BUILD_TYPE_02: &str = "https://mobyproject.org/buildkit@v1";
+/// A frontend may give back what it was given: there need be no first maker.
+const DEPTH: usize = 8;
 /// Attributes that say something about the machine, not the result.
 const OF_THE_HOST: [&str; 4] = ["cgroup-parent", "image-resolve-mode", "platform", "cache-imports"];
 
@@ -29,6 +32,10 @@ pub(super) struct Facts<'a> {
     pub(super) loaded: &'a Loaded,
     /// What the client asked of the build itself.
     pub(super) root: &'a FrontendRequest,
+    /// What all frontends were asked whose results may be inputs.
+    pub(super) asked: &'a [Arc<Asked>],
+    /// The version of the results' form that the client asked for; 0 is the current one.
+    pub(super) compatibility: i64,
     /// What the administrator adds.
     pub(super) custom: &'a Map<String, Value>,
     pub(super) started: SystemTime,
@@ -66,7 +73,10 @@ fn rfc3339(time: SystemTime) -> String {
 }
 
 fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
-    let mut asked = facts.request.map(|request| read(request, facts, mode)).unwrap_or_default();
+    let mut asked = facts.request.map(|request| read(request, facts, mode, DEPTH)).unwrap_or_default();
+    if facts.compatibility != 0 {
+        asked.request.insert("compatibilityVersion".into(), facts.compatibility.into());
+    }
     if mode == Mode::Max {
         for (name, ids) in [("secrets", &facts.sources.secrets), ("ssh", &facts.sources.ssh)] {
             let ids: Vec<Value> = ids
@@ -87,7 +97,7 @@ fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
     }
     if facts.request.is_some() && facts.root.name.is_empty() {
         // A client drove the build, and asked a frontend for this on its way.
-        let root = read(facts.root, facts, mode);
+        let root = read(facts.root, facts, mode, DEPTH);
         if !root.request.is_empty() && root.request.get("args") != asked.request.get("args") {
             let source = root.source("path");
             asked.request.insert("root".into(), json!({"configSource": source, "request": root.request}));
@@ -96,8 +106,8 @@ fn invocation(facts: &Facts<'_>, mode: Mode) -> Invocation {
     asked
 }
 
-/// What one request says.
-fn read(request: &FrontendRequest, facts: &Facts<'_>, mode: Mode) -> Invocation {
+/// What one request says, and `depth` generations of those that made its inputs.
+fn read(request: &FrontendRequest, facts: &Facts<'_>, mode: Mode, depth: usize) -> Invocation {
     let opts = request.opts.clone();
     let context = ["contextkey", "input:context"]
         .iter()
@@ -136,14 +146,24 @@ fn read(request: &FrontendRequest, facts: &Facts<'_>, mode: Mode) -> Invocation 
             kept
         });
     }
-    let mut request = Map::new();
+    let mut asked = Map::new();
     if !frontend.is_empty() {
-        request.insert("frontend".into(), frontend.into());
+        asked.insert("frontend".into(), frontend.into());
     }
     if !args.is_empty() {
-        request.insert("args".into(), json!(args));
+        asked.insert("args".into(), json!(args));
     }
-    Invocation { uri, digest, path, request, vcs, complete }
+    let mut inputs = BTreeMap::new();
+    for (name, definition) in request.inputs.iter().filter(|_| depth > 0) {
+        let Some(maker) = facts.asked.iter().find(|asked| asked.gave(definition)) else { continue };
+        let maker = read(&maker.request, facts, mode, depth - 1);
+        complete &= maker.complete;
+        inputs.insert(name, json!({"configSource": maker.source("path"), "request": maker.request}));
+    }
+    if !inputs.is_empty() {
+        asked.insert("inputs".into(), json!(inputs));
+    }
+    Invocation { uri, digest, path, request: asked, vcs, complete }
 }
 
 /// A predicate of the version that the options name.

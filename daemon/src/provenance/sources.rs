@@ -106,7 +106,8 @@ impl<'a> Sources<'a> {
                 note(&mut self.secrets, &secret.id, secret.optional);
             }
             if let Some(ssh) = &mount.ssh_opt {
-                note(&mut self.ssh, &ssh.id, ssh.optional);
+                let id = if ssh.id.is_empty() { "default" } else { &ssh.id };
+                note(&mut self.ssh, id, ssh.optional);
             }
         }
         for secret in &exec.secretenv {

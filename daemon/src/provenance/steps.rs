@@ -40,13 +40,56 @@ fn steps(loaded: &Loaded) -> Option<(Vec<Value>, Map<String, Value>)> {
     Some((steps, digests.into_iter().collect()))
 }
 
-/// What the steps made, by step and output.
+/// What the steps made, by step and output. A step that was not reached, because the cache answered for one above it,
+/// made what lies below that one's layer.
 pub(super) fn results(loaded: &Loaded, made: &HashMap<Arc<str>, Vec<Ref>>) -> BTreeMap<String, Ref> {
-    let of = |(at, vertex): (usize, &LoadedVertex)| {
-        let outputs = made.get(&vertex.digest).into_iter().flatten().enumerate();
-        outputs.map(|(output, result)| (format!("{}:{output}", id(at)), result.clone())).collect::<Vec<_>>()
-    };
-    loaded.vertices.iter().enumerate().flat_map(of).collect()
+    let mut results: BTreeMap<(usize, u32), Ref> = BTreeMap::new();
+    for (at, vertex) in loaded.vertices.iter().enumerate() {
+        let outputs = made.get(&vertex.digest).into_iter().flatten();
+        results.extend((0..).zip(outputs).map(|(output, result)| ((at, output), result.clone())));
+    }
+    // Inputs come before who uses them.
+    for (at, vertex) in loaded.vertices.iter().enumerate().rev() {
+        for (output, input) in layered(vertex) {
+            let Some(below) = results.get(&(at, output)).map(|result| result.as_ref()?.parent()) else {
+                continue;
+            };
+            let known = !made.get(&loaded.vertices[input.0].digest).is_none_or(Vec::is_empty);
+            if !known && below.is_some() {
+                results.entry(input).or_insert(below);
+            }
+        }
+    }
+    results.into_iter().map(|((at, output), result)| (format!("{}:{output}", id(at)), result)).collect()
+}
+
+/// The outputs of an operation that are its input's files with one layer upon them.
+fn layered(vertex: &LoadedVertex) -> Vec<(u32, (usize, u32))> {
+    use pb::op::Op;
+    let input = |index: i64| vertex.inputs.get(usize::try_from(index).ok()?).copied();
+    match &vertex.op.op {
+        Some(Op::Exec(exec)) => {
+            let mounts = exec.mounts.iter().filter(|mount| mount.dest == "/");
+            mounts
+                .filter_map(|mount| Some((u32::try_from(mount.output).ok()?, input(mount.input)?)))
+                .collect()
+        }
+        Some(Op::File(file)) => {
+            let below = |action: &pb::FileAction| {
+                let mut next = action.input;
+                // At most through all the actions before it.
+                for _ in &file.actions {
+                    match usize::try_from(next).ok()?.checked_sub(vertex.inputs.len()) {
+                        None => break,
+                        Some(action) => next = file.actions.get(action)?.input,
+                    }
+                }
+                Some((u32::try_from(action.output).ok()?, input(next)?))
+            };
+            file.actions.iter().filter_map(below).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// The result's definition.

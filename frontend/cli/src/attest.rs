@@ -17,7 +17,9 @@ pub(crate) fn attrs(args: &AttestArgs) -> Result<BTreeMap<String, String>, CliEr
         for field in csv::fields(&spec)? {
             match field.split_once('=') {
                 Some(("type", value)) => kind = Some(value.to_owned()),
-                Some(("disabled", value)) => on = !flag(value).ok_or_else(|| wrong("disabled is a boolean"))?,
+                Some(("disabled", value)) => {
+                    on = !flag(value).ok_or_else(|| wrong("disabled is a boolean"))?
+                }
                 Some(_) => rest.push(quoted(&field)),
                 None => return Err(wrong(&format!("{field:?} is not key=value"))),
             }

@@ -54,7 +54,8 @@ fn pushed_images_have_provenance() {
     let argument = format!("WHO={ARGUMENT}");
     for (mode, flag) in [("max", "--provenance=mode=max"), ("min", "--attest=type=provenance,mode=min")] {
         let name = format!("{}/test/provenance:{mode}", registry.address);
-        let args = [flag, "--build-arg", &argument, "--secret", &secret, "--label", "l=v", "-t", &name, "--push"];
+        let args =
+            [flag, "--build-arg", &argument, "--secret", &secret, "--label", "l=v", "-t", &name, "--push"];
         kiln.build(context.path(), &args).ok();
         let layout = directory.path().join(mode);
         run(Command::new("skopeo")
@@ -88,7 +89,8 @@ fn pushed_images_have_provenance() {
             assert_eq!(request["args"]["build-arg:WHO"], ARGUMENT);
             assert_eq!(request["secrets"], json!([{"id": "word"}]));
             let last = layers["step1:0"][0].as_array().expect("layers of the last step");
-            let digests = |list: &[Value]| list.iter().map(|entry| entry["digest"].clone()).collect::<Vec<_>>();
+            let digests =
+                |list: &[Value]| list.iter().map(|entry| entry["digest"].clone()).collect::<Vec<_>>();
             assert_eq!(digests(last), digests(manifest["layers"].as_array().expect("layers")));
             let text = &metadata["buildkit_metadata"]["source"]["infos"][0];
             assert_eq!(text["filename"], "Dockerfile");
@@ -100,7 +102,8 @@ fn pushed_images_have_provenance() {
         }
 
         // Who builds on it gets the image.
-        let above = Context::new(&format!("FROM {name}\nRUN grep -q {ARGUMENT} /hello && echo above > /above\n"));
+        let above =
+            Context::new(&format!("FROM {name}\nRUN grep -q {ARGUMENT} /hello && echo above > /above\n"));
         let output = format!("type=local,dest={}", directory.path().join(format!("above-{mode}")).display());
         kiln.build(above.path(), &["-o", &output]).ok();
         let found = std::fs::read_to_string(directory.path().join(format!("above-{mode}/above")));
@@ -147,7 +150,11 @@ fn layouts_and_directories_have_provenance() {
 
     // Without being asked for, nothing is claimed.
     let plain = directory.path().join("plain");
-    kiln.build(context.path(), &["--provenance=false", "-o", &format!("type=local,dest={}", plain.display())]).ok();
+    kiln.build(
+        context.path(),
+        &["--provenance=false", "-o", &format!("type=local,dest={}", plain.display())],
+    )
+    .ok();
     assert!(!plain.join("provenance.json").exists());
 }
 
@@ -168,8 +175,11 @@ fn platforms_have_provenance_each() {
     assert_eq!([of(2), of(3)], [entries[0]["digest"].clone(), entries[1]["digest"].clone()]);
 
     let tree = directory.path().join("tree");
-    kiln.build(context.path(), &["--provenance", platforms, "-o", &format!("type=local,dest={}", tree.display())])
-        .ok();
+    kiln.build(
+        context.path(),
+        &["--provenance", platforms, "-o", &format!("type=local,dest={}", tree.display())],
+    )
+    .ok();
     for (platform, file) in [("linux_amd64", "amd64"), ("linux_arm64", "arm64")] {
         let claimed = std::fs::read(tree.join(platform).join("provenance.json")).expect("provenance.json");
         let claimed: Value = serde_json::from_slice(&claimed).expect("JSON");

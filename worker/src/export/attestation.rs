@@ -27,12 +27,28 @@ pub struct Attestation {
     pub predicate_type: String,
     /// The claim.
     pub predicate: Value,
+    /// Of what it is claimed; empty: of the result itself.
+    pub subjects: Vec<Subject>,
     /// Its file's name in exports of files.
     pub file: String,
     /// Left out of what does not ask for it.
     pub inline_only: bool,
     /// What the steps made, where the predicate names it.
     pub steps: Option<Steps>,
+}
+
+/// What something is claimed of.
+#[derive(Debug, Clone)]
+pub enum Subject {
+    /// The result: the image under each of its names, or all its files.
+    Itself,
+    /// Something else.
+    Other {
+        /// How it is called.
+        name: String,
+        /// Digests by algorithm.
+        digest: Map<String, Value>,
+    },
 }
 
 /// Results of steps, whose layers are put into a predicate by the exporter: it packs some of them.
@@ -70,10 +86,10 @@ impl Steps {
 }
 
 impl Attestation {
-    /// The in-toto statement that says this of `subjects`.
+    /// The in-toto statement that says this; `itself` is what the result is as subjects.
     pub(super) fn statement(
         &self,
-        subjects: &[Value],
+        itself: &[Value],
         images: &Images,
         options: BlobOptions,
     ) -> Result<Value, ExportError> {
@@ -85,6 +101,16 @@ impl Attestation {
             if !layers.is_empty() {
                 place.insert("layers".to_string(), layers.into());
             }
+        }
+        let mut subjects = Vec::new();
+        for subject in &self.subjects {
+            match subject {
+                Subject::Itself => subjects.extend_from_slice(itself),
+                Subject::Other { name, digest } => subjects.push(json!({"name": name, "digest": digest})),
+            }
+        }
+        if self.subjects.is_empty() {
+            subjects.extend_from_slice(itself);
         }
         Ok(json!({
             "_type": STATEMENT,
@@ -129,6 +155,33 @@ pub(super) fn subject(name: &str, digest: &str) -> Value {
 /// All regular files below `root` as subjects, in the order of their paths. Blocking.
 pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
     let mut subjects = Vec::new();
+    walk(root, &mut |path, kind, entry| {
+        if kind != FileType::RegularFile {
+            return Ok(());
+        }
+        let mut file = std::fs::File::from(entry(OFlags::RDONLY)?);
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(read) => hasher.update(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        subjects.push(subject(path, &format!("sha256:{}", hex::encode(hasher.finalize()))));
+        Ok(())
+    })?;
+    Ok(subjects)
+}
+
+/// Hears of an entry by its path and type; the function opens it.
+pub(super) type Visit<'a> =
+    dyn FnMut(&str, FileType, &dyn Fn(OFlags) -> io::Result<OwnedFd>) -> io::Result<()> + 'a;
+
+/// Visits everything below `root`, in the order of paths. Blocking.
+pub(super) fn walk(root: BorrowedFd<'_>, visit: &mut Visit<'_>) -> io::Result<()> {
     let top = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let mut stack = vec![Frame::open(top, String::new())?];
     while let Some(frame) = stack.last_mut() {
@@ -137,31 +190,16 @@ pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
             continue;
         };
         let path = format!("{}{}", frame.prefix, name.to_string_lossy());
-        match kind {
-            FileType::Directory => {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let fd = openat(&frame.fd, &*name, flags, Mode::empty())?;
-                stack.push(Frame::open(fd, path + "/")?);
-            }
-            FileType::RegularFile => {
-                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let mut file = std::fs::File::from(openat(&frame.fd, &*name, flags, Mode::empty())?);
-                let mut hasher = Sha256::new();
-                let mut buffer = vec![0; 64 << 10];
-                loop {
-                    match file.read(&mut buffer) {
-                        Ok(0) => break,
-                        Ok(read) => hasher.update(&buffer[..read]),
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Err(error) => return Err(error),
-                    }
-                }
-                subjects.push(subject(&path, &format!("sha256:{}", hex::encode(hasher.finalize()))));
-            }
-            _ => {}
+        let open = |flags: OFlags| {
+            Ok(openat(&frame.fd, &*name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
+        };
+        visit(&path, kind, &open)?;
+        if kind == FileType::Directory {
+            let fd = open(OFlags::RDONLY | OFlags::DIRECTORY)?;
+            stack.push(Frame::open(fd, path + "/")?);
         }
     }
-    Ok(subjects)
+    Ok(())
 }
 
 struct Frame {

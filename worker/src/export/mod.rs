@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use kiln_cache::{Store, StoreError};
 
-pub use attestation::{Attestation, IN_TOTO, PREDICATE_TYPE, Steps, package_url};
+pub use attestation::{Attestation, IN_TOTO, PREDICATE_TYPE, Steps, Subject, package_url};
 pub use attrs::{Attributes, Kind};
 pub use input::{ExportInput, ExportTarget};
 pub use output::{LayoutBlob, NoOutput, Output, OutputError, SessionOutput, TarOutput, Tree};

@@ -1,6 +1,6 @@
 //! The `local` and `tar` exporters: the files of the result themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{OpenOptions, Permissions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -11,11 +11,11 @@ use std::time::{Duration, SystemTime};
 
 use kiln_cache::{Ref, ScratchDir, SnapshotRef};
 use kiln_proto::platform;
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{FileType, Mode, OFlags, openat};
 use serde_json::Value;
 
 use super::archive::send;
-use super::attestation::{Attestation, file_subjects};
+use super::attestation::{Attestation, file_subjects, walk};
 use super::attrs::{Attributes, Kind};
 use super::input::ExportInput;
 use super::output::{Output, Tree};
@@ -36,11 +36,6 @@ async fn roots(
     input: &ExportInput,
 ) -> Result<Roots, ExportError> {
     let split = attributes.platform_split.unwrap_or(input.is_map);
-    if !split && input.targets.len() > 1 {
-        return Err(ExportError::Attribute(
-            "unsupported: platform-split=false with a result for several platforms".to_string(),
-        ));
-    }
     let mut targets = Vec::new();
     for target in &input.targets {
         context.images.materialize(&target.result, &context.access).await?;
@@ -82,10 +77,33 @@ async fn roots(
             }
             roots.views.push((prefix, shown, view));
         }
+        if !split {
+            check_disjoint(&roots.views)?;
+        }
         roots._scratch.push(empty);
         Ok(roots)
     })
     .await?
+}
+
+/// Results that go into one directory have no file in common.
+fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
+    let mut owners: HashMap<String, &str> = HashMap::new();
+    for (_, platform, view) in views.iter().filter(|_| views.len() > 1) {
+        let mut clash = None;
+        walk(view.fd(), &mut |path, kind, _| {
+            if kind != FileType::Directory
+                && let Some(owner) = owners.insert(path.to_string(), platform)
+            {
+                clash.get_or_insert_with(|| format!("{path} is in the results for {owner} and {platform}"));
+            }
+            Ok(())
+        })?;
+        if let Some(clash) = clash {
+            return Err(ExportError::Input(format!("results can't share a directory: {clash}")));
+        }
+    }
+    Ok(())
 }
 
 /// Writes what is claimed of the files in `view` to `directory`, which is laid over them.
