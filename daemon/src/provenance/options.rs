@@ -90,8 +90,10 @@ impl Options {
             filename: "provenance.json".into(),
         };
         let mut disabled = false;
-        for part in text.split(',').filter(|part| !part.is_empty()) {
-            let (key, value) = part.split_once('=').unwrap_or((part, "true"));
+        let parts = kiln_dockerfile::csv_fields(text)
+            .map_err(|error| wrong(format!("failed to parse provenance {text:?}: {error}")))?;
+        for part in parts.iter().filter(|part| !part.is_empty()) {
+            let (key, value) = part.split_once('=').unwrap_or((part.as_str(), "true"));
             let boolean = || match value {
                 "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
                 "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
@@ -112,6 +114,8 @@ impl Options {
                         _ => return Err(wrong(format!("invalid provenance SLSA version: {value}"))),
                     }
                 }
+                // Some clients say again what this is.
+                "type" if value == PROVENANCE => {}
                 "disabled" => disabled = boolean()?,
                 "inline-only" => options.inline_only = boolean()?,
                 "reproducible" => options.reproducible = boolean()?,
@@ -150,6 +154,8 @@ mod tests {
         let min = of("mode=min,inline-only=true,version=v0.2,builder-id=me").expect("wanted");
         assert_eq!((min.mode, min.version, min.inline_only), (Mode::Min, Version::V02, true));
         assert_eq!(min.builder_id, "me");
+        assert_eq!(of("type=provenance,mode=max").expect("wanted"), default);
+        assert_eq!(of("\"builder-id=a,b\"").expect("wanted").builder_id, "a,b");
         assert_eq!(of("disabled=true"), None);
         assert_eq!(Options::of(&HashMap::new()).expect("valid"), None);
         Options::of(&attrs("attest:provenance", "mode=huge")).expect_err("no such mode");

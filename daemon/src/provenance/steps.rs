@@ -300,3 +300,71 @@ fn owner(owner: &Option<pb::ChownOpt>) -> Value {
     };
     compact(json!({"user": user(&owner.user), "group": user(&owner.group)}))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loaded(ops: Vec<pb::Op>) -> Loaded {
+        let mut builder = llb::Builder::new();
+        let mut last = String::new();
+        for (at, mut op) in ops.into_iter().enumerate() {
+            if at > 0 {
+                op.inputs = vec![pb::Input { digest: last, index: 0 }];
+            }
+            last = builder.add(&op, pb::OpMetadata::default());
+        }
+        llb::load(&builder.finish(&pb::Input { digest: last, index: 0 })).expect("a definition")
+    }
+
+    fn source() -> pb::Op {
+        let source =
+            pb::SourceOp { identifier: "docker-image://docker.io/library/a".into(), ..Default::default() };
+        pb::Op { op: Some(pb::op::Op::Source(source)), ..pb::Op::default() }
+    }
+
+    fn run(output: i64) -> pb::Op {
+        let mount = pb::Mount { dest: "/".into(), output, ..pb::Mount::default() };
+        let exec = pb::ExecOp { mounts: vec![mount], ..pb::ExecOp::default() };
+        pb::Op { op: Some(pb::op::Op::Exec(exec)), ..pb::Op::default() }
+    }
+
+    fn copies() -> pb::Op {
+        let action = |input, output| pb::FileAction { input, secondary_input: 0, output, action: None };
+        let file = pb::FileOp { actions: vec![action(0, -1), action(1, -1), action(2, 0)] };
+        pb::Op { op: Some(pb::op::Op::File(file)), ..pb::Op::default() }
+    }
+
+    #[test]
+    fn layers_lie_on_the_first_input() {
+        let loaded = loaded(vec![source(), run(0), copies(), run(-1)]);
+        let of = |at: usize| layered(&loaded.vertices[at]);
+        assert_eq!(of(0), []);
+        assert_eq!(of(1), [(0, (0, 0))]);
+        assert_eq!(of(2), [(0, (1, 0))]);
+        assert_eq!(of(3), []);
+    }
+
+    #[test]
+    fn what_lies_below_a_cached_step_is_known() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let store =
+            kiln_cache::Store::open(directory.path(), kiln_cache::StoreOptions::default()).expect("open");
+        let snapshots = store.snapshots();
+        let layer = |parent: Option<&kiln_cache::SnapshotRef>| {
+            let staged = snapshots.stage(parent).expect("stage");
+            snapshots.commit(staged, kiln_cache::SnapshotMeta::new("step")).expect("commit")
+        };
+        let bottom = layer(None);
+        let middle = layer(Some(&bottom));
+        let top = layer(Some(&middle));
+        let loaded = loaded(vec![source(), run(0), copies()]);
+        let made = HashMap::from([(loaded.vertices[2].digest.clone(), vec![Some(top.clone())])]);
+        let found = results(&loaded, &made);
+        let ids: Vec<(&str, &str)> = found
+            .iter()
+            .map(|(name, result)| (name.as_str(), result.as_ref().map_or("", |r| r.id())))
+            .collect();
+        assert_eq!(ids, [("step0:0", bottom.id()), ("step1:0", middle.id()), ("step2:0", top.id())]);
+    }
+}

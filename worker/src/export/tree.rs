@@ -12,7 +12,6 @@ use std::time::{Duration, SystemTime};
 use kiln_cache::{Ref, ScratchDir, SnapshotRef};
 use kiln_proto::platform;
 use rustix::fs::{FileType, Mode, OFlags, openat};
-use serde_json::Value;
 
 use super::archive::send;
 use super::attestation::{Attestation, file_subjects, walk};
@@ -20,6 +19,7 @@ use super::attrs::{Attributes, Kind};
 use super::input::ExportInput;
 use super::output::{Output, Tree};
 use super::{ExportContext, ExportError};
+use crate::image::{BlobOptions, Images};
 use crate::layer::{PackOptions, pack_dir};
 use crate::view::{View, ViewError};
 
@@ -68,10 +68,8 @@ async fn roots(
             let mut view = view(&context, &result, &empty)?;
             if !files.is_empty() {
                 let (upper, work) = (context.store.scratch()?, context.store.scratch()?);
-                let state = |attestation: &Attestation, subjects: &[Value]| {
-                    attestation.statement(subjects, &context.images, options)
-                };
-                write_statements(&view, &files, upper.path(), epoch, &state)?;
+                let with = Stating { images: &context.images, options, epoch };
+                write_statements(&view, &files, upper.path(), &with)?;
                 view = View::writable(layers(&context, &result)?, upper.path(), work.path())?;
                 roots._scratch.extend([upper, work]);
             }
@@ -106,13 +104,20 @@ fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
     Ok(())
 }
 
+/// How statements are made.
+struct Stating<'a> {
+    images: &'a Images,
+    options: BlobOptions,
+    /// The time of their files.
+    epoch: Option<i64>,
+}
+
 /// Writes what is claimed of the files in `view` to `directory`, which is laid over them.
 fn write_statements(
     view: &View,
     files: &[(String, Attestation)],
     directory: &Path,
-    epoch: Option<i64>,
-    state: &dyn Fn(&Attestation, &[Value]) -> Result<Value, ExportError>,
+    with: &Stating<'_>,
 ) -> Result<(), ExportError> {
     let subjects = file_subjects(view.fd())?;
     std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
@@ -121,12 +126,12 @@ fn write_statements(
         if name.contains('/') || name == ".." || name == "." {
             return Err(ExportError::Attribute(format!("invalid name of an attestation's file: {name:?}")));
         }
-        let text = serde_json::to_vec_pretty(&state(attestation, &subjects)?)
+        let text = serde_json::to_vec_pretty(&attestation.statement(&subjects, with.images, with.options)?)
             .map_err(|error| ExportError::Internal(error.to_string()))?;
         let mut file =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(directory.join(name))?;
         file.write_all(&text)?;
-        if let Some(seconds) = epoch {
+        if let Some(seconds) = with.epoch {
             let time = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
             file.set_modified(time)?;
         }
