@@ -15,6 +15,7 @@ use kiln_proto::control::{
     self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, BuildResultInfo,
     Descriptor, StatusResponse, UpdateBuildHistoryRequest,
 };
+use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 use prost::Message;
 use sha2::Digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
@@ -24,6 +25,7 @@ use crate::config::HistoryConfig;
 use crate::error::BuildError;
 use crate::explain::Explanations;
 use crate::progress::ProgressLog;
+use crate::provenance::Claim;
 use crate::traces::Wanted;
 
 /// Records by ref.
@@ -83,6 +85,8 @@ pub(crate) struct Outcome {
     pub(crate) ended: SystemTime,
     /// What its frontend said of the result.
     pub(crate) metadata: Vec<(String, String)>,
+    /// What is claimed of its results.
+    pub(crate) claims: Vec<Claim>,
     pub(crate) error: Option<BuildError>,
 }
 
@@ -91,13 +95,16 @@ struct Finished {
     created: SystemTime,
     completed: SystemTime,
     pinned: bool,
-    /// Digests of its log, its trace and, if it failed, its error.
+    /// Digests of its log, its trace, what is claimed of its results and, if it failed, its error.
     contents: Vec<String>,
 }
 
 impl Finished {
     fn of(record: &BuildHistoryRecord) -> Self {
+        let results = record.result.iter().chain(record.results.values());
+        let claimed = results.flat_map(|result| &result.attestations);
         let contents = [&record.logs, &record.external_error, &record.trace].into_iter().flatten();
+        let contents = contents.chain(claimed);
         Self {
             created: time(&record.created_at),
             completed: time(&record.completed_at),
@@ -231,6 +238,7 @@ impl History {
         &self,
         mut record: BuildHistoryRecord,
         log: &[StatusResponse],
+        claimed: Vec<Vec<u8>>,
         error: Option<&BuildError>,
     ) -> Result<(), BuildError> {
         let id = record.r#ref.clone();
@@ -244,6 +252,7 @@ impl History {
             record.error = Some(kiln_proto::rpc::Status { details: Vec::new(), ..full });
             contents.push(bytes);
         }
+        contents.extend(claimed);
         let build = Finished::of(&record);
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
@@ -251,8 +260,8 @@ impl History {
         if finished.get(&id).is_some_and(|former| former.created > build.created) {
             return Ok(());
         }
-        for (digest, bytes) in build.contents.iter().zip(&contents) {
-            self.values.put(CONTENT, digest, bytes).map_err(storage)?;
+        for bytes in &contents {
+            self.values.put(CONTENT, &digest(bytes), bytes).map_err(storage)?;
         }
         self.values.put(RECORDS, &id, &record.encode_to_vec()).map_err(storage)?;
         let former = finished.insert(id.clone(), build);
@@ -392,10 +401,14 @@ impl History {
     }
 }
 
+fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)))
+}
+
 fn descriptor(media_type: &str, bytes: &[u8]) -> Descriptor {
     Descriptor {
         media_type: media_type.to_owned(),
-        digest: format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes))),
+        digest: digest(bytes),
         size: i64::try_from(bytes.len()).unwrap_or(i64::MAX),
         ..Descriptor::default()
     }
@@ -462,12 +475,27 @@ impl Recording {
         let Self { history, progress, wanted, mut record } = self;
         record.completed_at = Some(outcome.ended.into());
         record.exporter_response = outcome.metadata.into_iter().collect();
+        let mut claimed = Vec::new();
         if outcome.error.is_none() {
-            record.result = Some(BuildResultInfo::default());
+            let mut result = BuildResultInfo::default();
+            for Claim { platform, attestation, full } in outcome.claims {
+                let Some(full) = full else { continue };
+                let bytes = full.to_string().into_bytes();
+                let mut described = descriptor(IN_TOTO, &bytes);
+                described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
+                let into = match platform.is_empty() {
+                    true => &mut result,
+                    false => record.results.entry(platform).or_default(),
+                };
+                into.attestations.push(described);
+                claimed.push(bytes);
+            }
+            record.result = Some(result);
         }
         let (of, id) = (history.clone(), record.r#ref.clone());
-        let stored =
-            tokio::task::spawn_blocking(move || store(&of, record, &progress, outcome.error.as_ref()));
+        let stored = tokio::task::spawn_blocking(move || {
+            store(&of, record, &progress, claimed, outcome.error.as_ref());
+        });
         if let Err(error) = stored.await {
             tracing::error!(%error, "storing the record of a build");
         }
@@ -481,6 +509,7 @@ fn store(
     history: &History,
     mut record: BuildHistoryRecord,
     progress: &ProgressLog,
+    claimed: Vec<Vec<u8>>,
     error: Option<&BuildError>,
 ) {
     let counts = progress.counts();
@@ -490,7 +519,7 @@ fn store(
     record.num_completed_steps = number(counts.completed);
     record.num_warnings = number(counts.warnings);
     let (id, created) = (record.r#ref.clone(), record.created_at);
-    if let Err(error) = history.finish(record, &progress.replay(), error) {
+    if let Err(error) = history.finish(record, &progress.replay(), claimed, error) {
         history.active.remove_if(&id, |_, running| running.created_at == created);
         tracing::warn!(%error, build = id, "the build is not in the history");
     }

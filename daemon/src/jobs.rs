@@ -157,6 +157,11 @@ impl JobGuard {
         Published(&self.job)
     }
 
+    /// The gateways of all builds that clients can reach.
+    pub(crate) fn running(&self) -> Vec<Arc<Bridge>> {
+        self.jobs.jobs.iter().filter_map(|job| job.bridge()).collect()
+    }
+
     /// Says that the build succeeded.
     pub(crate) fn succeed(&mut self) {
         self.succeeded = true;

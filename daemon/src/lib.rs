@@ -15,6 +15,7 @@ mod history;
 mod jobs;
 mod policy;
 mod progress;
+mod provenance;
 mod server;
 mod services;
 mod traces;

@@ -10,6 +10,9 @@ use crate::engine::Engine;
 /// The version of BuildKit's API that is spoken, marked as Kiln's.
 pub const VERSION: &str = "v0.31.0+kiln";
 
+/// The version of the Dockerfile language that is built in, marked as Kiln's.
+pub(crate) const DOCKERFILE_VERSION: &str = "1.26.0+kiln";
+
 /// Prefix of the labels that clients read.
 const LABEL: &str = "org.mobyproject.buildkit.worker";
 
@@ -19,7 +22,7 @@ pub(crate) fn version() -> types::BuildkitVersion {
         package: "github.com/moby/buildkit".into(),
         version: VERSION.into(),
         revision: String::new(),
-        dockerfile_version: String::new(),
+        dockerfile_version: DOCKERFILE_VERSION.into(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The face of one build: hands requests to the task that owns the build's graph.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -75,6 +76,15 @@ impl<R: Clone + Send + Sync + 'static> Build<R> {
         match self.send(Event::Explain { reply }) {
             Ok(()) => answer.await.unwrap_or_default(),
             Err(_) => Vec::new(),
+        }
+    }
+
+    /// The outputs of each vertex that was made or found so far, by its digest.
+    pub async fn results(&self) -> HashMap<Arc<str>, Vec<R>> {
+        let (reply, answer) = oneshot::channel();
+        match self.send(Event::Results { reply }) {
+            Ok(()) => answer.await.unwrap_or_default(),
+            Err(_) => HashMap::new(),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::error::BuildError;
 use crate::gateway::{BuildResult, LazyRef, Refs, text_digest};
 use crate::jobs::Job;
 use crate::progress::Step;
+use crate::provenance::Claim;
 
 /// Runs all exporters of a build, one after the other.
 pub(super) async fn run(
@@ -16,12 +17,13 @@ pub(super) async fn run(
     planned: &[PlannedExport],
     session: &str,
     result: &BuildResult,
+    claims: &[Claim],
     response: &mut HashMap<String, String>,
 ) -> Result<(), BuildError> {
     if planned.is_empty() {
         return Ok(());
     }
-    let source = ExportSource::new(built(&result.refs).await?, result.metadata.clone())?;
+    let source = ExportSource::new(built(&result.refs).await?, result.metadata.clone(), claims)?;
     for (index, export) in planned.iter().enumerate() {
         let digest = text_digest(&format!("{session}-export-{index}"));
         let step = Step::start(job.progress.clone(), &digest, export.title());

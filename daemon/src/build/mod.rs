@@ -7,6 +7,7 @@ mod running;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
@@ -18,6 +19,7 @@ use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::Job;
 use crate::policy::SourcePolicy;
 use crate::progress::Step;
+use crate::provenance::{self, Solved};
 use crate::traces::TraceParent;
 use running::Running;
 
@@ -74,11 +76,20 @@ async fn run(
     running: &Running,
     request: &SolveRequest,
 ) -> Result<SolveResponse, BuildError> {
+    let started = SystemTime::now();
     let (guard, job) = (running.guard(), running.guard().job());
     // Within the job: a client that asks for its status hears at once that it has ended.
     request::check(request, &daemon.config)?;
     report_cache_imports(job, request);
     let planned = engine::plan(&request.exporters)?;
+    let provenance = provenance::Options::of(&request.frontend_attrs)?;
+    let wanted = provenance.as_ref().map(|options| provenance::Build {
+        options,
+        id: &request.r#ref,
+        started,
+        compatibility: request.compatibility_version,
+        environment: daemon.config.provenance_env_dir.as_deref(),
+    });
     let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
     let build = running.engine.get_or_init(|| {
         daemon.engine.begin(BuildScope {
@@ -87,14 +98,8 @@ async fn run(
             progress: job.progress.clone(),
         })
     });
-    let (bridge, returned) = Bridge::new(
-        build.clone(),
-        job.progress.clone(),
-        job.cancel.clone(),
-        &request.session,
-        request.frontend_inputs.clone(),
-        policy,
-    );
+    let (bridge, returned) =
+        Bridge::new(build.clone(), job.progress.clone(), job.cancel.clone(), request, policy);
     let published = guard.publish(bridge.clone());
     let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
     let result = if !request.frontend.is_empty() {
@@ -118,7 +123,15 @@ async fn run(
         .filter(|(key, _)| key.starts_with("frontend."))
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
-    exports::run(build, job, &planned, &request.session, &result, &mut response).await?;
+    let mut claims = provenance::offered(&result).await?;
+    if let Some(wanted) = wanted {
+        let solved = Solved { explained: build.explain().await, made: build.results().await };
+        claims.extend(provenance::claims(&bridge, &result, &solved, &wanted, &guard.running())?);
+    }
+    exports::run(build, job, &planned, &request.session, &result, &claims, &mut response).await?;
+    // The record is written later, and must not keep results from being removed.
+    claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
+    running.claims.get_or_init(|| claims);
     drop(published);
     Ok(SolveResponse { exporter_response: response })
 }

@@ -6,6 +6,7 @@ use tonic::Code;
 
 use crate::config::Config;
 use crate::error::BuildError;
+use crate::provenance;
 
 /// Compatibility versions that clients may ask for; 0 is the current one.
 const COMPATIBILITY: &[i64] = &[0, 10, 20, 30];
@@ -51,14 +52,7 @@ pub(super) fn check(request: &SolveRequest, config: &Config) -> Result<(), Build
     if let Some(export) = request.cache.iter().flat_map(|cache| &cache.exports).next() {
         return Err(BuildError::unsupported(format_args!("cache export of type {}", export.r#type)));
     }
-    for (key, value) in &request.frontend_attrs {
-        if let Some(kind) = key.strip_prefix("attest:")
-            && !value.split(',').any(|part| part == "disabled=true")
-        {
-            return Err(BuildError::unsupported(format_args!("attestation {kind}")));
-        }
-    }
-    Ok(())
+    provenance::check(&request.frontend_attrs, &request.frontend_attrs)
 }
 
 #[cfg(test)]

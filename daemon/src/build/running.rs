@@ -13,6 +13,7 @@ use crate::error::BuildError;
 use crate::explain;
 use crate::history::{Outcome, Recording};
 use crate::jobs::JobGuard;
+use crate::provenance::Claim;
 use crate::traces::TraceParent;
 
 /// A build. Dropping it ends it: cancelled, unless it was said how it ended.
@@ -29,6 +30,8 @@ pub(super) struct Running {
     pub(super) directory: OnceLock<String>,
     /// Metadata of the frontend's result that is text.
     pub(super) metadata: OnceLock<Vec<(String, String)>>,
+    /// What is claimed of its results.
+    pub(super) claims: OnceLock<Vec<Claim>>,
     /// How it ended.
     outcome: Result<(), BuildError>,
     /// Held until it is stored.
@@ -58,6 +61,7 @@ impl Running {
             engine: OnceLock::new(),
             directory: OnceLock::new(),
             metadata: OnceLock::new(),
+            claims: OnceLock::new(),
             outcome: Err(BuildError::canceled()),
             room: None,
         })
@@ -106,6 +110,7 @@ impl Drop for Running {
         let outcome = Outcome {
             ended: SystemTime::now(),
             metadata: self.metadata.take().unwrap_or_default(),
+            claims: self.claims.take().unwrap_or_default(),
             error: std::mem::replace(&mut self.outcome, Ok(())).err(),
         };
         // A runtime that has gone takes the daemon with it.

@@ -35,8 +35,9 @@ pub(super) fn parse(
         return top.unsupported("insecure-entitlements", Some(other));
     }
     top.refuse(&["proxyNetwork", "cache"])?;
-    // Steps get no socket for traces, and no devices; builds that want provenance are refused.
-    top.accept(&["otel", "cdi", "provenanceEnvDir"]);
+    // Steps get no socket for traces, and no devices.
+    top.accept(&["otel", "cdi"]);
+    config.provenance_env_dir = top.string("provenanceEnvDir")?.map(Into::into);
 
     if let Some(log) = top.section("log")? {
         read_log(log, &mut config)?;

@@ -58,6 +58,8 @@ pub struct Config {
     pub gc: GcConfig,
     /// How much of finished builds is kept.
     pub history: HistoryConfig,
+    /// Directory of JSON files whose fields go into provenance.
+    pub provenance_env_dir: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -82,6 +84,7 @@ impl Default for Config {
             platforms: Vec::new(),
             gc: GcConfig::default(),
             history: HistoryConfig::default(),
+            provenance_env_dir: None,
         }
     }
 }

@@ -14,6 +14,7 @@ use tonic::Code;
 
 use super::EngineBuild;
 use crate::error::BuildError;
+use crate::provenance::Claim;
 
 /// An exporter that a client asked for.
 pub(crate) struct PlannedExport {
@@ -63,12 +64,21 @@ pub(crate) struct ExportSource(ExportInput);
 impl ExportSource {
     /// # Errors
     /// The metadata does not describe the results.
-    pub(crate) fn new(built: Built, metadata: BTreeMap<String, Vec<u8>>) -> Result<Self, BuildError> {
+    pub(crate) fn new(
+        built: Built,
+        metadata: BTreeMap<String, Vec<u8>>,
+        claims: &[Claim],
+    ) -> Result<Self, BuildError> {
         let input = match built {
             Built::Single(result) => ExportInput::single(result, metadata),
             Built::Map(results) => ExportInput::map(results, metadata),
         };
-        input.map(Self).map_err(failed)
+        let mut input = input.map_err(failed)?;
+        for target in &mut input.targets {
+            let of = claims.iter().filter(|claim| !input.is_map || claim.platform == target.id);
+            target.attestations = of.map(|claim| claim.attestation.clone()).collect();
+        }
+        Ok(Self(input))
     }
 }
 

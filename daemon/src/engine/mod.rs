@@ -9,7 +9,7 @@ pub(crate) mod files;
 mod storage;
 mod worker;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -203,6 +203,11 @@ impl EngineBuild {
     /// What was decided about each vertex.
     pub(crate) async fn explain(&self) -> Vec<VertexExplanation> {
         self.build.explain().await
+    }
+
+    /// The outputs of each vertex that was made or found so far, by its digest.
+    pub(crate) async fn results(&self) -> HashMap<Arc<str>, Vec<Ref>> {
+        self.build.results().await
     }
 
     /// Reads in a result's root directory, on a thread where blocking does no harm.

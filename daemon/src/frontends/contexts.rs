@@ -2,7 +2,7 @@
 //! the request. Named contexts that are no images are found here, too; `remote` knows what is at URLs.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -23,6 +23,8 @@ const IGNORE_FILE: &str = ".dockerignore";
 pub(super) struct Contexts<'a> {
     pub(super) bridge: &'a Arc<Bridge>,
     pub(super) request: &'a FrontendRequest,
+    /// All that was taken into the build to be read.
+    pub(super) read: &'a Mutex<Vec<Arc<LazyRef>>>,
 }
 
 /// Some files of a client's directory.
@@ -35,6 +37,13 @@ pub(super) struct Fetched {
 }
 
 impl Contexts<'_> {
+    /// Takes a definition into the build whose files will be read.
+    pub(super) async fn solve(&self, definition: pb::Definition) -> Result<Option<Arc<LazyRef>>, BuildError> {
+        let reference = self.bridge.solve(definition).await?;
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).extend(reference.clone());
+        Ok(reference)
+    }
+
     /// The session that serves a directory.
     pub(super) fn session(&self, name: &str) -> String {
         match self.request.opts.get(&format!("local-sessionid:{name}")) {
@@ -69,7 +78,7 @@ impl Contexts<'_> {
         let mut builder = llb::Builder::new();
         let vertex = builder.add(&op, named(title));
         let definition = builder.finish(&pb::Input { digest: vertex.clone(), index: 0 });
-        let reference = self.bridge.solve(definition.clone()).await?;
+        let reference = self.solve(definition.clone()).await?;
         Ok(Fetched { reference, definition, vertex })
     }
 

@@ -3,7 +3,7 @@
 //! `compiler` calls.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_dockerfile::{Compiled, ContextSource, LintWarning, Options};
 use kiln_proto::{pattern, pb, platform};
@@ -31,7 +31,14 @@ pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Resu
     if subrequest == Some(Subrequest::Describe) {
         return Ok(subrequests::describe());
     }
-    let contexts = Contexts { bridge, request };
+    let read = Mutex::default();
+    let mut result = compiled(Contexts { bridge, request, read: &read }, subrequest).await?;
+    result.read = read.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(result)
+}
+
+async fn compiled(contexts: Contexts<'_>, subrequest: Option<Subrequest>) -> Result<BuildResult, BuildError> {
+    let Contexts { bridge, request, .. } = contexts;
     let context_key = request.opts.get("contextkey").map_or(CONTEXT_LOCAL, String::as_str);
     let options = Options::from_attrs(&request.opts)
         .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
@@ -91,7 +98,7 @@ struct Dockerfile {
 
 /// Reads the Dockerfile, from the client's directory unless a definition or a remote context has it.
 async fn dockerfile(contexts: Contexts<'_>, remote: Option<&Remote>) -> Result<Dockerfile, BuildError> {
-    let Contexts { bridge, request } = contexts;
+    let request = contexts.request;
     let key = request.opts.get("dockerfilekey");
     let remote = remote.filter(|_| key.is_none());
     let named = request.opts.get("filename").filter(|name| !name.is_empty());
@@ -112,7 +119,7 @@ async fn dockerfile(contexts: Contexts<'_>, remote: Option<&Remote>) -> Result<D
     };
     let fetched = match given {
         Some(definition) => Fetched {
-            reference: bridge.solve(definition.clone()).await?,
+            reference: contexts.solve(definition.clone()).await?,
             definition: definition.clone(),
             vertex: kiln_proto::llb::load(definition)
                 .ok()
@@ -195,7 +202,7 @@ async fn result(
     }
     metadata.insert("refs.platforms".into(), json!({ "Platforms": platforms }).to_string().into_bytes());
     let refs = if map { Refs::Map(refs) } else { Refs::Single(single) };
-    Ok(BuildResult { refs, metadata })
+    Ok(BuildResult { refs, metadata, ..BuildResult::default() })
 }
 
 /// A platform in the form of the OCI specification.

@@ -12,7 +12,7 @@ use crate::error::{BuildError, frontend_cap_detail};
 use crate::gateway::{Bridge, BuildResult, FrontendRequest};
 
 /// Name of the Dockerfile frontend.
-const DOCKERFILE: &str = "dockerfile.v0";
+pub(crate) const DOCKERFILE: &str = "dockerfile.v0";
 
 /// What clients may require of a frontend.
 const CAPS: &[&str] = &[
@@ -22,13 +22,13 @@ const CAPS: &[&str] = &[
     "moby.buildkit.frontend.subrequests",
 ];
 
-/// Runs the frontend that `request` names.
+/// Runs the frontend that `request` names, which then has the name of the one that answers.
 ///
 /// # Errors
 /// The frontend is not known, lacks what the client requires, or failed.
 pub(crate) async fn run(
     bridge: &Arc<Bridge>,
-    mut request: FrontendRequest,
+    request: &mut FrontendRequest,
 ) -> Result<BuildResult, BuildError> {
     if request.name == "gateway.v0" {
         let source = request.opts.get("source").cloned().unwrap_or_default();
@@ -52,5 +52,5 @@ pub(crate) async fn run(
                 .with(frontend_cap_detail(cap)));
         }
     }
-    dockerfile::run(bridge, &request).await
+    dockerfile::run(bridge, request).await
 }

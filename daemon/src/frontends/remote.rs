@@ -40,7 +40,7 @@ pub(super) async fn fetch(contexts: Contexts<'_>, url: &str, subdir: &str) -> Re
     let digest = builder.add(&source, named("[internal] load remote build context"));
     let fetched = builder.finish(&pb::Input { digest: digest.clone(), index: 0 });
     let failed = |error: BuildError| error.context("failed to read downloaded context");
-    let reference = contexts.bridge.solve(fetched.clone()).await?;
+    let reference = contexts.solve(fetched.clone()).await?;
     let head = match reference {
         Some(reference) => {
             reference.read(|root| files::read_file(root, NAME, 0, HEAD)).await.map_err(failed)?

@@ -45,7 +45,6 @@ const MISSING: &[&str] = &[
     ids::REMOTE_CACHE_GHA,
     ids::REMOTE_CACHE_S3,
     ids::REMOTE_CACHE_AZBLOB,
-    ids::EXPORTER_IMAGE_ATTESTATIONS,
     ids::EXPORTER_SESSION,
     ids::HISTORY_FILTER,
 ];
@@ -91,6 +90,7 @@ mod tests {
             "file.base",
             "mergeop",
             "exec.meta.security",
+            "exporter.image.attestations",
         ] {
             assert!(supported(id), "{id}");
         }

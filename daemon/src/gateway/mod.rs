@@ -11,12 +11,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
-use kiln_proto::{gateway, pb, platform};
+use kiln_proto::{control, gateway, pb, platform};
+use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-pub(crate) use refs::{BuildResult, LazyRef, Refs};
+pub(crate) use refs::{BuildResult, LazyRef, Offered, Refs};
 pub(crate) use service::GatewayService;
 
 use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
@@ -24,6 +25,7 @@ use crate::error::{BuildError, solve_detail};
 use crate::frontends;
 use crate::policy::{IMAGE, SourcePolicy};
 use crate::progress::{ProgressLog, Step};
+use crate::provenance;
 
 type ImageCell = Arc<OnceCell<ResolvedImage>>;
 
@@ -37,7 +39,32 @@ pub(crate) struct Bridge {
     policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
+    asked: Mutex<Vec<Arc<Asked>>>,
+    /// What the client asked of the build itself.
+    root: FrontendRequest,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
+}
+
+/// What a frontend was asked to do, and how it went about it.
+pub(crate) struct Asked {
+    pub(crate) request: FrontendRequest,
+    /// What it read on its way.
+    pub(crate) read: Vec<Arc<LazyRef>>,
+    /// The references that it gave.
+    results: Vec<Arc<LazyRef>>,
+}
+
+impl Asked {
+    /// Whether it gave what `definition` describes.
+    pub(crate) fn gave(&self, definition: &pb::Definition) -> bool {
+        let wanted = root(definition);
+        wanted.is_some() && self.results.iter().any(|result| root(result.definition()) == wanted)
+    }
+}
+
+/// The vertex of a definition's result and its output.
+fn root(definition: &pb::Definition) -> Option<pb::Input> {
+    pb::Op::decode(definition.def.last()?.as_slice()).ok()?.inputs.into_iter().next()
 }
 
 /// What a frontend is asked to do.
@@ -57,8 +84,7 @@ impl Bridge {
         build: Arc<EngineBuild>,
         progress: Arc<ProgressLog>,
         cancel: CancellationToken,
-        session: &str,
-        inputs: HashMap<String, pb::Definition>,
+        request: &control::SolveRequest,
         policy: SourcePolicy,
     ) -> (Arc<Self>, oneshot::Receiver<Result<BuildResult, BuildError>>) {
         let (sender, receiver) = oneshot::channel();
@@ -66,11 +92,17 @@ impl Bridge {
             build,
             progress,
             cancel,
-            session: session.to_owned(),
-            inputs,
+            session: request.session.clone(),
+            inputs: request.frontend_inputs.clone(),
+            root: FrontendRequest {
+                name: request.frontend.clone(),
+                opts: request.frontend_attrs.clone(),
+                inputs: request.frontend_inputs.clone(),
+            },
             policy,
             refs: DashMap::new(),
             images: DashMap::new(),
+            asked: Mutex::default(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)
@@ -118,9 +150,59 @@ impl Bridge {
     /// What the frontend says, or that it is not known.
     pub(crate) async fn run_frontend(
         self: &Arc<Self>,
-        request: FrontendRequest,
+        mut request: FrontendRequest,
     ) -> Result<BuildResult, BuildError> {
-        frontends::run(self, request).await
+        provenance::check(&request.opts, &self.root.opts)?;
+        // In a box, or the call's type grows beyond what the compiler takes.
+        let result = Box::pin(frontends::run(self, &mut request)).await?;
+        let results = result.refs.all().into_iter().cloned().collect();
+        let asked = Asked { request, read: result.read.clone(), results };
+        self.lock_asked().push(Arc::new(asked));
+        Ok(result)
+    }
+
+    fn lock_asked(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Asked>>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a frontend was asked for when it gave a reference; nothing for those that clients made. Scratch is
+    /// taken for what the last frontend gave that gave no other reference.
+    pub(crate) fn asked(&self, reference: Option<&LazyRef>) -> Option<Arc<Asked>> {
+        let gave = |asked: &&Arc<Asked>| match reference {
+            Some(reference) => asked.results.iter().any(|result| result.id() == reference.id()),
+            None => asked.results.is_empty(),
+        };
+        self.lock_asked().iter().rev().find(gave).cloned()
+    }
+
+    /// What all frontends of the build were asked.
+    pub(crate) fn all_asked(&self) -> Vec<Arc<Asked>> {
+        self.lock_asked().clone()
+    }
+
+    /// What the client asked of the build itself.
+    pub(crate) fn root(&self) -> &FrontendRequest {
+        &self.root
+    }
+
+    /// What the client built that no frontend in the daemon asked for.
+    pub(crate) fn built_by_client(&self) -> Vec<Arc<LazyRef>> {
+        let asked = self.lock_asked().clone();
+        let by_frontend = |id: &str| {
+            asked.iter().any(|asked| {
+                let mut references = asked.results.iter().chain(&asked.read);
+                references.any(|reference| reference.id() == id)
+            })
+        };
+        let built = self.refs.iter().filter(|entry| entry.is_built() && !by_frontend(entry.key()));
+        built.map(|entry| entry.value().clone()).collect()
+    }
+
+    /// Whether a frontend was told that the image `reference` has this digest.
+    pub(crate) fn resolved(&self, reference: &str, digest: &str) -> bool {
+        let of = format!("{reference} ");
+        let is = |cell: &ImageCell| cell.get().is_some_and(|image| image.digest == digest);
+        self.images.iter().any(|entry| entry.key().starts_with(&of) && is(entry.value()))
     }
 
     /// A reference by its id; the empty id is scratch.
@@ -214,9 +296,6 @@ impl Bridge {
 
     fn decode_result(&self, result: gateway::Result) -> Result<BuildResult, BuildError> {
         use gateway::result::Result as Wire;
-        if !result.attestations.is_empty() {
-            return Err(BuildError::unsupported("attestations of a frontend"));
-        }
         let map = |refs: Vec<(String, String)>| {
             refs.into_iter()
                 .map(|(name, id)| Ok((name, self.reference(&id)?)))
@@ -230,7 +309,17 @@ impl Bridge {
             Some(Wire::RefsDeprecated(refs)) => map(refs.refs.into_iter().collect())?,
             Some(Wire::Refs(refs)) => map(refs.refs.into_iter().map(|(name, r)| (name, r.id)).collect())?,
         };
-        Ok(BuildResult { refs, metadata: result.metadata.into_iter().collect() })
+        let mut attestations = BTreeMap::new();
+        for (platform, all) in result.attestations {
+            let offer = |wire: gateway::Attestation| {
+                let reference = self.reference(wire.r#ref.as_ref().map_or("", |r| &r.id))?;
+                Ok(Offered { reference, wire })
+            };
+            let all: Result<Vec<Offered>, BuildError> = all.attestation.into_iter().map(offer).collect();
+            attestations.insert(platform, all?);
+        }
+        let metadata = result.metadata.into_iter().collect();
+        Ok(BuildResult { refs, metadata, attestations, read: Vec::new() })
     }
 
     fn encode_result(&self, result: &BuildResult) -> gateway::Result {

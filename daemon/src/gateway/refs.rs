@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kiln_cache::Ref;
-use kiln_proto::pb;
+use kiln_proto::{gateway, pb};
 use tokio::sync::OnceCell;
 
 use crate::engine::{EngineBuild, Target};
@@ -39,6 +39,11 @@ impl LazyRef {
         self.result.get_or_init(|| self.target.result()).await.clone()
     }
 
+    /// Whether it has been built.
+    pub(crate) fn is_built(&self) -> bool {
+        matches!(self.result.get(), Some(Ok(_)))
+    }
+
     /// Builds it and reads in its root directory, on a thread where blocking does no harm.
     pub(crate) async fn read<T, F>(&self, read: F) -> Result<T, BuildError>
     where
@@ -50,6 +55,14 @@ impl LazyRef {
     }
 }
 
+/// A claim of a frontend about its result.
+#[derive(Clone)]
+pub(crate) struct Offered {
+    /// Where the file is.
+    pub(crate) reference: Option<Arc<LazyRef>>,
+    pub(crate) wire: gateway::Attestation,
+}
+
 /// What a frontend returned.
 #[derive(Clone)]
 pub(crate) struct BuildResult {
@@ -57,11 +70,20 @@ pub(crate) struct BuildResult {
     pub(crate) refs: Refs,
     /// Image configs and whatever else exporters and clients read.
     pub(crate) metadata: BTreeMap<String, Vec<u8>>,
+    /// What it claims of them, by platform.
+    pub(crate) attestations: BTreeMap<String, Vec<Offered>>,
+    /// What the frontend read on its way.
+    pub(crate) read: Vec<Arc<LazyRef>>,
 }
 
 impl Default for BuildResult {
     fn default() -> Self {
-        Self { refs: Refs::Single(None), metadata: BTreeMap::new() }
+        Self {
+            refs: Refs::Single(None),
+            metadata: BTreeMap::new(),
+            attestations: BTreeMap::new(),
+            read: Vec::new(),
+        }
     }
 }
 

@@ -28,7 +28,7 @@ fn build(history: &Arc<History>, id: &str, error: Option<&BuildError>) {
 
 fn finish(history: &History, record: BuildHistoryRecord, error: Option<&BuildError>) {
     let record = BuildHistoryRecord { completed_at: Some(SystemTime::now().into()), ..record };
-    history.finish(record, &[], error).expect("finish");
+    history.finish(record, &[], Vec::new(), error).expect("finish");
 }
 
 fn listed(history: &History, filter: &[&str]) -> Vec<(String, &'static str)> {

@@ -188,7 +188,34 @@ pub(crate) struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) metadata_file: Option<PathBuf>,
     #[command(flatten)]
+    pub(crate) attests: AttestArgs,
+    #[command(flatten)]
     pub(crate) absent: Absent,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttestArgs {
+    /// Attest what was built, e.g. type=provenance,mode=max (may be repeated)
+    #[arg(long = "attest", value_name = "SPEC")]
+    pub(crate) attest: Vec<String>,
+    /// The same as --attest type=provenance: true, false, or more of SPEC
+    #[arg(
+        long,
+        value_name = "SPEC",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    pub(crate) provenance: Option<String>,
+    /// The same as --attest type=sbom, which the daemon does not make
+    #[arg(
+        long,
+        value_name = "SPEC",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    pub(crate) sbom: Option<String>,
 }
 
 /// Flags that people pass by habit or script and that Kiln does not do: refused by name instead of as unknown.
@@ -200,25 +227,15 @@ pub(crate) struct Absent {
     pub(crate) cache_to: Vec<String>,
     #[arg(long, hide = true)]
     pub(crate) load: bool,
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub(crate) provenance: Option<String>,
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub(crate) sbom: Option<String>,
-    #[arg(long = "attest", hide = true)]
-    pub(crate) attest: Vec<String>,
 }
 
 impl Absent {
     /// The first flag that was given and is not supported.
     pub(crate) fn given(&self) -> Option<&'static str> {
-        let off = |value: &Option<String>| value.as_deref().is_none_or(|value| value == "false");
         [
             (!self.cache_from.is_empty(), "--cache-from"),
             (!self.cache_to.is_empty(), "--cache-to"),
             (self.load, "--load (use -o type=docker,dest=FILE)"),
-            (!off(&self.provenance), "--provenance"),
-            (!off(&self.sbom), "--sbom"),
-            (!self.attest.is_empty(), "--attest"),
         ]
         .into_iter()
         .find_map(|(given, name)| given.then_some(name))
@@ -491,8 +508,9 @@ mod tests {
         let parsed = Cli::try_parse_from(["kiln", "build", "--cache-to", "type=inline", "."]).unwrap();
         let Command::Build(build) = parsed.command else { panic!() };
         assert_eq!(build.absent.given(), Some("--cache-to"));
-        let parsed = Cli::try_parse_from(["kiln", "build", "--provenance=false", "."]).unwrap();
+        let parsed = Cli::try_parse_from(["kiln", "build", "--provenance", "."]).unwrap();
         let Command::Build(build) = parsed.command else { panic!() };
         assert_eq!(build.absent.given(), None);
+        assert_eq!(build.attests.provenance.as_deref(), Some("true"));
     }
 }

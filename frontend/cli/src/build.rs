@@ -17,7 +17,7 @@ use crate::inputs::Inputs;
 use crate::outputs::{self, OutputSpec};
 use crate::progress::Display;
 use crate::run::{self, Job, Response};
-use crate::{attach, explain, layout, stdout};
+use crate::{attach, attest, explain, layout, stdout};
 
 /// The daemon's own frontend.
 const FRONTEND: &str = "dockerfile.v0";
@@ -162,6 +162,7 @@ impl Plan {
         if let Some(parent) = &args.cgroup_parent {
             set("cgroup-parent", parent.clone());
         }
+        attrs.extend(attest::attrs(&args.attests)?);
         Ok(attrs)
     }
 }

@@ -5,6 +5,7 @@
 mod address;
 mod args;
 mod attach;
+mod attest;
 mod auth;
 mod build;
 mod buildctl;

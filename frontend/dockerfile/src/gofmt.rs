@@ -139,7 +139,10 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
 }
 
 /// The fields of one line of comma-separated values; a field may be quoted with `"`.
-pub(crate) fn csv_fields(line: &str) -> Result<Vec<String>, String> {
+///
+/// # Errors
+/// A quote is where none may be, or missing.
+pub fn csv_fields(line: &str) -> Result<Vec<String>, String> {
     let mut fields = Vec::new();
     let mut chars = line.chars().peekable();
     loop {

@@ -17,5 +17,6 @@ mod history;
 mod http;
 mod metadata;
 mod outputs;
+mod provenance;
 mod solve;
 mod usage;

@@ -71,6 +71,8 @@ pub(crate) enum Event<R> {
     Worked { vertex: NodeIndex, epoch: u64, outcome: Outcome<R> },
     /// The decisions so far are asked for.
     Explain { reply: oneshot::Sender<Vec<VertexExplanation>> },
+    /// What has been made or found so far is asked for.
+    Results { reply: oneshot::Sender<HashMap<Arc<str>, Vec<R>>> },
     /// Nobody is left who could ask for anything.
     Shutdown,
 }
@@ -205,6 +207,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             Event::Worked { vertex, epoch, outcome } => self.worked(vertex, epoch, outcome),
             Event::Explain { reply } => {
                 let _ = reply.send(self.explain());
+            }
+            Event::Results { reply } => {
+                let made = self.graph.vertices().iter().filter_map(|vertex| match &vertex.step {
+                    Step::Done(produced) => Some((vertex.state.digest.clone(), produced.outputs.clone())),
+                    _ => None,
+                });
+                let _ = reply.send(made.collect());
             }
             Event::Shutdown => {}
         }

@@ -156,6 +156,10 @@ async fn blobs(
             all.insert(layer.blob.digest.clone(), file);
         }
         all.extend([bytes(config_kind, &image.config), bytes(manifest_kind, &image.manifest)]);
+        if let Some(claims) = &image.attestation {
+            all.extend(claims.contents().map(|content| bytes(layer_kind, content)));
+            all.insert(claims.manifest.digest.clone(), bytes(manifest_kind, &claims.manifest).1);
+        }
     }
     all.extend(assembled.index.iter().map(|index| bytes(index_kind, index)));
     Ok(all)

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::ExportError;
 use super::annotations::{Annotation, parse_annotation};
+use crate::image::BlobOptions;
 use crate::layer::Compression;
 
 /// Which exporter.
@@ -58,6 +59,12 @@ pub struct Attributes {
     pub(super) annotations: Vec<Annotation>,
     /// Each platform in a directory of its own; `None`: if there are several.
     pub platform_split: Option<bool>,
+    /// Put before the names of attestations' files.
+    pub attestation_prefix: String,
+    /// Attestations of a single image that are inline-only are attached, too.
+    pub attestation_inline: bool,
+    /// Attestations are artifacts with a subject.
+    pub oci_artifact: bool,
     /// Local only: what is not in the result is deleted.
     pub mirror: bool,
     /// Further result metadata that came as attributes.
@@ -87,6 +94,17 @@ fn epoch(value: &str) -> Result<Option<i64>, ExportError> {
 }
 
 impl Attributes {
+    /// In what form layers are wanted.
+    pub(super) fn blob_options(&self) -> BlobOptions {
+        BlobOptions {
+            compression: self.compression,
+            level: self.level,
+            force: self.force,
+            clamp: self.epoch.filter(|_| self.rewrite_timestamp),
+            docker_types: !self.oci_types,
+        }
+    }
+
     pub(super) fn parse<'a>(
         kind: &str,
         attributes: impl IntoIterator<Item = (&'a String, &'a String)>,
@@ -117,6 +135,9 @@ impl Attributes {
             rewrite_timestamp: false,
             annotations: Vec::new(),
             platform_split: None,
+            attestation_prefix: String::new(),
+            attestation_inline: kind == Kind::Image,
+            oci_artifact: true,
             mirror: false,
             metadata: BTreeMap::new(),
             epoch_given: false,
@@ -145,8 +166,8 @@ impl Attributes {
                 "delete" => self.mirror = true,
                 other => return Err(wrong(format!("invalid mode {other:?} for local exporter"))),
             },
-            // Without attestations there is nothing for the prefix to name.
-            "attestation-prefix" | "dest" => {}
+            "attestation-prefix" => self.attestation_prefix = value.to_string(),
+            "dest" => {}
             _ => return Err(self.unknown(key)),
         }
         Ok(())
@@ -174,10 +195,8 @@ impl Attributes {
             "tar" if !image_only => self.into_store = !boolean(key, value, true)?,
             "dest" if !image_only => {}
             "oci-mediatypes" => self.oci_types = boolean(key, value, false)?,
-            // They say how attestations are attached; without any they change nothing.
-            "oci-artifact" | "attestation-inline" => {
-                boolean(key, value, false)?;
-            }
+            "oci-artifact" => self.oci_artifact = boolean(key, value, false)?,
+            "attestation-inline" => self.attestation_inline = boolean(key, value, false)?,
             "compression" => {
                 self.compression = match value {
                     "gzip" => Compression::Gzip,

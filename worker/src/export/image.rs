@@ -9,7 +9,7 @@ use kiln_proto::reference::Reference;
 
 use super::attrs::Attributes;
 use super::input::ExportInput;
-use super::manifest::{Assembled, PlatformImage, assemble};
+use super::manifest::{Assembled, Document, assemble};
 use super::{ExportContext, ExportError};
 use crate::image::LayerContent;
 use crate::registry::{BlobSource, PushOutcome, RegistryError, Repository};
@@ -67,7 +67,11 @@ async fn keep(context: &ExportContext, assembled: &Assembled) -> Result<(), Expo
     let documents: Vec<Vec<u8>> = assembled
         .images
         .iter()
-        .flat_map(|image| [&image.config, &image.manifest])
+        .flat_map(|image| {
+            let attested = image.attestation.iter();
+            let attested = attested.flat_map(|claims| claims.contents().chain([&claims.manifest]));
+            [&image.config, &image.manifest].into_iter().chain(attested)
+        })
         .chain(&assembled.index)
         .map(|document| document.bytes.clone())
         .collect();
@@ -116,10 +120,20 @@ async fn push(
     };
     let status = progress.map(|p| p.status(&shown, "", 0));
     for image in &assembled.images {
-        let pushed = push_config(&repository, image);
+        let pushed = push_document(&repository, &image.config);
         context.images.in_turn(turn(&reference, &image.config.digest), pushed).await.map_err(failed)?;
         if assembled.index.is_some() {
             let manifest = &image.manifest;
+            let pushed =
+                repository.push_manifest(&manifest.digest, &manifest.media_type, &manifest.bytes).await;
+            pushed.map_err(failed)?;
+        }
+        if let Some(claims) = &image.attestation {
+            for content in claims.contents() {
+                let pushed = push_document(&repository, content);
+                context.images.in_turn(turn(&reference, &content.digest), pushed).await.map_err(failed)?;
+            }
+            let manifest = &claims.manifest;
             let pushed =
                 repository.push_manifest(&manifest.digest, &manifest.media_type, &manifest.bytes).await;
             pushed.map_err(failed)?;
@@ -140,10 +154,9 @@ fn turn(reference: &Reference, digest: &str) -> String {
     format!("push {}/{}@{digest}", reference.registry_host(), reference.path())
 }
 
-async fn push_config(repository: &Repository, image: &PlatformImage) -> Result<(), RegistryError> {
-    let config = &image.config;
-    let source = Some(BlobSource::Bytes(&config.bytes));
-    repository.push_blob(&config.digest, config.bytes.len() as u64, source, &[], &|_| {}).await?;
+async fn push_document(repository: &Repository, document: &Document) -> Result<(), RegistryError> {
+    let source = Some(BlobSource::Bytes(&document.bytes));
+    repository.push_blob(&document.digest, document.bytes.len() as u64, source, &[], &|_| {}).await?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use kiln_cache::Ref;
 use kiln_proto::{pb, platform};
 use serde::Deserialize;
 
-use super::ExportError;
+use super::{Attestation, ExportError};
 
 /// A result: one file system, or one for each platform.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +32,8 @@ pub struct ExportTarget {
     pub config: Option<Vec<u8>>,
     /// Config of the image that it was built on.
     pub base_config: Option<Vec<u8>>,
+    /// What is claimed of it.
+    pub attestations: Vec<Attestation>,
 }
 
 #[derive(Deserialize)]
@@ -108,7 +110,8 @@ fn target(
     metadata: &BTreeMap<String, Vec<u8>>,
 ) -> ExportTarget {
     let get = |key: &str| metadata.get(&format!("{key}/{id}")).or_else(|| metadata.get(key)).cloned();
-    ExportTarget { config: get(CONFIG), base_config: get(BASE_CONFIG), id, platform, result }
+    let (config, base_config) = (get(CONFIG), get(BASE_CONFIG));
+    ExportTarget { config, base_config, id, platform, result, attestations: Vec::new() }
 }
 
 fn platforms(metadata: &BTreeMap<String, Vec<u8>>) -> Result<Vec<(String, pb::Platform)>, ExportError> {

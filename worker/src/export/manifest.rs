@@ -4,24 +4,28 @@ use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 use kiln_cache::SnapshotRef;
+use kiln_proto::reference::Reference;
 use kiln_proto::{pb, platform};
 use oci_spec::image::{
     Arch, Descriptor, Digest as OciDigest, ImageIndexBuilder, ImageManifestBuilder, MediaType, Os,
     PlatformBuilder,
 };
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::annotations::{self, Place, annotations_at};
+use super::attestation::{Attestation, IN_TOTO, PREDICATE_TYPE, package_url, subject};
 use super::attrs::Attributes;
 use super::config::{self, LayerFacts};
 use super::input::{ExportInput, ExportTarget};
 use super::{ExportContext, ExportError};
-use crate::image::{BlobOptions, LayerContent};
+use crate::image::LayerContent;
 use crate::registry::{INDEX_DOCKER, INDEX_OCI, MANIFEST_DOCKER, MANIFEST_OCI};
 
 const CONFIG_OCI: &str = "application/vnd.oci.image.config.v1+json";
+/// A config that says nothing.
+const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 const CONFIG_DOCKER: &str = "application/vnd.docker.container.image.v1+json";
 /// Layers packed at once; each uses several threads for itself.
 const PACKING: usize = 4;
@@ -32,6 +36,13 @@ pub(super) struct Document {
     pub(super) digest: String,
     pub(super) media_type: String,
     pub(super) bytes: Vec<u8>,
+}
+
+impl AttestationManifest {
+    /// What its manifest names.
+    pub(super) fn contents(&self) -> impl Iterator<Item = &Document> {
+        self.statements.iter().chain([&self.config])
+    }
 }
 
 impl Document {
@@ -48,6 +59,16 @@ pub(super) struct PlatformImage {
     pub(super) config: Document,
     pub(super) platform: pb::Platform,
     pub(super) layers: Vec<LayerContent>,
+    /// What is claimed of it: a manifest, its config and its statements.
+    pub(super) attestation: Option<AttestationManifest>,
+}
+
+/// Statements about one image, and the manifest that holds them.
+#[derive(Debug, Clone)]
+pub(super) struct AttestationManifest {
+    pub(super) manifest: Document,
+    pub(super) config: Document,
+    pub(super) statements: Vec<Document>,
 }
 
 /// A whole image: one manifest, or an index of several.
@@ -108,19 +129,28 @@ pub(super) async fn assemble(
     for target in &input.targets {
         images.push(assemble_platform(context, attributes, target).await?);
     }
+    // Those that are inline-only make no index of what would be a single manifest, unless it is asked for.
+    let counts = |attestation: &Attestation| attributes.attestation_inline || !attestation.inline_only;
+    let attested = |target: &ExportTarget| target.attestations.iter().any(counts);
+    let indexed = input.is_map || input.targets.iter().any(attested);
+    if indexed {
+        for (image, target) in images.iter_mut().zip(&input.targets) {
+            image.attestation = attestation_manifest(context, attributes, image, target)?;
+        }
+    }
     status.into_iter().for_each(kiln_solver::progress::StatusHandle::done);
     let platforms: Vec<pb::Platform> = images.iter().map(|image| image.platform.clone()).collect();
-    annotations::check(&attributes.annotations, input.is_map, &platforms)?;
+    annotations::check(&attributes.annotations, indexed, &platforms)?;
     let at =
         |place, platform: Option<&pb::Platform>| annotations_at(&attributes.annotations, place, platform);
-    if !input.is_map {
+    if !indexed {
         let top_annotations = at(Place::ManifestDescriptor, platforms.first());
         let out = Assembled { images, index: None, top_annotations };
         announce(context, &out);
         return Ok(out);
     }
     let media_type = if attributes.oci_types { INDEX_OCI } else { INDEX_DOCKER };
-    let entries = images
+    let mut entries = images
         .iter()
         .map(|image| {
             let annotations = at(Place::ManifestDescriptor, Some(&image.platform));
@@ -129,6 +159,18 @@ pub(super) async fn assemble(
             descriptor(&manifest.media_type, &manifest.digest, size, Some(&image.platform), &annotations)
         })
         .collect::<Result<Vec<_>, _>>()?;
+    for image in &images {
+        let Some(AttestationManifest { manifest, .. }) = &image.attestation else { continue };
+        let unknown = || "unknown".to_string();
+        let platform = pb::Platform { os: unknown(), architecture: unknown(), ..pb::Platform::default() };
+        let annotations = BTreeMap::from([
+            ("vnd.docker.reference.digest".to_string(), image.manifest.digest.clone()),
+            ("vnd.docker.reference.type".to_string(), "attestation-manifest".to_string()),
+        ]);
+        let size = manifest.bytes.len() as u64;
+        let entry = descriptor(&manifest.media_type, &manifest.digest, size, Some(&platform), &annotations)?;
+        entries.push(entry);
+    }
     let mut index = ImageIndexBuilder::default()
         .schema_version(2u32)
         .media_type(MediaType::from(media_type))
@@ -149,13 +191,7 @@ async fn assemble_platform(
     target: &ExportTarget,
 ) -> Result<PlatformImage, ExportError> {
     let snapshots: Vec<SnapshotRef> = target.result.iter().flat_map(SnapshotRef::layers).collect();
-    let options = BlobOptions {
-        compression: attributes.compression,
-        level: attributes.level,
-        force: attributes.force,
-        clamp: attributes.epoch.filter(|_| attributes.rewrite_timestamp),
-        docker_types: !attributes.oci_types,
-    };
+    let options = attributes.blob_options();
     let packed: Vec<_> =
         snapshots.iter().map(|layer| context.images.layer_content(layer, options, &context.access)).collect();
     let contents: Vec<LayerContent> = futures::stream::iter(packed).buffered(PACKING).try_collect().await?;
@@ -206,7 +242,67 @@ async fn assemble_platform(
         manifest = manifest.annotations(annotations.into_iter().collect::<std::collections::HashMap<_, _>>());
     }
     let manifest = Document::new(manifest_type, pretty(&manifest.build().map_err(internal)?)?);
-    Ok(PlatformImage { manifest, config, platform, layers })
+    Ok(PlatformImage { manifest, config, platform, layers, attestation: None })
+}
+
+/// The manifest of all that is claimed of an image.
+fn attestation_manifest(
+    context: &ExportContext,
+    attributes: &Attributes,
+    image: &PlatformImage,
+    target: &ExportTarget,
+) -> Result<Option<AttestationManifest>, ExportError> {
+    if target.attestations.is_empty() {
+        return Ok(None);
+    }
+    if !attributes.oci_types {
+        return Err(ExportError::Input(
+            "cannot export attestations with \"oci-mediatypes=false\"".to_string(),
+        ));
+    }
+    let mut subjects = Vec::new();
+    for name in &attributes.names {
+        let name = Reference::parse(name)
+            .map_err(|error| ExportError::Attribute(format!("failed to parse {name}: {error}")))?;
+        subjects.push(subject(&package_url(&name, Some(&image.platform)), &image.manifest.digest));
+    }
+    let (mut statements, mut layers) = (Vec::new(), Vec::new());
+    for attestation in &target.attestations {
+        let statement = attestation.statement(&subjects, &context.images, attributes.blob_options())?;
+        let bytes = serde_json::to_vec(&statement).map_err(internal)?;
+        let statement = Document::new(IN_TOTO, bytes);
+        layers.push(json!({
+            "mediaType": IN_TOTO,
+            "digest": statement.digest,
+            "size": statement.bytes.len(),
+            "annotations": {PREDICATE_TYPE: attestation.predicate_type},
+        }));
+        statements.push(statement);
+    }
+    let mut manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST_OCI});
+    let config = if attributes.oci_artifact {
+        let config = Document::new(EMPTY, b"{}".to_vec());
+        manifest["artifactType"] = "application/vnd.docker.attestation.manifest.v1+json".into();
+        manifest["config"] = json!({"mediaType": EMPTY, "digest": config.digest, "size": 2, "data": "e30="});
+        config
+    } else {
+        let diff_ids: Vec<&str> = statements.iter().map(|statement| statement.digest.as_str()).collect();
+        let rootfs = json!({"type": "layers", "diff_ids": diff_ids});
+        let config = json!({"architecture": "unknown", "os": "unknown", "config": {}, "rootfs": rootfs});
+        let config = Document::new(CONFIG_OCI, serde_json::to_vec(&config).map_err(internal)?);
+        manifest["config"] =
+            json!({"mediaType": CONFIG_OCI, "digest": config.digest, "size": config.bytes.len()});
+        config
+    };
+    manifest["layers"] = layers.into();
+    if attributes.oci_artifact {
+        let Document { digest, media_type, bytes } = &image.manifest;
+        let size = bytes.len() as u64;
+        let subject = descriptor(media_type, digest, size, None, &BTreeMap::new())?;
+        manifest["subject"] = sorted(&subject)?;
+    }
+    let manifest = Document::new(MANIFEST_OCI, serde_json::to_vec_pretty(&manifest).map_err(internal)?);
+    Ok(Some(AttestationManifest { manifest, config, statements }))
 }
 
 fn announce(context: &ExportContext, assembled: &Assembled) {
@@ -214,6 +310,9 @@ fn announce(context: &ExportContext, assembled: &Assembled) {
     for image in &assembled.images {
         progress.status(&format!("exporting manifest {}", image.manifest.digest), "", 0).done();
         progress.status(&format!("exporting config {}", image.config.digest), "", 0).done();
+        if let Some(AttestationManifest { manifest, .. }) = &image.attestation {
+            progress.status(&format!("exporting attestation manifest {}", manifest.digest), "", 0).done();
+        }
     }
     if let Some(index) = &assembled.index {
         progress.status(&format!("exporting manifest list {}", index.digest), "", 0).done();

@@ -5,6 +5,7 @@
 
 mod annotations;
 mod archive;
+mod attestation;
 mod attrs;
 mod config;
 mod image;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use kiln_cache::{Store, StoreError};
 
+pub use attestation::{Attestation, IN_TOTO, PREDICATE_TYPE, Steps, Subject, package_url};
 pub use attrs::{Attributes, Kind};
 pub use input::{ExportInput, ExportTarget};
 pub use output::{LayoutBlob, NoOutput, Output, OutputError, SessionOutput, TarOutput, Tree};
@@ -59,6 +61,9 @@ pub enum ExportError {
     /// The client did not take the output.
     #[error("{0}")]
     Output(#[from] OutputError),
+    /// The result's files could not be read.
+    #[error("failed to read the result: {0}")]
+    Read(#[from] std::io::Error),
     /// A task of this process failed.
     #[error("{0}")]
     Internal(String),

@@ -1,19 +1,25 @@
 //! The `local` and `tar` exporters: the files of the result themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use kiln_cache::{Ref, ScratchDir};
+use kiln_cache::{Ref, ScratchDir, SnapshotRef};
 use kiln_proto::platform;
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{FileType, Mode, OFlags, openat};
 
 use super::archive::send;
+use super::attestation::{Attestation, file_subjects, walk};
 use super::attrs::{Attributes, Kind};
 use super::input::ExportInput;
 use super::output::{Output, Tree};
 use super::{ExportContext, ExportError};
+use crate::image::{BlobOptions, Images};
 use crate::layer::{PackOptions, pack_dir};
 use crate::view::{View, ViewError};
 
@@ -21,7 +27,7 @@ use crate::view::{View, ViewError};
 struct Roots {
     /// (directory in the output without slash, platform for progress texts, tree).
     views: Vec<(String, String, View)>,
-    _empty: ScratchDir,
+    _scratch: Vec<ScratchDir>,
 }
 
 async fn roots(
@@ -30,11 +36,6 @@ async fn roots(
     input: &ExportInput,
 ) -> Result<Roots, ExportError> {
     let split = attributes.platform_split.unwrap_or(input.is_map);
-    if !split && input.targets.len() > 1 {
-        return Err(ExportError::Attribute(
-            "unsupported: platform-split=false with a result for several platforms".to_string(),
-        ));
-    }
     let mut targets = Vec::new();
     for target in &input.targets {
         context.images.materialize(&target.result, &context.access).await?;
@@ -44,29 +45,109 @@ async fn roots(
             (Some(stated), true) => platform::format(stated),
             (None, true) => platform::format(&platform::host()),
         };
-        targets.push((
-            if split { id.replace('/', "_") } else { String::new() },
-            shown,
-            target.result.clone(),
-        ));
+        let files: Vec<(String, Attestation)> = target
+            .attestations
+            .iter()
+            .filter(|attestation| !attestation.inline_only)
+            .map(|attestation| {
+                let name = match input.is_map && !split {
+                    true => attestation.file_of(&id),
+                    false => attestation.file.clone(),
+                };
+                (format!("{}{name}", attributes.attestation_prefix), attestation.clone())
+            })
+            .collect();
+        let prefix = if split { id.replace('/', "_") } else { String::new() };
+        targets.push((prefix, shown, target.result.clone(), files));
     }
-    let context = context.clone();
+    let (context, epoch, options) = (context.clone(), attributes.epoch, attributes.blob_options());
     tokio::task::spawn_blocking(move || {
         let empty = context.store.scratch()?;
-        let views = targets
-            .into_iter()
-            .map(|(prefix, shown, result)| Ok((prefix, shown, view(&context, &result, &empty)?)))
-            .collect::<Result<Vec<_>, ExportError>>()?;
-        Ok(Roots { views, _empty: empty })
+        let mut roots = Roots { views: Vec::new(), _scratch: Vec::new() };
+        for (prefix, shown, result, files) in targets {
+            let mut view = view(&context, &result, &empty)?;
+            if !files.is_empty() {
+                let (upper, work) = (context.store.scratch()?, context.store.scratch()?);
+                let with = Stating { images: &context.images, options, epoch };
+                write_statements(&view, &files, upper.path(), &with)?;
+                view = View::writable(layers(&context, &result)?, upper.path(), work.path())?;
+                roots._scratch.extend([upper, work]);
+            }
+            roots.views.push((prefix, shown, view));
+        }
+        if !split {
+            check_disjoint(&roots.views)?;
+        }
+        roots._scratch.push(empty);
+        Ok(roots)
     })
     .await?
 }
 
-fn view(context: &ExportContext, result: &Ref, empty: &ScratchDir) -> Result<View, ExportError> {
-    let layers = match result {
+/// Results that go into one directory have no file in common.
+fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
+    let mut owners: HashMap<String, &str> = HashMap::new();
+    for (_, platform, view) in views.iter().filter(|_| views.len() > 1) {
+        let mut clash = None;
+        walk(view.fd(), &mut |path, kind, _| {
+            if kind != FileType::Directory
+                && let Some(owner) = owners.insert(path.to_string(), platform)
+            {
+                clash.get_or_insert_with(|| format!("{path} is in the results for {owner} and {platform}"));
+            }
+            Ok(())
+        })?;
+        if let Some(clash) = clash {
+            return Err(ExportError::Input(format!("results can't share a directory: {clash}")));
+        }
+    }
+    Ok(())
+}
+
+/// How statements are made.
+struct Stating<'a> {
+    images: &'a Images,
+    options: BlobOptions,
+    /// The time of their files.
+    epoch: Option<i64>,
+}
+
+/// Writes what is claimed of the files in `view` to `directory`, which is laid over them.
+fn write_statements(
+    view: &View,
+    files: &[(String, Attestation)],
+    directory: &Path,
+    with: &Stating<'_>,
+) -> Result<(), ExportError> {
+    let subjects = file_subjects(view.fd())?;
+    std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
+    for (name, attestation) in files {
+        // The name is a client's; it must not lead elsewhere.
+        if name.contains('/') || name == ".." || name == "." {
+            return Err(ExportError::Attribute(format!("invalid name of an attestation's file: {name:?}")));
+        }
+        let text = serde_json::to_vec_pretty(&attestation.statement(&subjects, with.images, with.options)?)
+            .map_err(|error| ExportError::Internal(error.to_string()))?;
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(directory.join(name))?;
+        file.write_all(&text)?;
+        if let Some(seconds) = with.epoch {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+            file.set_modified(time)?;
+        }
+    }
+    Ok(())
+}
+
+fn layers(context: &ExportContext, result: &Ref) -> Result<Vec<SnapshotRef>, ExportError> {
+    Ok(match result {
         Some(top) => crate::flat::chain(&context.store.snapshots(), top)?,
         None => Vec::new(),
-    };
+    })
+}
+
+fn view(context: &ExportContext, result: &Ref, empty: &ScratchDir) -> Result<View, ExportError> {
+    let layers = layers(context, result)?;
     Ok(match layers.is_empty() {
         true => View::directory(empty.path(), Vec::new())?,
         false => View::read_only(layers, empty.path())?,

@@ -34,6 +34,17 @@ pub struct BlobOptions {
     pub docker_types: bool,
 }
 
+impl BlobOptions {
+    /// As they are for this layer.
+    fn of(mut self, layer: &SnapshotRef) -> Result<Self, ImageError> {
+        if layer.lazy()?.is_some() {
+            // What was pulled keeps its times.
+            self.clamp = None;
+        }
+        Ok(self)
+    }
+}
+
 /// A layer that can be put into an image.
 #[derive(Debug, Clone)]
 pub struct LayerContent {
@@ -69,13 +80,10 @@ impl Images {
     pub async fn layer_content(
         self: &Arc<Self>,
         layer: &SnapshotRef,
-        mut options: BlobOptions,
+        options: BlobOptions,
         access: &Access,
     ) -> Result<LayerContent, ImageError> {
-        if layer.lazy()?.is_some() {
-            // What was pulled keeps its times.
-            options.clamp = None;
-        }
+        let options = options.of(layer)?;
         if let Some(found) = self.existing(layer, options)? {
             return Ok(found);
         }
@@ -86,6 +94,15 @@ impl Images {
             }
         };
         self.in_turn(format!("pack {}/{}", layer.id(), form_key(options)), make).await
+    }
+
+    /// The blob of one layer, unless it would have to be packed.
+    pub(crate) fn known_layer(
+        &self,
+        layer: &SnapshotRef,
+        options: BlobOptions,
+    ) -> Result<Option<LayerContent>, ImageError> {
+        self.existing(layer, options.of(layer)?)
     }
 
     /// Does `work` while no other work with the same key is being done.

@@ -21,10 +21,10 @@ use tokio::io::{AsyncReadExt, AsyncWrite};
 use super::support::{RealRegistry, World, digest, listing, root, run, sh, world};
 
 #[derive(Default)]
-struct Collected {
-    tar: Arc<Mutex<Vec<u8>>>,
-    trees: Mutex<Vec<(String, Vec<String>)>>,
-    blobs: Mutex<Vec<(&'static str, String, Vec<u8>)>>,
+pub(crate) struct Collected {
+    pub(crate) tar: Arc<Mutex<Vec<u8>>>,
+    pub(crate) trees: Mutex<Vec<(String, Vec<String>)>>,
+    pub(crate) blobs: Mutex<Vec<(&'static str, String, Vec<u8>)>>,
     refuse: Option<OutputError>,
 }
 
@@ -89,11 +89,11 @@ impl Output for Collected {
     }
 }
 
-fn context(world: &World) -> ExportContext {
+pub(crate) fn context(world: &World) -> ExportContext {
     ExportContext { images: world.images.clone(), store: world.store.clone(), access: Access::anonymous() }
 }
 
-fn step(world: &World, parent: &Ref, name: &str, script: &str) -> Ref {
+pub(crate) fn step(world: &World, parent: &Ref, name: &str, script: &str) -> Ref {
     let snapshots = world.store.snapshots();
     let staged = snapshots.stage(parent.as_ref()).expect("stage");
     sh(staged.fs(), script);
@@ -101,7 +101,7 @@ fn step(world: &World, parent: &Ref, name: &str, script: &str) -> Ref {
 }
 
 /// A base with a file, a step that changes nothing, one that deletes and adds.
-fn built(world: &World) -> Ref {
+pub(crate) fn built(world: &World) -> Ref {
     let base = step(
         world,
         &None,
@@ -127,12 +127,12 @@ fn config() -> Vec<u8> {
     .expect("json")
 }
 
-fn input(result: Ref) -> ExportInput {
+pub(crate) fn input(result: Ref) -> ExportInput {
     ExportInput::single(result, BTreeMap::from([("containerimage.config".to_string(), config())]))
         .expect("input")
 }
 
-fn exporter(kind: &str, attributes: &[(&str, &str)]) -> Exporter {
+pub(crate) fn exporter(kind: &str, attributes: &[(&str, &str)]) -> Exporter {
     let attributes: BTreeMap<String, String> =
         attributes.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
     Exporter::new(kind, &attributes).expect("attributes")
