@@ -11,6 +11,8 @@ use kiln_proto::llb::{self, Loaded, LoadedVertex};
 use kiln_proto::pb;
 use serde_json::{Map, Value, json};
 
+use super::sources::redacted;
+
 /// Attributes of sources that are of one run only.
 const OF_THE_RUN: [&str; 2] = ["local.session", "local.unique"];
 
@@ -157,10 +159,10 @@ fn op(op: &pb::Op) -> Value {
     let wrapped = match &op.op {
         Some(Op::Exec(exec)) => json!({"exec": exec_op(exec)}),
         Some(Op::Source(source)) => {
-            let attrs: BTreeMap<_, _> =
-                source.attrs.iter().filter(|(name, _)| !OF_THE_RUN.contains(&name.as_str())).collect();
+            let kept = source.attrs.iter().filter(|(name, _)| !OF_THE_RUN.contains(&name.as_str()));
+            let attrs: BTreeMap<_, _> = kept.map(|(name, value)| (name, redacted(value))).collect();
             let attrs = (!attrs.is_empty()).then_some(attrs);
-            json!({"source": compact(json!({"identifier": source.identifier, "attrs": attrs}))})
+            json!({"source": compact(json!({"identifier": redacted(&source.identifier), "attrs": attrs}))})
         }
         Some(Op::File(file)) => {
             let actions: Vec<Value> = file.actions.iter().map(action).collect();
@@ -197,15 +199,13 @@ fn exec_op(exec: &pb::ExecOp) -> Value {
     let meta = exec.meta.as_ref().map(|meta| {
         let proxy = meta.proxy_env.as_ref().map(|proxy| {
             compact(json!({
-                "http_proxy": proxy.http_proxy, "https_proxy": proxy.https_proxy, "ftp_proxy": proxy.ftp_proxy,
-                "no_proxy": proxy.no_proxy, "all_proxy": proxy.all_proxy,
+                "http_proxy": redacted(&proxy.http_proxy), "https_proxy": redacted(&proxy.https_proxy),
+                "ftp_proxy": redacted(&proxy.ftp_proxy), "no_proxy": proxy.no_proxy,
+                "all_proxy": redacted(&proxy.all_proxy),
             }))
         });
-        let hosts: Vec<Value> = meta
-            .extra_hosts
-            .iter()
-            .map(|host| compact(json!({"Host": host.host, "IP": host.ip})))
-            .collect();
+        let hosts: Vec<Value> =
+            meta.extra_hosts.iter().map(|host| compact(json!({"Host": host.host, "IP": host.ip}))).collect();
         let limits: Vec<Value> = meta
             .ulimit
             .iter()
@@ -326,13 +326,27 @@ mod tests {
     fn run(output: i64) -> pb::Op {
         let mount = pb::Mount { dest: "/".into(), output, ..pb::Mount::default() };
         let exec = pb::ExecOp { mounts: vec![mount], ..pb::ExecOp::default() };
-        pb::Op { op: Some(pb::op::Op::Exec(Box::new(exec))), ..pb::Op::default() }
+        pb::Op { op: Some(pb::op::Op::Exec(exec.into())), ..pb::Op::default() }
     }
 
     fn copies() -> pb::Op {
         let action = |input, output| pb::FileAction { input, secondary_input: 0, output, action: None };
         let file = pb::FileOp { actions: vec![action(0, -1), action(1, -1), action(2, 0)] };
         pb::Op { op: Some(pb::op::Op::File(file)), ..pb::Op::default() }
+    }
+
+    #[test]
+    fn credentials_of_sources_are_masked() {
+        let identifier = "https://user:word@example.invalid/a".to_owned();
+        let attrs =
+            [("git.fullurl".to_owned(), identifier.clone()), ("local.unique".to_owned(), "1".to_owned())];
+        let source = pb::SourceOp { identifier, attrs: attrs.into() };
+        let shown = op(&pb::Op { op: Some(pb::op::Op::Source(source)), ..pb::Op::default() });
+        let masked = "https://xxxxx:xxxxx@example.invalid/a";
+        assert_eq!(
+            shown,
+            json!({"Op": {"source": {"identifier": masked, "attrs": {"git.fullurl": masked}}}})
+        );
     }
 
     #[test]
