@@ -11,6 +11,7 @@ use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
 use kiln_solver::explain::VertexExplanation;
+use tokio::sync::oneshot;
 
 use crate::daemon::Daemon;
 use crate::engine::{self, BuildScope, EngineBuild, PlannedExport};
@@ -163,6 +164,22 @@ async fn run_in(
         policy,
     );
     let published = guard.publish(bridge.clone());
+    // Boxed: the compiler has a limit for futures within futures.
+    let outcome = produce(build, job, request, planned, (&bridge, returned), metadata).boxed().await;
+    drop(published);
+    bridge.release_containers().await;
+    outcome
+}
+
+/// Runs the frontend, builds what it returns, and exports it.
+async fn produce(
+    build: &Arc<EngineBuild>,
+    job: &Job,
+    request: &SolveRequest,
+    planned: &[PlannedExport],
+    (bridge, returned): (&Arc<Bridge>, oneshot::Receiver<Result<BuildResult, BuildError>>),
+    metadata: &mut Vec<(String, String)>,
+) -> Result<SolveResponse, BuildError> {
     let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
     let result = if !request.frontend.is_empty() {
         let frontend = FrontendRequest {
@@ -186,7 +203,6 @@ async fn run_in(
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
     exports::run(build, job, planned, &request.session, &result, &mut response).await?;
-    drop(published);
     Ok(SolveResponse { exporter_response: response })
 }
 

@@ -3,8 +3,11 @@
 //! [`Bridge`] directly, others through the gRPC service in `service`.
 
 pub(crate) mod caps;
+mod containers;
+mod processes;
 mod refs;
 mod service;
+mod signals;
 mod source_meta;
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
 use kiln_proto::{gateway, pb, platform};
+use kiln_worker::ops::Container;
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -37,6 +41,7 @@ pub(crate) struct Bridge {
     policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
+    containers: DashMap<String, Arc<Container>>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
 }
 
@@ -71,6 +76,7 @@ impl Bridge {
             policy,
             refs: DashMap::new(),
             images: DashMap::new(),
+            containers: DashMap::new(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)
