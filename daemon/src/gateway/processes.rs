@@ -9,7 +9,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use kiln_proto::gateway::exec_message::Input;
 use kiln_proto::gateway::{DoneMessage, ExecMessage, ExitMessage, FdMessage, InitMessage, StartedMessage};
-use kiln_proto::pb;
 use kiln_worker::ops::{Controls, Process, ProcessSpec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
@@ -131,13 +130,11 @@ async fn start(
         let text = format!("container {:?} previously released or not created", init.container_id);
         return Err(BuildError::new(Code::NotFound, text));
     };
-    let security = pb::SecurityMode::try_from(init.security)
-        .map_err(|_| BuildError::build(format!("invalid security mode: {}", init.security)))?;
     let process = container
         .start(ProcessSpec {
             meta: init.meta.unwrap_or_default(),
             secret_env: init.secretenv,
-            security,
+            security: init.security,
             terminal: init.tty,
             fds: init.fds.clone(),
         })

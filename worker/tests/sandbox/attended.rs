@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
 use kiln_worker::sandbox::{
-    Attendance, ExitOutcome, ProcessRequest, SandboxError, SandboxRequest, Stdio, spec,
+    Attendance, ExitOutcome, MemoryFile, ProcessRequest, SandboxError, SandboxRequest, Stdio, spec,
 };
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::sync::{mpsc, oneshot};
@@ -122,13 +122,15 @@ pub(crate) fn further_processes(world: &World) {
         let mark = mark();
         let mut step = world.sh(&format!("echo first > /made; exec sleep {mark}"));
         step.params.hostname = "box".into();
+        let (dest, content) = ("/run/token".into(), b"hush\n".as_slice().into());
+        step.files.push(MemoryFile { dest, content, uid: 0, gid: 0, mode: 0o400 });
         let upper = step.upper();
         let (run, attendant, _, id) = start(world, step, nowhere()).await;
         eventually("the first process has begun", || process_with(&mark));
 
-        let text = "cat /made; hostname; tr '\\0' ' ' < /proc/1/cmdline; echo; echo second > /more; exit 7";
+        let text = "cat /made /run/token; hostname; tr '\\0' ' ' < /proc/1/cmdline; echo; echo second > /more; exit 7";
         let (code, output) = joined(world, &id, world.sh(text)).await;
-        assert_eq!((code, output), (7, format!("first\nbox\nsleep {mark} \n")));
+        assert_eq!((code, output), (7, format!("first\nhush\nbox\nsleep {mark} \n")));
         assert_eq!(std::fs::read_to_string(upper.join("more")).unwrap(), "second\n");
         let (_, output) = joined(world, &id, world.sh("cat /proc/self/status; ls -l /proc/self/fd")).await;
         for line in ["CapEff:\t00000000a80425fb", "CapBnd:\t00000000a80425fb", "Seccomp:\t2"] {

@@ -27,7 +27,7 @@ use crate::view::View;
 use crate::worker::Worker;
 
 /// `PATH` of a process of another system, for those who run such programs anyway.
-const WINDOWS_PATH: &str = "c:\\Windows\\System32;c:\\Windows";
+const WINDOWS_PATH: &str = "c:\\Windows\\System32;c:\\Windows;C:\\Windows\\System32\\WindowsPowerShell\\v1.0";
 
 /// gRPC code of what was cancelled.
 const CANCELED: i32 = 1;
@@ -56,8 +56,8 @@ pub struct ProcessSpec {
     pub meta: pb::Meta,
     /// Variables whose values are secrets.
     pub secret_env: Vec<pb::SecretEnv>,
-    /// Confinement. It is that of the first process for all of a container.
-    pub security: pb::SecurityMode,
+    /// Confinement, by its number. It is that of the first process for all of a container.
+    pub security: i32,
     /// All standard streams are one terminal.
     pub terminal: bool,
     /// Which of the standard streams somebody uses.
@@ -160,7 +160,7 @@ impl Container {
         };
         let op = pb::ExecOp {
             secretenv: process.secret_env.clone(),
-            security: process.security.into(),
+            security: process.security,
             ..self.op.clone()
         };
         Step {
@@ -195,11 +195,16 @@ impl Container {
             return Process::failed(OpError::new("the container has been released"));
         };
         let (id, inputs, terminal) = (self.id.clone(), self.inputs.clone(), process.terminal);
-        let granted = check_grants(&self.context, &run.step.op).and_then(|()| {
-            if run.step.meta.args.is_empty() { Err(OpError::new("no program to run")) } else { Ok(()) }
+        let asked = pb::SecurityMode::try_from(process.security)
+            .map_err(|_| OpError::new(format!("invalid security mode: {}", process.security)));
+        let granted = asked.and_then(|asked| {
+            check_grants(&self.context, &run.step.op)?;
+            if run.step.meta.args.is_empty() { Err(OpError::new("no program to run")) } else { Ok(asked) }
         });
         let work = if initial {
-            let _ = self.security.set(process.security);
+            if let Ok(asked) = &granted {
+                let _ = self.security.set(*asked);
+            }
             async move {
                 granted?;
                 first_process(&run, id, inputs, prepared, terminal, stdio, attendance).await
