@@ -325,12 +325,18 @@ mod tests {
 
     fn run(output: i64) -> pb::Op {
         let mount = pb::Mount { dest: "/".into(), output, ..pb::Mount::default() };
-        let exec = pb::ExecOp { mounts: vec![mount], ..pb::ExecOp::default() };
+        let meta = pb::Meta { args: vec!["true".into()], ..pb::Meta::default() };
+        let exec = pb::ExecOp { meta: Some(meta), mounts: vec![mount], ..pb::ExecOp::default() };
         pb::Op { op: Some(pb::op::Op::Exec(exec.into())), ..pb::Op::default() }
     }
 
     fn copies() -> pb::Op {
-        let action = |input, output| pb::FileAction { input, secondary_input: 0, output, action: None };
+        let action = |input, output| pb::FileAction {
+            input,
+            secondary_input: llb::EMPTY,
+            output,
+            action: Some(pb::file_action::Action::Mkdir(pb::FileActionMkDir::default())),
+        };
         let file = pb::FileOp { actions: vec![action(0, -1), action(1, -1), action(2, 0)] };
         pb::Op { op: Some(pb::op::Op::File(file)), ..pb::Op::default() }
     }

@@ -93,12 +93,14 @@ fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
             if kind != FileType::Directory
                 && let Some(owner) = owners.insert(path.to_string(), platform)
             {
-                clash.get_or_insert_with(|| format!("{path} is in the results for {owner} and {platform}"));
+                clash.get_or_insert_with(|| {
+                    format!("cannot overwrite {path} from {owner} with that of {platform}")
+                });
             }
             Ok(())
         })?;
         if let Some(clash) = clash {
-            return Err(ExportError::Input(format!("results can't share a directory: {clash}")));
+            return Err(ExportError::Input(clash));
         }
     }
     Ok(())
