@@ -2,35 +2,42 @@
 //! directory for each daemon process, so that what a killed one left behind can be told apart.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// The directory of this process.
+use rustix::fs::{FlockOperation, Mode, OFlags};
+
+/// A directory of this process, locked for as long as it is used. Process ids would not do: daemons of different
+/// process namespaces may share the directory above.
 pub(crate) struct RunDir {
     path: PathBuf,
+    _lock: OwnedFd,
 }
 
 impl RunDir {
-    /// Makes the directory of this process below `base` and removes those of processes that are gone.
+    /// Makes a new directory below `base` and removes those of processes that are gone.
     pub(crate) fn open(base: &Path) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(base)?;
         for entry in std::fs::read_dir(base)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let owner =
-                name.to_str().and_then(|name| name.strip_prefix("daemon-")).and_then(|pid| pid.parse().ok());
-            let Some(owner) = owner else { continue };
-            if owner == std::process::id() || !alive(owner) {
-                remove(&entry.path());
+            let path = entry?.path();
+            let ours = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"daemon-"));
+            if ours && let Ok(_lock) = lock(&path, FlockOperation::NonBlockingLockExclusive) {
+                remove(&path);
             }
         }
-        let path = base.join(format!("daemon-{}", std::process::id()));
-        match std::fs::DirBuilder::new().mode(0o700).create(&path) {
-            // Two workers of one process share it.
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
-            other => other?,
+        loop {
+            let path = base.join(format!("daemon-{}", kiln_session::new_id()));
+            std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+            let lock = lock(&path, FlockOperation::LockExclusive);
+            // Until it was locked, another daemon that started could take it for abandoned.
+            if let Ok(lock) = lock
+                && path.exists()
+            {
+                return Ok(Self { path, _lock: lock });
+            }
         }
-        Ok(Self { path })
     }
 
     /// A new directory for one step.
@@ -43,8 +50,7 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // Only when empty: another worker of this process may still use it.
-        let _ = std::fs::remove_dir(&self.path);
+        remove(&self.path);
     }
 }
 
@@ -78,8 +84,10 @@ impl Drop for StepDir {
     }
 }
 
-fn alive(pid: u32) -> bool {
-    Path::new("/proc").join(pid.to_string()).exists()
+fn lock(path: &Path, how: FlockOperation) -> io::Result<OwnedFd> {
+    let directory = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::fs::flock(&directory, how)?;
+    Ok(directory)
 }
 
 fn remove(path: &Path) {
@@ -87,5 +95,26 @@ fn remove(path: &Path) {
         && err.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!("removing {}: {err}", path.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_used_stays_and_what_was_left_goes() {
+        let base = tempfile::TempDir::new().expect("temp");
+        let left = base.path().join("daemon-left");
+        std::fs::create_dir(&left).expect("mkdir");
+        std::fs::write(left.join("hosts"), "").expect("write");
+        let first = RunDir::open(base.path()).expect("open");
+        assert!(!left.exists());
+        let step = first.step().expect("a step");
+        // Of the same process id, as a daemon in another namespace may be.
+        let second = RunDir::open(base.path()).expect("open");
+        step.write("hosts", b"", 0o644).expect("still there");
+        drop((step, first, second));
+        assert_eq!(std::fs::read_dir(base.path()).expect("list").count(), 0);
     }
 }
