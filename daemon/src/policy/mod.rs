@@ -6,6 +6,7 @@ mod rules;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use kiln_proto::gateway::{ResolveSourceMetaRequest, ResolveSourceMetaResponse};
 use kiln_proto::pb::{self, SourceOp};
 use kiln_proto::policy::PolicyAction;
@@ -23,6 +24,8 @@ use rules::Rules;
 
 /// How often a client is asked about one source.
 const ROUNDS: usize = 10;
+/// About so many sources at a time.
+const AT_ONCE: usize = 32;
 /// Largest answer of a client.
 const MAX_ANSWER: usize = 16 << 20;
 /// What the identifier of an image begins with.
@@ -75,16 +78,17 @@ impl SourcePolicy {
             return Ok(definition);
         }
         let malformed = |error: llb::LoadError| BuildError::new(Code::InvalidArgument, error.to_string());
-        let mut changed = HashMap::new();
-        for (at, mut op) in llb::sources(&definition).map_err(malformed)? {
-            let Some(pb::op::Op::Source(source)) = &op.op else { continue };
+        let sources = llb::sources(&definition).map_err(malformed)?;
+        let decided = stream::iter(sources).map(|(at, op)| async move {
+            let Some(pb::op::Op::Source(source)) = &op.op else { return Ok(None) };
             let allowed = self.evaluate(bridge, source, op.platform.as_ref()).await;
             let allowed = allowed.map_err(|error| error.context("error evaluating the source policy"))?;
-            if allowed != *source {
-                op.op = Some(pb::op::Op::Source(allowed));
-                changed.insert(at, op);
-            }
-        }
+            let changed = (allowed != *source).then_some(pb::op::Op::Source(allowed));
+            Ok::<_, BuildError>(changed.map(|changed| (at, pb::Op { op: Some(changed), ..op })))
+        });
+        // What a client has to think about holds up no other source.
+        let decided: Vec<_> = decided.buffered(AT_ONCE).try_collect().await?;
+        let changed: HashMap<_, _> = decided.into_iter().flatten().collect();
         if changed.is_empty() {
             Ok(definition)
         } else {
