@@ -5,7 +5,6 @@ mod buildkitd;
 mod cancel;
 mod clients;
 mod concurrency;
-mod containers;
 mod contexts;
 mod crash;
 mod crowd;

@@ -2,7 +2,7 @@ use super::*;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-use crate::sandbox::plan::{CapabilityPlan, NetworkPlan, ProcessPlan, RuntimeCommand};
+use crate::sandbox::plan::{CapabilityPlan, NetworkPlan, ProcessPlan};
 
 /// Records the calls as text. Descriptors are short names: what they were made from.
 #[derive(Default)]
@@ -160,7 +160,6 @@ fn plan(root: RootSource, mounts: Vec<MountPlan>) -> SandboxPlan {
             capabilities: CapabilityPlan::default(),
             no_new_privileges: false,
             oom_score_adj: None,
-            terminal: false,
         },
     }
 }
@@ -356,11 +355,7 @@ fn a_runtime_gets_its_root_and_mount_points_but_no_pivot() {
         ..Recorder::default()
     };
     let runtime = RuntimePlan {
-        command: RuntimeCommand {
-            args: vec!["runc".into()],
-            pid_file: "/bundle/pid".into(),
-            terminal: false,
-        },
+        command: vec!["runc".into()],
         rootfs: "/bundle/rootfs".into(),
         root: layers(),
         layered: vec![("/bundle/m0".into(), RootSource::Dir("/cache".into()), None)],

@@ -20,8 +20,9 @@ fn request(change: impl FnOnce(&mut Spec)) -> SandboxRequest {
             selector: None,
             readonly: true,
         }],
-        stdio: crate::sandbox::Stdio::Files { stdin: null(), stdout: null(), stderr: null() },
-        attendance: None,
+        stdin: null(),
+        stdout: null(),
+        stderr: null(),
     }
 }
 

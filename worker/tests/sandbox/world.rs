@@ -6,15 +6,14 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{self, Command};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kiln_worker::sandbox::spec::{SpecParams, build};
 use kiln_worker::sandbox::{
-    Executor, ExecutorChoice, ExitOutcome, LayeredMount, MemoryFile, RootSource, SandboxError,
-    SandboxRequest, Stdio,
+    Executor, ExecutorChoice, ExitOutcome, LayeredMount, MemoryFile, RootSource, SandboxError, SandboxRequest,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -32,7 +31,7 @@ pub(crate) struct World {
 pub(crate) fn choices() -> Vec<ExecutorChoice> {
     let mut list = vec![ExecutorChoice::Lean];
     for name in ["runc", "crun"] {
-        let found = Command::new(name).arg("--version").stdout(process::Stdio::null()).status();
+        let found = Command::new(name).arg("--version").stdout(Stdio::null()).status();
         if found.is_ok_and(|s| s.success()) {
             list.push(ExecutorChoice::Runtime(name.into()));
         } else {
@@ -149,8 +148,9 @@ impl Step {
             rootfs: self.rootfs,
             layered_mounts: self.mounts,
             memory_files: self.files,
-            stdio: Stdio::Files { stdin: null(), stdout, stderr },
-            attendance: None,
+            stdin: null(),
+            stdout,
+            stderr,
         }
     }
 
