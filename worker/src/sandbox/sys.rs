@@ -261,6 +261,15 @@ impl Sys for Kernel {
         rustix::process::pivot_root(".", ".")?;
         rustix::process::fchdir(&old)?;
         rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+        // That took the topmost of what is parked there, if there is any; the old root itself comes last. Were it left,
+        // whoever enters this namespace would find it on top of everything.
+        loop {
+            match rustix::mount::unmount(".", UnmountFlags::DETACH) {
+                Ok(()) => {}
+                Err(Errno::INVAL) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
         rustix::process::chdir("/")?;
         Ok(())
     }

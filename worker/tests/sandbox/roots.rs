@@ -120,7 +120,8 @@ pub(crate) fn plain_mounts(world: &World) {
 
 pub(crate) fn memory_files(world: &World) {
     let text = "cat /run/s/token; stat -c '%u %g %a' /run/s/token; /run/tool; ! sh -c 'echo > /run/s/token'; \
-                ! rm /run/s/token; ls /run/s; mount | grep -e /run/s -e /run/tool";
+                ! rm /run/s/token; ls /run/s; mount | grep -e /run/s -e /run/tool; \
+                echo $(awk '$5 == \"/\"' /proc/self/mountinfo | wc -l) root";
     let mut step = world.sh(text);
     let file = |dest: &str, content: &[u8], mode| MemoryFile {
         dest: dest.into(),
@@ -147,6 +148,7 @@ pub(crate) fn memory_files(world: &World) {
         }
         assert_eq!(line.contains("noexec"), place == "/run/s/token", "{line}");
     }
+    assert!(mounts.ends_with("\n1 root\n"), "the host's root is left on top: {mounts}");
     assert_eq!(fs::read(upper.join("run/s/token")).unwrap(), b"", "the mount point alone is on the disk");
     let mut step = world.sh("true");
     step.files.push(file("relative", b"", 0));
