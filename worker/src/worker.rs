@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures::future::BoxFuture;
 use kiln_cache::contenthash;
 use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
+use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
@@ -188,6 +189,21 @@ impl Worker {
         objects: bool,
     ) -> Result<(ResolvedGit, Option<GitObjects>), OpError> {
         ops::resolve_git(self, context, source, objects).await
+    }
+
+    /// What is known of the file of an http source in a build, and the checksum of it that is asked for. A download
+    /// shows in `progress`.
+    ///
+    /// # Errors
+    /// If the operation is no http source, or what failed while asking or fetching.
+    pub async fn resolve_http(
+        self: &Arc<Self>,
+        context: &BuildContext,
+        source: &pb::SourceOp,
+        checksum: Option<ChecksumRequest>,
+        progress: &VertexProgress,
+    ) -> Result<ResolveSourceHttpResponse, OpError> {
+        ops::resolve_http(self, context, source, checksum, progress).await
     }
 
     /// Waits until no step is running any more, including cancelled ones that are being torn down. To be

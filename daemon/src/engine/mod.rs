@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use kiln_cache::contenthash::ContentChange;
 use kiln_cache::{Eviction, Ref, Store, StoreError, StoreOptions, Values};
+use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::{pb, types};
 use kiln_session::SessionManager;
 use kiln_solver::explain::VertexExplanation;
@@ -237,6 +238,16 @@ impl EngineBuild {
         objects: bool,
     ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
         self.worker.resolve_git(source, objects).await
+    }
+
+    /// What is known of the file of an http source, and the checksum of it that is asked for.
+    pub(crate) async fn resolve_http(
+        &self,
+        source: &pb::SourceOp,
+        checksum: Option<ChecksumRequest>,
+        progress: &VertexProgress,
+    ) -> Result<ResolveSourceHttpResponse, BuildError> {
+        self.worker.resolve_http(source, checksum, progress).await
     }
 }
 

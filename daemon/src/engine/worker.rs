@@ -6,13 +6,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_cache::{Ref, Store};
+use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
 use kiln_proto::reference::Reference;
 use kiln_session::SessionManager;
 use kiln_solver::op::{OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::image::{Access, Images, ResolveMode};
-use kiln_worker::ops::{BuildContext, Entitlements, GitObjects, Resolutions, ResolvedGit, SessionGroup};
+use kiln_worker::ops::{
+    BuildContext, Entitlements, GitObjects, HttpAnswers, Resolutions, ResolvedGit, SessionGroup,
+};
 use kiln_worker::registry::{Anonymous, Credentials, Registry};
 use kiln_worker::sandbox::ExecutorChoice;
 use kiln_worker::sandbox::spec;
@@ -115,6 +118,7 @@ impl WorkerHandle {
             credentials,
             cgroup_parent: self.cgroup_parent.clone(),
             git: Resolutions::default(),
+            http: HttpAnswers::default(),
         };
         BuildWorker { worker: self.worker.clone(), context }
     }
@@ -179,6 +183,16 @@ impl BuildWorker {
         objects: bool,
     ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
         self.worker.resolve_git(&self.context, source, objects).await.map_err(op_error)
+    }
+
+    /// What is known of the file of an http source.
+    pub(super) async fn resolve_http(
+        &self,
+        source: &pb::SourceOp,
+        checksum: Option<ChecksumRequest>,
+        progress: &VertexProgress,
+    ) -> Result<ResolveSourceHttpResponse, BuildError> {
+        self.worker.resolve_http(&self.context, source, checksum, progress).await.map_err(op_error)
     }
 
     pub(super) async fn read<T, F>(&self, result: Ref, read: F) -> Result<T, BuildError>

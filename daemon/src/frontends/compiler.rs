@@ -125,7 +125,7 @@ impl ImageResolver for Resolver<'_> {
         log_name: &'a str,
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
         Box::pin(async move {
-            match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name).await {
+            match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name, &[]).await {
                 Ok((reference, image)) => {
                     Ok(ResolvedImage { digest: image.digest, config: image.config, reference })
                 }

@@ -23,6 +23,7 @@ const FRONTEND: &[&str] = &[
     "returnmap",
     "solve.base",
     "source.metaresolver",
+    "source.metaresolver.http.checksumrequest",
     "statfile",
 ];
 

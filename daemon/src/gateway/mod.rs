@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
+use kiln_proto::policy::Policy;
 use kiln_proto::{control, gateway, pb, platform};
 use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
@@ -134,10 +135,22 @@ impl Bridge {
     /// # Errors
     /// The definition is malformed or asks for what is not allowed.
     pub(crate) async fn solve(&self, definition: pb::Definition) -> Result<Option<Arc<LazyRef>>, BuildError> {
+        self.solve_under(definition, &[]).await
+    }
+
+    /// [`Bridge::solve`] of what the rules `further` allow as well.
+    ///
+    /// # Errors
+    /// As there, or the rules make no sense.
+    async fn solve_under(
+        &self,
+        definition: pb::Definition,
+        further: &[Policy],
+    ) -> Result<Option<Arc<LazyRef>>, BuildError> {
         if definition.def.is_empty() {
             return Ok(None);
         }
-        let definition = self.policy.apply(self, definition).await?;
+        let definition = self.policy.with(further)?.apply(self, definition).await?;
         let target = self.build.load(definition).await?;
         let reference = LazyRef::new(target, self.build.clone());
         self.refs.insert(reference.id().to_owned(), reference.clone());
@@ -216,7 +229,8 @@ impl Bridge {
         }
     }
 
-    /// Digest and config of the image that the policy has in place of `reference`, and its name.
+    /// Digest and config of the image that the policy, and after it the rules `further`, have in place of `reference`,
+    /// and its name.
     ///
     /// # Errors
     /// It is not allowed, or there is no such image.
@@ -226,9 +240,10 @@ impl Bridge {
         wanted: &pb::Platform,
         mode: &str,
         log_name: &str,
+        further: &[Policy],
     ) -> Result<(String, ResolvedImage), BuildError> {
         let source = pb::SourceOp { identifier: format!("{IMAGE}{reference}"), ..Default::default() };
-        let allowed = self.allowed(source, wanted).await?.identifier;
+        let allowed = self.allowed(source, wanted, further).await?.identifier;
         let Some(reference) = allowed.strip_prefix(IMAGE) else {
             return Err(BuildError::unsupported(format_args!("{allowed} in place of an image")));
         };
@@ -268,6 +283,20 @@ impl Bridge {
     ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
         let step = Step::start(self.progress.clone(), &text_digest(&source.identifier), log_name);
         let answer = self.build.resolve_git(source, objects).await;
+        step.end(answer.as_ref().err().map(|error| error.message.as_str()));
+        answer
+    }
+
+    /// What is known of the file of an http source, and the checksum of it that is asked for. Emits a vertex named
+    /// `log_name`.
+    pub(crate) async fn resolve_http(
+        &self,
+        source: &pb::SourceOp,
+        checksum: Option<gateway::ChecksumRequest>,
+        log_name: &str,
+    ) -> Result<gateway::ResolveSourceHttpResponse, BuildError> {
+        let step = Step::start(self.progress.clone(), &text_digest(&source.identifier), log_name);
+        let answer = self.build.resolve_http(source, checksum, step.progress()).await;
         step.end(answer.as_ref().err().map(|error| error.message.as_str()));
         answer
     }

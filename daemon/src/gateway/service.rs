@@ -89,10 +89,10 @@ impl LlbBridge for GatewayService {
 
     async fn solve(&self, request: Request<SolveRequest>) -> Result<Response<SolveResponse>, Status> {
         self.call(request, |bridge, request| async move {
-            if !request.source_policies.is_empty() {
-                return Err(BuildError::unsupported("source policies"));
-            }
             let result = if !request.frontend.is_empty() {
+                if !request.source_policies.is_empty() {
+                    return Err(BuildError::unsupported("source policies of a frontend"));
+                }
                 if request.definition.is_some_and(|definition| !definition.def.is_empty()) {
                     return Err(BuildError::build(
                         "cannot solve with both Definition and Frontend specified",
@@ -105,7 +105,9 @@ impl LlbBridge for GatewayService {
                 };
                 bridge.run_frontend(frontend).await?
             } else {
-                let reference = bridge.solve(request.definition.unwrap_or_default()).await?;
+                let reference = bridge
+                    .solve_under(request.definition.unwrap_or_default(), &request.source_policies)
+                    .await?;
                 BuildResult { refs: Refs::Single(reference), ..BuildResult::default() }
             };
             if request.evaluate {
@@ -134,16 +136,20 @@ impl LlbBridge for GatewayService {
         request: Request<ResolveImageConfigRequest>,
     ) -> Result<Response<ResolveImageConfigResponse>, Status> {
         self.call(request, |bridge, request| async move {
-            if !request.source_policies.is_empty() {
-                return Err(BuildError::unsupported("source policies"));
-            }
             if request.resolver_type != 0 {
                 return Err(BuildError::unsupported("resolving images in an OCI layout"));
             }
             let log_name = log_name(&request.log_name, &format!("docker-image://{}", request.r#ref));
             let platform = request.platform.unwrap_or_else(platform::host);
-            let (reference, image) =
-                bridge.resolve_image(&request.r#ref, &platform, &request.resolve_mode, &log_name).await?;
+            let (reference, image) = bridge
+                .resolve_image(
+                    &request.r#ref,
+                    &platform,
+                    &request.resolve_mode,
+                    &log_name,
+                    &request.source_policies,
+                )
+                .await?;
             Ok(ResolveImageConfigResponse { digest: image.digest, config: image.config, r#ref: reference })
         })
         .await
@@ -158,7 +164,7 @@ impl LlbBridge for GatewayService {
                 return Err(BuildError::new(Code::InvalidArgument, "source is not set"));
             };
             let platform = request.platform.clone().unwrap_or_else(platform::host);
-            request.source = Some(bridge.allowed(source, &platform).await?);
+            request.source = Some(bridge.allowed(source, &platform, &request.source_policies).await?);
             bridge.source_meta(request).await
         })
         .await

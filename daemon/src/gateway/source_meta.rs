@@ -3,6 +3,7 @@
 use kiln_proto::gateway::{
     ResolveSourceGitResponse, ResolveSourceImageResponse, ResolveSourceMetaRequest, ResolveSourceMetaResponse,
 };
+use kiln_proto::policy::Policy;
 use kiln_proto::{pb, platform};
 use tonic::Code;
 
@@ -23,14 +24,16 @@ impl Bridge {
         let Some(source) = request.source else {
             return Err(BuildError::new(Code::InvalidArgument, "source is not set"));
         };
-        if !request.source_policies.is_empty() {
-            return Err(BuildError::unsupported("source policies of a call"));
-        }
         let log_name = log_name(&request.log_name, &source.identifier);
         if source.identifier.starts_with("git://") {
             let objects = request.git.is_some_and(|git| git.return_object);
             let git = Some(git_response(self.resolve_git(&source, objects, &log_name).await?));
             return Ok(ResolveSourceMetaResponse { git, source: Some(source), image: None, http: None });
+        }
+        if ["http://", "https://"].iter().any(|scheme| source.identifier.starts_with(scheme)) {
+            let checksum = request.http.and_then(|http| http.checksum_request);
+            let http = Some(self.resolve_http(&source, checksum, &log_name).await?);
+            return Ok(ResolveSourceMetaResponse { http, source: Some(source), image: None, git: None });
         }
         let Some(reference) = source.identifier.strip_prefix(IMAGE) else {
             return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
@@ -53,7 +56,7 @@ impl Bridge {
         })
     }
 
-    /// The source that the policy has in place of one; for answers about it.
+    /// The source that the policy has in place of one, and after it the rules `further`; for answers about it.
     ///
     /// # Errors
     /// It is not allowed.
@@ -61,11 +64,13 @@ impl Bridge {
         &self,
         source: pb::SourceOp,
         platform: &pb::Platform,
+        further: &[Policy],
     ) -> Result<pb::SourceOp, BuildError> {
-        if self.policy.is_empty() {
+        let policy = self.policy.with(further)?;
+        if policy.is_empty() {
             return Ok(source);
         }
-        let allowed = self.policy.evaluate(self, &source, Some(platform)).await;
+        let allowed = policy.evaluate(self, &source, Some(platform)).await;
         allowed.map_err(|error| error.context("could not resolve image due to policy"))
     }
 }

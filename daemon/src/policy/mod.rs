@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt, stream};
 use kiln_proto::gateway::{ResolveSourceMetaRequest, ResolveSourceMetaResponse};
 use kiln_proto::pb::{self, SourceOp};
-use kiln_proto::policy::PolicyAction;
+use kiln_proto::policy::{Policy, PolicyAction};
 use kiln_proto::policysession::check_policy_response::Result as Answer;
 use kiln_proto::policysession::policy_verifier_client::PolicyVerifierClient;
 use kiln_proto::policysession::{CheckPolicyRequest, DecisionResponse};
@@ -32,13 +32,14 @@ const MAX_ANSWER: usize = 16 << 20;
 pub(crate) const IMAGE: &str = "docker-image://";
 
 /// A build's source policy.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(crate) struct SourcePolicy {
     rules: Rules,
     verifier: Option<Verifier>,
 }
 
 /// A client that decides about sources.
+#[derive(Clone)]
 struct Verifier {
     sessions: Arc<SessionManager>,
     session: String,
@@ -53,11 +54,22 @@ impl SourcePolicy {
         request: &control::SolveRequest,
         sessions: &Arc<SessionManager>,
     ) -> Result<Self, BuildError> {
-        let rules = request.source_policy.as_ref().map(Rules::new).transpose()?.unwrap_or_default();
+        let mut rules = Rules::default();
+        request.source_policy.iter().try_for_each(|policy| rules.add(policy))?;
         let session = &request.source_policy_session;
         let verifier =
             (!session.is_empty()).then(|| Verifier { sessions: sessions.clone(), session: session.clone() });
         Ok(Self { rules, verifier })
+    }
+
+    /// This policy, and after it the rules that one call brings.
+    ///
+    /// # Errors
+    /// They make no sense.
+    pub(crate) fn with(&self, further: &[Policy]) -> Result<Self, BuildError> {
+        let mut all = self.clone();
+        further.iter().try_for_each(|policy| all.rules.add(policy))?;
+        Ok(all)
     }
 
     /// Everything is allowed.
@@ -175,6 +187,9 @@ async fn look_up(
     }
     if asked.is_some_and(|asked| asked.attrs != source.attrs) {
         return Err(BuildError::build("policy requested different source attrs"));
+    }
+    if !request.source_policies.is_empty() {
+        return Err(BuildError::unsupported("policies of a policy's question"));
     }
     let found = bridge.source_meta(request).await;
     found.map_err(|error| error.context("error resolving source metadata from policy request"))

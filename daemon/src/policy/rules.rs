@@ -1,6 +1,7 @@
 //! Rules of a source policy: which sources are allowed, and what others are used instead.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use kiln_proto::pb::SourceOp;
 use kiln_proto::policy::{AttrMatch, MatchType, Policy, PolicyAction, Rule, Selector};
@@ -12,9 +13,9 @@ use crate::error::BuildError;
 /// How often one source may be converted, against rules that go in circles.
 const CONVERSIONS: usize = 20;
 
-/// The rules of a build, in order.
-#[derive(Debug, Default)]
-pub(super) struct Rules(Vec<Compiled>);
+/// Lists of rules, in order. Each decides by itself what it denies.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Rules(Vec<Arc<[Compiled]>>);
 
 #[derive(Debug)]
 struct Compiled {
@@ -110,12 +111,14 @@ impl Compiled {
 impl Rules {
     /// # Errors
     /// A rule makes no sense.
-    pub(super) fn new(policy: &Policy) -> Result<Self, BuildError> {
-        policy.rules.iter().map(Compiled::new).collect::<Result<_, _>>().map(Self)
+    pub(super) fn add(&mut self, policy: &Policy) -> Result<(), BuildError> {
+        let list: Result<Vec<_>, _> = policy.rules.iter().map(Compiled::new).collect();
+        self.0.push(list?.into());
+        Ok(())
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.0.iter().all(|list| list.is_empty())
     }
 
     /// Converts a source until no rule changes it any more.
@@ -132,26 +135,28 @@ impl Rules {
     }
 
     fn pass(&self, source: &mut SourceOp) -> Result<bool, BuildError> {
-        let mut denied = false;
-        for rule in &self.0 {
-            if !rule.matches(source) {
-                continue;
-            }
-            match rule.rule.action() {
-                PolicyAction::Allow => denied = false,
-                PolicyAction::Deny => denied = true,
-                PolicyAction::Convert => {
-                    if rule.convert(source)? {
-                        return Ok(true);
+        for list in &self.0 {
+            let mut denied = false;
+            for rule in list.iter() {
+                if !rule.matches(source) {
+                    continue;
+                }
+                match rule.rule.action() {
+                    PolicyAction::Allow => denied = false,
+                    PolicyAction::Deny => denied = true,
+                    PolicyAction::Convert => {
+                        if rule.convert(source)? {
+                            return Ok(true);
+                        }
                     }
                 }
             }
-        }
-        if denied {
-            let name = &source.identifier;
-            return Err(BuildError::build(format!(
-                "source {name:?} denied by policy: source denied by policy"
-            )));
+            if denied {
+                let name = &source.identifier;
+                return Err(BuildError::build(format!(
+                    "source {name:?} denied by policy: source denied by policy"
+                )));
+            }
         }
         Ok(false)
     }
@@ -175,8 +180,15 @@ mod tests {
     }
 
     fn evaluated(rules: &[Rule], identifier: &str) -> Result<String, String> {
-        let rules =
-            Rules::new(&Policy { version: 1, rules: rules.to_vec() }).map_err(|error| error.message)?;
+        evaluated_by(&[rules], identifier)
+    }
+
+    fn evaluated_by(lists: &[&[Rule]], identifier: &str) -> Result<String, String> {
+        let mut rules = Rules::default();
+        for list in lists {
+            let policy = Policy { version: 1, rules: list.to_vec() };
+            rules.add(&policy).map_err(|error| error.message)?;
+        }
         let mut source = SourceOp { identifier: identifier.into(), ..SourceOp::default() };
         rules.evaluate(&mut source).map_err(|error| error.message)?;
         Ok(source.identifier)
@@ -195,7 +207,8 @@ mod tests {
                 .contains("denied by policy")
         );
         assert_eq!(evaluated(&[deny_all.clone(), allow.clone()], image).expect("allowed"), image);
-        assert!(evaluated(&[allow, deny_all], image).is_err());
+        assert!(evaluated(&[allow.clone(), deny_all.clone()], image).is_err());
+        assert!(evaluated_by(&[&[deny_all], &[allow]], image).is_err(), "another list allows nothing");
         assert!(evaluated(&[rule(Deny, Exact, "docker-image://*", "")], image).is_ok());
 
         let pin =
@@ -227,7 +240,8 @@ mod tests {
             updates.identifier = "https://${1}".into();
             updates.attrs.insert("k".into(), "new".into());
         }
-        let rules = Rules::new(&Policy { version: 1, rules: vec![deny] }).expect("rules");
+        let mut rules = Rules::default();
+        rules.add(&Policy { version: 1, rules: vec![deny] }).expect("rules");
         for (before, after) in [("v1", "new"), ("vv", "vv"), ("x", "x")] {
             let attrs = [("k".to_owned(), before.to_owned())].into();
             let mut source = SourceOp { identifier: "https://a".into(), attrs };

@@ -19,4 +19,5 @@ mod metadata;
 mod outputs;
 mod provenance;
 mod solve;
+mod source_meta;
 mod usage;

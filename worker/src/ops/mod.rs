@@ -24,7 +24,8 @@ pub(crate) use exec::CacheMountLocks;
 pub use sessions::SessionGroup;
 pub(crate) use source::git::Repositories;
 pub use source::git::{GitObjects, Resolutions, Resolved as ResolvedGit};
-pub(crate) use source::{forget_gone, resolve_git};
+pub use source::http::HttpAnswers;
+pub(crate) use source::{forget_gone, resolve_git, resolve_http};
 
 use crate::registry::Credentials;
 use crate::worker::Worker;
@@ -51,6 +52,8 @@ pub struct BuildContext {
     pub cgroup_parent: String,
     /// What refs of git remotes stand for, the same throughout the build.
     pub git: Resolutions,
+    /// What files of the web are, the same throughout the build.
+    pub http: HttpAnswers,
 }
 
 /// Makes the operations of one build.

@@ -64,6 +64,7 @@ impl World {
             credentials: Arc::new(Anonymous),
             cgroup_parent: String::new(),
             git: Default::default(),
+            http: Default::default(),
         }
     }
 

@@ -1,15 +1,17 @@
 //! Sources: where a build's files come from. One module for each scheme of the identifier.
 
 pub(super) mod git;
-mod http;
+pub(super) mod http;
 mod image;
 mod local;
 
 use std::sync::Arc;
 
 use kiln_cache::{Ref, Store, StoreError};
+use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
 use kiln_solver::op::{Op, OpError, OpVertex};
+use kiln_solver::progress::VertexProgress;
 
 use super::BuildContext;
 use crate::worker::Worker;
@@ -44,6 +46,17 @@ pub(crate) async fn resolve_git(
         return Err(OpError::new(format!("not a git source: {}", op.identifier)));
     };
     git::GitSource::new(worker.clone(), context, op, rest)?.metadata(objects).await
+}
+
+/// What is known of the file of an http source, and the checksum of it that is asked for.
+pub(crate) async fn resolve_http(
+    worker: &Arc<Worker>,
+    context: &BuildContext,
+    op: &pb::SourceOp,
+    checksum: Option<ChecksumRequest>,
+    progress: &VertexProgress,
+) -> Result<ResolveSourceHttpResponse, OpError> {
+    http::HttpSource::new(worker.clone(), context, op)?.metadata(checksum, progress).await
 }
 
 /// Forgets what was noted of results that are no longer in the store; gives the number of notes. Blocking.

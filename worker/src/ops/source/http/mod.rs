@@ -1,8 +1,10 @@
 //! The http and https sources: a URL's content as the only file of a snapshot.
 //!
 //! The key is what came, not where from: the content must be here, or be promised by a checksum, before it is known.
-//! A file that was fetched earlier is fetched again only if the server does not confirm it by its entity tag.
+//! A file that was fetched earlier is fetched again only if the server does not confirm it by its entity tag. What a
+//! server answers is asked once in a build: what a policy was shown is what is built.
 
+mod metadata;
 mod names;
 pub(super) mod notes;
 mod save;
@@ -12,11 +14,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
+use dashmap::DashMap;
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use kiln_cache::Ref;
 use kiln_proto::pb;
 use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::progress::VertexProgress;
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_DISPOSITION, ETAG, HeaderMap, HeaderName, HeaderValue,
     IF_NONE_MATCH, LAST_MODIFIED, USER_AGENT,
@@ -54,11 +58,15 @@ pub(super) struct HttpSource {
     gid: u32,
     auth_secret: String,
     headers: BTreeMap<String, String>,
-    resolved: OnceCell<Resolved>,
+    resolved: Arc<OnceCell<Resolved>>,
 }
 
+/// What URLs stand for in one build: once asked, the answer stays.
+#[derive(Clone, Default)]
+pub struct HttpAnswers(Arc<DashMap<String, Arc<OnceCell<Resolved>>>>);
+
 /// What the URL's content is.
-struct Resolved {
+pub(crate) struct Resolved {
     digest: String,
     name: String,
     modified: Option<u64>,
@@ -120,7 +128,7 @@ impl HttpSource {
             let name = name.strip_prefix("http.header.")?.to_ascii_lowercase();
             HEADERS.contains(&name.as_str()).then(|| (name, value.clone()))
         });
-        Ok(Self {
+        let mut source = Self {
             worker,
             sessions: context.sessions.clone(),
             checksum,
@@ -131,8 +139,11 @@ impl HttpSource {
             auth_secret: attr("http.authheadersecret"),
             headers: headers.collect(),
             url,
-            resolved: OnceCell::new(),
-        })
+            resolved: Arc::default(),
+        };
+        let key = format!("{} {}", source.request_key(), source.checksum.as_deref().unwrap_or_default());
+        source.resolved = context.http.0.entry(key).or_default().value().clone();
+        Ok(source)
     }
 
     /// The URL as messages show it: without what may be secret.
@@ -219,10 +230,10 @@ impl HttpSource {
         }
     }
 
-    async fn resolve(&self, ctx: &OpContext) -> Result<&Resolved, OpError> {
+    async fn resolve(&self, progress: &VertexProgress) -> Result<&Resolved, OpError> {
         let resolve = || async {
             if self.url.host_str() == Some(CLIENT) {
-                return self.upload(ctx).await;
+                return self.upload(progress).await;
             }
             match &self.checksum {
                 Some(checksum) => Ok(Resolved {
@@ -231,19 +242,19 @@ impl HttpSource {
                     modified: None,
                     file: None,
                 }),
-                None => self.revalidate(ctx).await,
+                None => self.revalidate(progress).await,
             }
         };
         self.resolved.get_or_try_init(resolve).await
     }
 
     /// The file of an earlier build if the server confirms it, else the file as it is now.
-    async fn revalidate(&self, ctx: &OpContext) -> Result<Resolved, OpError> {
+    async fn revalidate(&self, progress: &VertexProgress) -> Result<Resolved, OpError> {
         let mut headers = self.request_headers().await?;
         let store = self.worker.store();
         let known = notes::load(store, &self.request_key()).map_err(|err| self.failed(err))?;
         let Some((note, snapshot)) = known else {
-            return self.receive(ctx, self.send(Method::GET, &headers).await?).await;
+            return self.receive(progress, self.send(Method::GET, &headers).await?).await;
         };
         let tag = HeaderValue::try_from(&note.etag).map_err(|err| self.failed(err))?;
         headers.insert(IF_NONE_MATCH, tag);
@@ -257,7 +268,7 @@ impl HttpSource {
         if !confirmed {
             let answer = self.send(Method::GET, &headers).await?;
             if answer.status() != StatusCode::NOT_MODIFIED {
-                return self.receive(ctx, answer).await;
+                return self.receive(progress, answer).await;
             }
             confirmed = same(&answer);
         }
@@ -268,15 +279,21 @@ impl HttpSource {
         Ok(Resolved { digest, name, modified, file: Some(Some(snapshot)) })
     }
 
+    /// The file as it is now.
+    async fn fetch(&self, progress: &VertexProgress) -> Result<Resolved, OpError> {
+        let headers = self.request_headers().await?;
+        self.receive(progress, self.send(Method::GET, &headers).await?).await
+    }
+
     /// What the client sends. It can do so once.
-    async fn upload(&self, ctx: &OpContext) -> Result<Resolved, OpError> {
+    async fn upload(&self, progress: &VertexProgress) -> Result<Resolved, OpError> {
         let mut refused = self.failed("the client uploads nothing");
         for session in self.sessions.attached(None).await? {
             match session.upload(CLIENT, self.url.path()).await {
                 Ok(stream) => {
                     let name = names::file_name(&self.url, &self.name, None);
                     let stream = stream.map_err(|status| status.message().to_owned()).boxed();
-                    return self.store(ctx, Body::Upload(stream), name, None, 0).await;
+                    return self.store(progress, Body::Upload(stream), name, None, 0).await;
                 }
                 Err(err) => refused = self.failed(err),
             }
@@ -285,7 +302,7 @@ impl HttpSource {
     }
 
     /// Stores the file and remembers how to ask whether it changed.
-    async fn receive(&self, ctx: &OpContext, response: Response) -> Result<Resolved, OpError> {
+    async fn receive(&self, progress: &VertexProgress, response: Response) -> Result<Resolved, OpError> {
         if !response.status().is_success() {
             return Err(self.failed(format!("invalid response status {}", response.status().as_u16())));
         }
@@ -293,7 +310,7 @@ impl HttpSource {
         let modified = header(&response, &LAST_MODIFIED).and_then(seconds);
         let etag = entity_tag(&response);
         let size = response.content_length().and_then(|size| i64::try_from(size).ok()).unwrap_or(0);
-        let resolved = self.store(ctx, Body::Answer(response), name, modified, size).await?;
+        let resolved = self.store(progress, Body::Answer(response), name, modified, size).await?;
         if let (Some(etag), Some(file)) = (etag, &resolved.file) {
             let Resolved { digest, name, .. } = &resolved;
             let note = Note { etag, digest: digest.clone(), name: name.clone(), modified };
@@ -305,13 +322,13 @@ impl HttpSource {
 
     async fn store(
         &self,
-        ctx: &OpContext,
+        progress: &VertexProgress,
         body: Body,
         name: String,
         modified: Option<u64>,
         size: i64,
     ) -> Result<Resolved, OpError> {
-        let status = ctx.progress.status(&name, "downloading", size);
+        let status = progress.status(&name, "downloading", size);
         let saved = save::receive(&self.worker, body, &name, status).await;
         let saved = saved.map_err(|err| self.failed(err))?;
         let digest = saved.digest.clone();
@@ -336,7 +353,7 @@ impl HttpSource {
 impl Op<Ref> for HttpSource {
     fn cache_map<'a>(&'a self, ctx: &'a OpContext) -> BoxFuture<'a, Result<CacheMap, OpError>> {
         Box::pin(async move {
-            let resolved = self.resolve(ctx).await?;
+            let resolved = self.resolve(&ctx.progress).await?;
             let mut key = KeyBuilder::new("kiln.http.v1");
             key.part("content", &resolved.digest);
             key.part("name", &resolved.name);
@@ -355,12 +372,11 @@ impl Op<Ref> for HttpSource {
         _inputs: Vec<Ref>,
     ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
         Box::pin(async move {
-            if let Some(file) = &self.resolve(ctx).await?.file {
+            let resolved = self.resolve(&ctx.progress).await?;
+            if let Some(file) = &resolved.file {
                 return Ok(vec![file.clone()]);
             }
-            let headers = self.request_headers().await?;
-            let received = self.receive(ctx, self.send(Method::GET, &headers).await?).await?;
-            Ok(vec![received.file.flatten()])
+            Ok(vec![self.fetch(&ctx.progress).await?.file.flatten()])
         })
     }
 
