@@ -359,6 +359,13 @@ impl ResultStore<Ref> for Worker {
             let hash = self.on_files(move || contenthash::content_digest(snapshot.as_ref(), &query)).await;
             let hash = hash.map_err(|err| OpError::new(format!("hashing failed: {err}")))?;
             hash.map_err(|err| {
+                let err = match err {
+                    // There is no tree to calculate anything of.
+                    StoreError::PathNotFound(path) if result.is_none() => {
+                        format!("lstat {path}: no such file or directory")
+                    }
+                    err => err.to_string(),
+                };
                 OpError::new(format!("failed to calculate checksum of ref {}: {err}", self.ref_name(result)))
             })
         })

@@ -38,8 +38,8 @@ pub struct ExportTarget {
 
 #[derive(Deserialize)]
 struct RefsPlatforms {
-    #[serde(rename = "Platforms", default)]
-    platforms: Vec<RefPlatform>,
+    #[serde(rename = "Platforms")]
+    platforms: Option<Vec<RefPlatform>>,
 }
 
 #[derive(Deserialize)]
@@ -116,20 +116,48 @@ fn target(
 
 fn platforms(metadata: &BTreeMap<String, Vec<u8>>) -> Result<Vec<(String, pb::Platform)>, ExportError> {
     let Some(json) = metadata.get(PLATFORMS) else { return Ok(Vec::new()) };
-    let parsed: RefsPlatforms = serde_json::from_slice(json)
-        .map_err(|e| ExportError::Input(format!("malformed {PLATFORMS}: {e}")))?;
-    Ok(parsed
-        .platforms
-        .into_iter()
-        .map(|entry| {
-            let plain = pb::Platform {
-                os: entry.platform.os,
-                architecture: entry.platform.architecture,
-                variant: entry.platform.variant,
-                os_version: entry.platform.os_version,
-                os_features: Vec::new(),
-            };
-            (entry.id, platform::normalized(&plain))
-        })
-        .collect())
+    let invalid = |text: String| ExportError::Input(format!("{text} ({PLATFORMS})"));
+    let parsed: Option<RefsPlatforms> =
+        serde_json::from_slice(json).map_err(|e| invalid(format!("malformed platforms: {e}")))?;
+    let entries = parsed.and_then(|parsed| parsed.platforms).unwrap_or_default();
+    if entries.is_empty() {
+        return Err(invalid("invalid empty platforms index for exporter".to_string()));
+    }
+    let entries = entries.into_iter().map(|RefPlatform { id, platform: stated }| {
+        if id.is_empty() {
+            return Err(invalid("invalid empty platform key for exporter".to_string()));
+        }
+        if stated.os.is_empty() || stated.architecture.is_empty() {
+            return Err(invalid(format!("invalid platform value of {id:?}: it needs os and architecture")));
+        }
+        let plain = pb::Platform {
+            os: stated.os,
+            architecture: stated.architecture,
+            variant: stated.variant,
+            os_version: stated.os_version,
+            os_features: Vec::new(),
+        };
+        Ok((id, platform::normalized(&plain)))
+    });
+    entries.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn platforms_that_name_nothing_are_refused() {
+        let refused = |json: &str| {
+            let metadata = BTreeMap::from([(PLATFORMS.to_string(), json.as_bytes().to_vec())]);
+            ExportInput::single(None, metadata).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        for empty in ["null", "{}", r#"{"Platforms":null}"#, r#"{"Platforms":[]}"#] {
+            assert!(refused(empty).starts_with("invalid empty platforms index for exporter"), "{empty}");
+        }
+        let entry = |id: &str| format!(r#"{{"Platforms":[{{"ID":"{id}","Platform":{{"os":"linux"}}}}]}}"#);
+        assert!(refused(&entry("")).starts_with("invalid empty platform key for exporter"));
+        assert!(refused(&entry("foo")).starts_with("invalid platform value of \"foo\""));
+        assert!(refused("[").starts_with("malformed platforms"));
+    }
 }

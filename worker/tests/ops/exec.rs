@@ -265,6 +265,9 @@ pub(crate) async fn forbidden_things_are_refused(world: &World) {
     let mut op = sh("true");
     op.security = pb::SecurityMode::Insecure as i32;
     assert_eq!(refused(op, 1), "security.insecure is not allowed");
+    let mut op = sh("true");
+    op.security = 2;
+    assert_eq!(refused(op, 1), "invalid security mode 2");
     assert_eq!(refused(sh("true"), 0), "invalid input index 0 in an operation with 0 inputs");
     let mut op = sh("true");
     op.mounts[0].dest = "/elsewhere".into();

@@ -80,7 +80,9 @@ impl ExecOp {
         if op.network() == pb::NetMode::Host && !context.entitlements.network_host {
             return Err(OpError::new("network.host is not allowed"));
         }
-        if op.security() == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
+        let security = pb::SecurityMode::try_from(op.security)
+            .map_err(|_| OpError::new(format!("invalid security mode {}", op.security)))?;
+        if security == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
             return Err(OpError::new("security.insecure is not allowed"));
         }
         if let Some(device) = op.cdi_devices.iter().find(|device| !device.optional) {

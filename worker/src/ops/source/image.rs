@@ -48,7 +48,9 @@ impl ImageSource {
         let limit = match attr("image.layerlimit").map(str::parse::<usize>) {
             None => None,
             Some(Ok(limit)) if limit > 0 => Some(limit),
-            Some(_) => return Err(OpError::new("invalid image.layerlimit: it must be a number above 0")),
+            Some(_) => {
+                return Err(OpError::new("invalid layer limit: image.layerlimit must be a number above 0"));
+            }
         };
         Ok(Self {
             worker,
