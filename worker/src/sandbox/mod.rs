@@ -34,6 +34,8 @@ use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use sys::restore_times;
+
 pub use lean::LeanExecutor;
 pub use nofile::raise_open_files;
 pub use oci::OciRuntimeExecutor;

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use rustix::mount::{FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 
@@ -76,6 +76,19 @@ pub(super) trait Sys {
 /// The kernel.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Kernel;
+
+/// Gives a directory back the times that it had.
+pub(crate) fn restore_times(dir: &OwnedFd, before: &Stat) -> Result<(), Errno> {
+    let time = |seconds, nanoseconds: u64| Timespec {
+        tv_sec: seconds,
+        tv_nsec: i64::try_from(nanoseconds).unwrap_or(0),
+    };
+    let times = Timestamps {
+        last_access: time(before.st_atime, before.st_atime_nsec),
+        last_modification: time(before.st_mtime, before.st_mtime_nsec),
+    };
+    rustix::fs::futimens(dir, &times)
+}
 
 /// Symbolic links followed in one mount point, as the kernel's own limit.
 const MAX_LINKS: usize = 40;
@@ -182,7 +195,8 @@ impl Sys for Kernel {
                 }
                 Ok(_) => done = next,
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                    let parent = open_in(root.as_fd(), &done, OFlags::PATH | OFlags::DIRECTORY)?;
+                    let parent = open_in(root.as_fd(), &done, OFlags::RDONLY | OFlags::DIRECTORY)?;
+                    let before = rustix::fs::fstat(&parent)?;
                     if rest.is_empty() && kind == TargetKind::File {
                         let flags = OFlags::CREATE
                             | OFlags::EXCL
@@ -193,6 +207,8 @@ impl Sys for Kernel {
                     } else {
                         rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
                     }
+                    // Only what the step does is to be seen in the result. A file system may refuse.
+                    let _ = restore_times(&parent, &before);
                     made.push(Path::new("/").join(&next));
                     done = next;
                 }

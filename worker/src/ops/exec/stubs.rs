@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use crate::ops::file::root::{lstat, read_names};
 use crate::ops::file::transfer::read_xattrs;
+use crate::sandbox::restore_times;
 
 /// A directory of the host that shows up in the sandbox and was written there.
 pub(crate) struct Written {
@@ -47,15 +48,21 @@ fn remove_one(tree: &Written, path: &Path) -> Result<(), Errno> {
     let dir = open_below(&root, parent)?;
     let Some(stat) = lstat(dir.as_fd(), name)? else { return Ok(()) };
     match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => rustix::fs::unlinkat(&dir, name, AtFlags::REMOVEDIR)?,
-        FileType::RegularFile if stat.st_size == 0 => rustix::fs::unlinkat(&dir, name, AtFlags::empty())?,
+        FileType::Directory => unlink(&dir, name, AtFlags::REMOVEDIR)?,
+        FileType::RegularFile if stat.st_size == 0 => unlink(&dir, name, AtFlags::empty())?,
         _ => return Ok(()),
     }
     prune(tree, &root, parent)
 }
 
-/// Removes directories that overlay copied up only because a stub was made in them: empty, and in
-/// all but time like the one below.
+/// Unlinks without a trace in the directory's times: they are as the step left them.
+fn unlink(dir: &OwnedFd, name: &OsStr, flags: AtFlags) -> Result<(), Errno> {
+    let before = rustix::fs::fstat(dir)?;
+    rustix::fs::unlinkat(dir, name, flags)?;
+    restore_times(dir, &before)
+}
+
+/// Removes directories that overlay copied up only because a stub was made in them: empty, and like the one below.
 fn prune(tree: &Written, root: &OwnedFd, path: &Path) -> Result<(), Errno> {
     let names: Vec<OsString> = path
         .components()
@@ -74,7 +81,7 @@ fn prune(tree: &Written, root: &OwnedFd, path: &Path) -> Result<(), Errno> {
             return Ok(());
         }
         let parent = open_below(root, &names[..depth - 1].iter().collect::<PathBuf>())?;
-        rustix::fs::unlinkat(&parent, &names[depth - 1], AtFlags::REMOVEDIR)?;
+        unlink(&parent, &names[depth - 1], AtFlags::REMOVEDIR)?;
     }
     Ok(())
 }
@@ -92,7 +99,7 @@ fn below(lowers: &[PathBuf], path: &Path) -> Option<OwnedFd> {
 }
 
 fn same(a: &OwnedFd, b: &OwnedFd) -> bool {
-    let key = |stat: Stat| (stat.st_mode, stat.st_uid, stat.st_gid);
+    let key = |stat: Stat| (stat.st_mode, stat.st_uid, stat.st_gid, stat.st_mtime, stat.st_mtime_nsec);
     let (Ok(left), Ok(right)) = (rustix::fs::fstat(a), rustix::fs::fstat(b)) else { return false };
     key(left) == key(right) && read_xattrs(a.as_fd()) == read_xattrs(b.as_fd())
 }
@@ -121,19 +128,28 @@ mod tests {
     fn only_empty_stubs_and_untouched_directories_go() {
         let temp = tempfile::TempDir::new().expect("temp");
         let (upper, lower) = (temp.path().join("upper"), temp.path().join("lower"));
-        make(&lower, &["etc", "srv"]);
-        make(&upper, &["etc", "srv", "made/deep/mnt", "used"]);
+        make(&lower, &["etc", "run", "srv"]);
+        make(&upper, &["etc", "run", "srv", "made/deep/mnt", "used"]);
         std::fs::write(upper.join("etc/hosts"), "").expect("write");
+        std::fs::write(upper.join("run/stub"), "").expect("write");
+        let touched = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_234_567_890);
+        let set = |dir: PathBuf, time| std::fs::File::open(dir)?.set_modified(time);
+        let unchanged = std::fs::metadata(lower.join("etc")).and_then(|meta| meta.modified()).expect("stat");
+        set(upper.join("etc"), unchanged).expect("touch");
+        set(upper.join("run"), touched).expect("touch");
         std::fs::write(upper.join("srv/kept"), "x").expect("write");
         std::fs::write(upper.join("srv/stub"), "").expect("write");
         std::fs::write(upper.join("used/file"), "x").expect("write");
         let stubs: Vec<PathBuf> =
-            ["/etc/hosts", "/srv/stub", "/made", "/made/deep", "/made/deep/mnt", "/used"]
+            ["/etc/hosts", "/run/stub", "/srv/stub", "/made", "/made/deep", "/made/deep/mnt", "/used"]
                 .map(PathBuf::from)
                 .into();
         let written = [Written { dest: "/".into(), dir: upper.clone(), lowers: vec![lower] }];
         remove(&stubs, &written, true);
         assert!(!upper.join("etc").exists(), "copied up for the stub only");
+        let run = std::fs::metadata(upper.join("run")).expect("the step set its time");
+        assert_eq!(run.modified().expect("modified"), touched);
+        assert!(!upper.join("run/stub").exists());
         assert!(upper.join("srv/kept").exists() && !upper.join("srv/stub").exists());
         assert!(!upper.join("made").exists());
         assert!(upper.join("used/file").exists(), "the step wrote there");
