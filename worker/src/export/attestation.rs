@@ -71,10 +71,10 @@ impl Steps {
             let described: Vec<Value> = known
                 .iter()
                 .filter(|layer| layer.blob.diff_id != EMPTY_DIFF_ID)
-                .filter_map(|layer| {
-                    let media_type = layer.compression.media_type(!options.docker_types)?;
+                .map(|layer| {
+                    let media_type = layer.compression.media_type(!options.docker_types);
                     let LayerBlob { digest, size, .. } = &layer.blob;
-                    Some(json!({"mediaType": media_type, "digest": digest, "size": size}))
+                    json!({"mediaType": media_type, "digest": digest, "size": size})
                 })
                 .collect();
             if !described.is_empty() {

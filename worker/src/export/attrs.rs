@@ -251,13 +251,8 @@ impl Attributes {
                 self.compression.as_str()
             )));
         }
-        if !self.oci_types {
-            if self.compression == Compression::Zstd {
-                return Err(wrong("zstd compression requires oci-mediatypes=true"));
-            }
-            if self.annotations.iter().any(|annotation| !annotation.is_manifest()) {
-                return Err(wrong("oci-mediatypes=false allows only annotations of manifests"));
-            }
+        if !self.oci_types && self.annotations.iter().any(|annotation| !annotation.is_manifest()) {
+            return Err(wrong("oci-mediatypes=false allows only annotations of manifests"));
         }
         if self.push && self.names.is_empty() {
             return Err(wrong("can't push: the image has no name"));

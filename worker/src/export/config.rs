@@ -40,7 +40,11 @@ pub(super) fn patch(
 ) -> Result<Patched, ExportError> {
     let bad = |text: String| ExportError::Input(format!("invalid image config: {text}"));
     let mut image: Map<String, Value> = match config {
-        Some(bytes) => serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?,
+        Some(bytes) => match serde_json::from_slice(bytes) {
+            Ok(Some(image)) => image,
+            Ok(None) => return Err(ExportError::Input("invalid null image config for export".to_string())),
+            Err(error) => return Err(bad(error.to_string())),
+        },
         None => default_config(platform),
     };
     let history = match image.remove("history") {
@@ -63,7 +67,7 @@ pub(super) fn patch(
         os_features: Vec::new(),
     };
     if stated.os.is_empty() || stated.architecture.is_empty() {
-        return Err(bad("os and architecture are missing".to_string()));
+        return Err(bad("os and architecture must be specified together".to_string()));
     }
     let (history, kept) = align(history, base_history, layers, epoch);
     let diff_ids: Vec<&str> = layers
@@ -134,22 +138,25 @@ fn align(
             seen += 1;
         }
     }
+    // A time that nobody stated is the epoch's, even one to come: now would not be reproducible.
+    let time = |layer: &LayerFacts| epoch.map_or_else(|| rfc3339(layer.created), at);
     for layer in &layers[seen..] {
         let mut entry = Map::new();
-        entry.insert("created".to_string(), Value::String(rfc3339(layer.created)));
+        entry.insert("created".to_string(), Value::String(time(layer)));
         entry.insert("created_by".to_string(), Value::String(layer.description.clone()));
         entry.insert("comment".to_string(), Value::String(COMMENT.to_string()));
         history.push(entry);
     }
     let mut kept = vec![true; layers.len()];
     let mut index = 0;
-    for entry in &mut history {
+    for (position, entry) in history.iter_mut().enumerate() {
         if is_empty_layer(entry) {
             continue;
         }
         let Some(layer) = layers.get(index) else { break };
         if !entry.contains_key("created") {
-            entry.insert("created".to_string(), Value::String(rfc3339(layer.created)));
+            let created = if position < base_history { rfc3339(layer.created) } else { time(layer) };
+            entry.insert("created".to_string(), Value::String(created));
         }
         if layer.diff_id == EMPTY_DIFF_ID {
             set_empty(entry);
@@ -281,12 +288,21 @@ mod tests {
         let (config, _) = patched(json!([{"created_by": "a"}]), &[layer(100, "sha256:1")], Some(50));
         assert_eq!(config["history"][0]["created"], "1970-01-01T00:00:50Z");
         assert_eq!(config["created"], "1970-01-01T00:00:50Z");
+        let stated = json!([{"created_by": "a", "created": "1970-01-01T00:01:00Z"}]);
+        let (config, _) = patched(stated, &[layer(60, "sha256:1"), layer(100, "sha256:2")], Some(200));
+        assert_eq!(config["history"][0]["created"], "1970-01-01T00:01:00Z");
+        assert_eq!(config["history"][1]["created"], "1970-01-01T00:03:20Z", "nobody stated a time");
     }
 
     #[test]
     fn a_config_without_platform_is_refused() {
         let error = patch(Some(b"{}"), 0, None, &[], None).err().map(|e| e.to_string());
-        assert_eq!(error.as_deref(), Some("invalid image config: os and architecture are missing"));
+        assert_eq!(
+            error.as_deref(),
+            Some("invalid image config: os and architecture must be specified together")
+        );
         assert!(patch(None, 0, None, &[], None).is_ok());
+        let error = patch(Some(b"null"), 0, None, &[], None).err().map(|e| e.to_string());
+        assert_eq!(error.as_deref(), Some("invalid null image config for export"));
     }
 }

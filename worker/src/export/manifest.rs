@@ -92,7 +92,10 @@ impl Assembled {
     pub(super) fn descriptor(&self, more: &[(&str, &str)]) -> Result<Value, ExportError> {
         let top = self.top()?;
         let mut all = self.top_annotations.clone();
-        all.extend(more.iter().map(|(key, value)| (key.to_string(), value.to_string())));
+        // What was asked for stands.
+        for (key, value) in more {
+            all.entry(key.to_string()).or_insert_with(|| value.to_string());
+        }
         let platform = match (&self.index, self.images.as_slice()) {
             (None, [image]) => Some(&image.platform),
             _ => None,
@@ -222,9 +225,7 @@ async fn assemble_platform(
     let entries = layers
         .iter()
         .map(|layer| {
-            let media_type = layer.compression.media_type(oci).ok_or_else(|| {
-                ExportError::Input("zstd compression requires oci-mediatypes=true".to_string())
-            })?;
+            let media_type = layer.compression.media_type(oci);
             descriptor(media_type, &layer.blob.digest, layer.blob.size, None, &none)
         })
         .collect::<Result<Vec<_>, _>>()?;

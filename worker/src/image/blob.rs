@@ -272,7 +272,7 @@ impl Images {
         local: BlobRef,
         diff_id: String,
     ) -> Result<LayerContent, ImageError> {
-        let media_type = options.compression.media_type(true).unwrap_or_default().to_string();
+        let media_type = options.compression.media_type(true).to_string();
         let blob = LayerBlob { digest: local.digest().to_string(), size: local.size(), media_type, diff_id };
         layer.set_blob(&form_key(options), &blob)?;
         Ok(LayerContent { blob, compression: options.compression, sources: Vec::new(), local: Some(local) })

@@ -310,7 +310,7 @@ mod tests {
     const DIGEST: &str = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef";
 
     fn documents() -> [(&'static str, String); 3] {
-        let layer = crate::layer::Compression::Gzip.media_type(true).unwrap_or_default();
+        let layer = crate::layer::Compression::Gzip.media_type(true);
         let manifest = format!(
             r#"{{"schemaVersion":2,"mediaType":"{MANIFEST_OCI}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{DIGEST}","size":7}},"layers":[{{"mediaType":"{layer}","digest":"{DIGEST}","size":9}}],"annotations":{{"a":"b"}}}}"#
         );

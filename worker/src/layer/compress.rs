@@ -31,16 +31,16 @@ impl Compression {
         }
     }
 
-    /// Media type of a layer in this form; `None` for zstd among Docker's types, which lack it.
-    pub fn media_type(self, oci: bool) -> Option<&'static str> {
-        Some(match (self, oci) {
+    /// Media type of a layer in this form, among those of OCI or of Docker.
+    pub fn media_type(self, oci: bool) -> &'static str {
+        match (self, oci) {
             (Self::Uncompressed, true) => "application/vnd.oci.image.layer.v1.tar",
             (Self::Gzip, true) => "application/vnd.oci.image.layer.v1.tar+gzip",
             (Self::Zstd, true) => "application/vnd.oci.image.layer.v1.tar+zstd",
             (Self::Uncompressed, false) => "application/vnd.docker.image.rootfs.diff.tar",
             (Self::Gzip, false) => "application/vnd.docker.image.rootfs.diff.tar.gzip",
-            (Self::Zstd, false) => return None,
-        })
+            (Self::Zstd, false) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        }
     }
 
     /// The levels that this form knows.
@@ -305,5 +305,19 @@ impl<R: Read> Read for DigestWriter<R> {
         self.digest.update(&buffer[..n]);
         self.count += n as u64;
         Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn media_types_are_understood() {
+        for form in [Compression::Uncompressed, Compression::Gzip, Compression::Zstd] {
+            for oci in [true, false] {
+                assert_eq!(media_compression(form.media_type(oci)), Some(form), "{}", form.media_type(oci));
+            }
+        }
     }
 }

@@ -421,7 +421,6 @@ fn attributes_are_checked_before_anything_is_built() {
     assert!(refused("image", &[("push", "maybe")]).contains("non-bool value"));
     assert!(refused("image", &[("push", "true")]).contains("no name"));
     assert!(refused("image", &[("compression-level", "10")]).contains("compression level"));
-    assert!(refused("docker", &[("oci-mediatypes", "false"), ("compression", "zstd")]).contains("zstd"));
     assert!(refused("local", &[("mode", "odd")]).contains("mode"));
     assert!(refused("image", &[("annotation-odd.x", "y")]).contains("annotation type"));
 }
