@@ -2,6 +2,7 @@
 //! definition, the exporters. Dropping the future cancels the build.
 
 mod exports;
+mod platforms;
 mod request;
 mod running;
 
@@ -116,6 +117,7 @@ async fn run(
         returned.await.map_err(|_| BuildError::canceled())??
     };
     running.metadata.get_or_init(|| readable(&result));
+    platforms::verify(bridge, &result);
     result.refs.evaluate().await?;
     let mut response: HashMap<String, String> = result
         .metadata
