@@ -186,12 +186,14 @@ fn definition_json(definition: &pb::Definition) -> Value {
     json!({ "def": definition.def.iter().map(|op| STANDARD.encode(op)).collect::<Vec<_>>() })
 }
 
-/// One detail for each place in the sources that the failed vertex came from.
+/// One detail for each place in the sources that the failed vertex came from. The place that was stated last wraps
+/// the others, and comes first.
 pub(crate) fn source_details(sources: &pb::Source, vertex: &str) -> Vec<Any> {
     let Some(locations) = sources.locations.get(vertex) else { return Vec::new() };
     locations
         .locations
         .iter()
+        .rev()
         .filter_map(|location| {
             let info = usize::try_from(location.source_index).ok().and_then(|i| sources.infos.get(i))?;
             Some(source_detail(info, &location.ranges))
@@ -232,6 +234,10 @@ mod tests {
                             ranges: vec![pb::Range { start: line(2), end: line(2) }],
                         },
                         pb::Location { source_index: 7, ranges: vec![] },
+                        pb::Location {
+                            source_index: 0,
+                            ranges: vec![pb::Range { start: line(1), end: line(1) }],
+                        },
                     ],
                 },
             )]
@@ -244,10 +250,11 @@ mod tests {
             }],
         };
         let details = source_details(&sources, "sha256:aa");
-        assert_eq!(details.len(), 1, "an index without a file is skipped");
+        assert_eq!(details.len(), 2, "an index without a file is skipped");
+        assert_eq!(json_of(&details[0])["ranges"], json!([{ "start": { "line": 1 }, "end": { "line": 1 } }]));
         assert_eq!(details[0].type_url, "github.com/moby/buildkit/errdefs.Source+json");
         assert_eq!(
-            json_of(&details[0]),
+            json_of(&details[1]),
             json!({
                 "info": { "filename": "Dockerfile", "data": "RlJPTSB4ClJVTiB5Cg==", "language": "Dockerfile" },
                 "ranges": [{ "start": { "line": 2 }, "end": { "line": 2 } }],
