@@ -140,7 +140,8 @@ fn fickle() -> WebServer {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_the_web_is_what_it_was_said_to_be() {
-    let kiln = Kiln::with_mirror("127.0.0.1:1");
+    let mut kiln = Kiln::with_mirror("127.0.0.1:1");
+    kiln.start();
     let web = fickle();
     let url = format!("http://{}/file", web.address);
     let mut build = Build::start(&kiln).await;
@@ -190,7 +191,8 @@ async fn a_file_of_the_web_is_what_it_was_said_to_be() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_brings_its_own_policies() {
-    let kiln = Kiln::with_mirror("127.0.0.1:1");
+    let mut kiln = Kiln::with_mirror("127.0.0.1:1");
+    kiln.start();
     let web = fickle();
     let url = format!("http://{}/file", web.address);
     let mut build = Build::start(&kiln).await;
