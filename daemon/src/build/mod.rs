@@ -117,7 +117,7 @@ async fn run(
         returned.await.map_err(|_| BuildError::canceled())??
     };
     running.metadata.get_or_init(|| readable(&result));
-    platforms::verify(bridge, &result);
+    platforms::verify(&bridge, &result);
     result.refs.evaluate().await?;
     let mut response: HashMap<String, String> = result
         .metadata

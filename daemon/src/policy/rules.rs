@@ -45,7 +45,7 @@ fn wildcard(text: &str) -> Result<Regex, BuildError> {
 
 impl Compiled {
     fn new(rule: &Rule) -> Result<Self, BuildError> {
-        let selector = rule.selector.clone().ok_or_else(|| invalid("a rule without a selector"))?;
+        let selector = rule.selector.clone().ok_or_else(|| invalid("invalid nil selector in policy"))?;
         let unknown = |what: &str, number: i32| invalid(format_args!("unknown {what} {number}"));
         PolicyAction::try_from(rule.action).map_err(|_| unknown("action", rule.action))?;
         let kind = MatchType::try_from(selector.match_type);
