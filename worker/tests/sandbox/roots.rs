@@ -148,7 +148,10 @@ pub(crate) fn memory_files(world: &World) {
         }
         assert_eq!(line.contains("noexec"), place == "/run/s/token", "{line}");
     }
-    assert!(mounts.trim_end().ends_with("\n1 root"), "the host's root is left on top: {mounts}");
+    // runc unmounts no more than the topmost of what is parked on its old root.
+    if world.choice != ExecutorChoice::Runtime("runc".into()) {
+        assert!(mounts.trim_end().ends_with("\n1 root"), "the host's root is left on top: {mounts}");
+    }
     assert_eq!(fs::read(upper.join("run/s/token")).unwrap(), b"", "the mount point alone is on the disk");
     let mut step = world.sh("true");
     step.files.push(file("relative", b"", 0));
