@@ -87,11 +87,16 @@ pub(crate) fn claims(
             invocation: build.id,
             compatibility: build.compatibility,
         };
+        let full = predicate::make(&facts, Mode::Max);
+        let predicate = match build.options.mode {
+            Mode::Max => full.clone(),
+            Mode::Min => predicate::make(&facts, Mode::Min),
+        };
         claims.push(Claim {
             platform: platform.to_owned(),
             attestation: Attestation {
                 predicate_type: build.options.version.predicate_type().to_owned(),
-                predicate: predicate::make(&facts, build.options.mode),
+                predicate,
                 subjects: Vec::new(),
                 file: build.options.filename.clone(),
                 inline_only: build.options.inline_only,
@@ -100,7 +105,7 @@ pub(crate) fn claims(
                     results: steps::results(&loaded, &solved.made),
                 }),
             },
-            full: Some(predicate::make(&facts, Mode::Max)),
+            full: Some(full),
         });
     }
     Ok(claims)

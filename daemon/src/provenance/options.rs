@@ -94,10 +94,9 @@ impl Options {
             .map_err(|error| wrong(format!("failed to parse provenance {text:?}: {error}")))?;
         for part in parts.iter().filter(|part| !part.is_empty()) {
             let (key, value) = part.split_once('=').unwrap_or((part.as_str(), "true"));
-            let boolean = || match value {
-                "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-                "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-                _ => Err(wrong(format!("failed to parse {key} flag {value:?} of provenance"))),
+            let boolean = || {
+                kiln_dockerfile::parse_bool(value)
+                    .ok_or_else(|| wrong(format!("failed to parse {key} flag {value:?} of provenance")))
             };
             match key {
                 "mode" => {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use kiln_dockerfile::parse_bool;
+
 use crate::args::AttestArgs;
 use crate::csv;
 use crate::error::CliError;
@@ -18,7 +20,7 @@ pub(crate) fn attrs(args: &AttestArgs) -> Result<BTreeMap<String, String>, CliEr
             match field.split_once('=') {
                 Some(("type", value)) => kind = Some(value.to_owned()),
                 Some(("disabled", value)) => {
-                    on = !flag(value).ok_or_else(|| wrong("disabled is a boolean"))?
+                    on = !parse_bool(value).ok_or_else(|| wrong("disabled is a boolean"))?
                 }
                 Some(_) => rest.push(quoted(&field)),
                 None => return Err(wrong(&format!("{field:?} is not key=value"))),
@@ -35,18 +37,10 @@ pub(crate) fn attrs(args: &AttestArgs) -> Result<BTreeMap<String, String>, CliEr
 
 /// What a short form stands for.
 fn long(kind: &str, value: &str) -> String {
-    match flag(value) {
+    match parse_bool(value) {
         Some(true) => format!("type={kind}"),
         Some(false) => format!("type={kind},disabled=true"),
         None => format!("type={kind},{value}"),
-    }
-}
-
-fn flag(value: &str) -> Option<bool> {
-    match value {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-        _ => None,
     }
 }
 

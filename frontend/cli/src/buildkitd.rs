@@ -247,13 +247,8 @@ fn make(key: &'static str, kind: Kind, flag: &str, values: &[String]) -> Result<
     Ok(vec![Setting { key, flag: flag.to_owned(), value }])
 }
 
-/// As Go reads a boolean.
 fn boolean(text: &str) -> Result<bool, String> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err(format!("{text:?} is neither true nor false")),
-    }
+    kiln_dockerfile::parse_bool(text).ok_or_else(|| format!("{text:?} is neither true nor false"))
 }
 
 fn group(name: &str) -> Result<u32, String> {

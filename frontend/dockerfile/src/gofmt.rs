@@ -129,8 +129,8 @@ pub(crate) fn duration(nanos: i64) -> String {
     }
 }
 
-/// A boolean as Go reads it.
-pub(crate) fn parse_bool(text: &str) -> Option<bool> {
+/// A boolean as Go reads it; `None` if it is none.
+pub fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
