@@ -134,6 +134,9 @@ fn run(signal: &Signal, shared: &Weak<Shared>, interval: Duration) {
     }
 }
 
+/// Directories keep the size that they once needed: from so many bytes on an empty one is replaced.
+const LARGE: u64 = 64 << 10;
+
 fn empty_trash(shared: &Shared) {
     let trash = shared.root.join("trash");
     match fsx::list(&trash) {
@@ -142,6 +145,13 @@ fn empty_trash(shared: &Shared) {
             for name in names {
                 if let Err(error) = fsx::remove_tree(&trash.join(&name)) {
                     tracing::warn!(path = %trash.join(&name).display(), %error, "can't remove");
+                }
+            }
+            if fsx::occupied(&trash) > LARGE {
+                let fresh = shared.staging().join(fsx::random_id());
+                // Refused if there is something in it again: then it is replaced after that.
+                if std::fs::create_dir(&fresh).is_ok() && std::fs::rename(&fresh, &trash).is_err() {
+                    let _ = std::fs::remove_dir(&fresh);
                 }
             }
         }

@@ -288,8 +288,8 @@ impl Shared {
         for name in fsx::list(&self.root)? {
             let path = self.root.join(&name);
             database += match name.as_str() {
-                "staging" | "trash" => continue,
-                "snapshots" | "mutable" => fsx::occupied(&path),
+                "staging" => continue,
+                "snapshots" | "mutable" | "trash" => fsx::occupied(&path),
                 "content" => fsx::occupied(&path) + fsx::occupied(&path.join("sha256")),
                 "meta" => self.measure(&path)?.own,
                 _ => fsx::occupied(&path),

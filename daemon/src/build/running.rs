@@ -101,9 +101,16 @@ impl Drop for Running {
             guard.succeed();
         }
         let job = guard.job().clone();
-        drop(guard);
         let (daemon, engine) = (self.daemon.clone(), self.engine.take());
-        let Some(recording) = self.recording.take() else {
+        let reference = self.request.r#ref.clone();
+        // Before its end is known: who hears of that and asks waits. And before the history knows the build, and could
+        // be told to forget it.
+        let stored = self
+            .recording
+            .take()
+            .map(|recording| (recording, daemon.history.ending(), daemon.explanations.expect(&reference)));
+        drop(guard);
+        let Some((recording, ending, expected)) = stored else {
             drop(engine);
             return daemon.engine.build_ended();
         };
@@ -115,10 +122,7 @@ impl Drop for Running {
         };
         // A runtime that has gone takes the daemon with it.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let (project, reference) = (self.project(), self.request.r#ref.clone());
-        let (ending, room) = (daemon.history.ending(), self.room.take());
-        // Announced before the history knows the build, and could be told to forget it.
-        let expected = daemon.explanations.expect(&reference);
+        let (project, room) = (self.project(), self.room.take());
         runtime.spawn(async move {
             let vertices = match &engine {
                 Some(engine) => engine.explain().await,

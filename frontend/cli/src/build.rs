@@ -45,6 +45,9 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
         layout::record(&outputs, &response)?;
         finish(&response, &plan.args)
     });
+    if plan.args.explain && matches!(finished, Err(CliError::Interrupted(_))) && !reference.is_empty() {
+        eprintln!("why steps were not cached: kiln history explain {reference}");
+    }
     if explains {
         let explained = explain::build(connection, &reference, plan.args.format);
         // The outcome of the build itself is what counts.

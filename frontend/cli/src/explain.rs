@@ -14,16 +14,16 @@ use crate::stdout::{self, harmless};
 
 /// Explains a build of the history.
 pub(crate) fn history(connection: &Connection, args: &ExplainArgs) -> Result<(), CliError> {
-    let explanation = ask(connection, args.reference.as_deref().unwrap_or_default())?;
+    let explanation = ask(connection, Start::IfNeeded, args.reference.as_deref().unwrap_or_default())?;
     match args.format {
         Format::Text => stdout::print(&text(&explanation)),
         Format::Json => stdout::print(&json(&explanation)?),
     }
 }
 
-/// Explains a build that just ended. Text goes where its progress went.
+/// Explains a build that just ended. Text goes where its progress went. A daemon that has gone meanwhile stays away.
 pub(crate) fn build(connection: &Connection, reference: &str, format: Format) -> Result<(), CliError> {
-    let explanation = ask(connection, reference)?;
+    let explanation = ask(connection, Start::Never, reference)?;
     match format {
         Format::Text => {
             eprint!("{}", text(&explanation));
@@ -33,8 +33,8 @@ pub(crate) fn build(connection: &Connection, reference: &str, format: Format) ->
     }
 }
 
-fn ask(connection: &Connection, reference: &str) -> Result<Explanation, CliError> {
-    let stream = connect::connect(connection, Start::IfNeeded)?;
+fn ask(connection: &Connection, start: Start, reference: &str) -> Result<Explanation, CliError> {
+    let stream = connect::connect(connection, start)?;
     connect::runtime()?.block_on(async {
         let mut client = ExplainClient::new(stream.channel()?).max_decoding_message_size(MAX_MESSAGE_SIZE);
         Ok(client.explain(ExplainRequest { r#ref: reference.to_owned() }).await?.into_inner())
@@ -72,7 +72,12 @@ fn text(explanation: &Explanation) -> String {
             writeln!(out, "{missed} of {total} steps {were} not cached, compared with build {compared_with}:")
         }
     };
-    for step in steps.iter().filter(|_| !compared_with.is_empty()) {
+    // That they were never built needs no list.
+    let told = |step: &&Step| {
+        !compared_with.is_empty()
+            || step.reasons.iter().any(|reason| !matches!(reason.kind.as_str(), "never-built" | "input"))
+    };
+    for step in steps.iter().filter(told) {
         write_step(&mut out, step);
     }
     out.lines().map(|line| harmless(line) + "\n").collect()

@@ -30,12 +30,11 @@ impl RunDir {
         loop {
             let path = base.join(format!("daemon-{}", kiln_session::new_id()));
             std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-            let lock = lock(&path, FlockOperation::LockExclusive);
             // Until it was locked, another daemon that started could take it for abandoned.
-            if let Ok(lock) = lock
-                && path.exists()
-            {
-                return Ok(Self { path, _lock: lock });
+            match lock(&path, FlockOperation::LockExclusive) {
+                Ok(lock) if path.exists() => return Ok(Self { path, _lock: lock }),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
             }
         }
     }
