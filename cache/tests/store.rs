@@ -2,9 +2,13 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
+
 use common::*;
 use kiln_cache::kv::{Batch, Cf, Kv, RocksKv};
-use kiln_cache::{KeyStorage, LayerBlob, LazyLayer, MutableKind, SnapshotMeta, Store, StoreError};
+use kiln_cache::{
+    KeyStorage, LayerBlob, LazyLayer, MutableKind, PruneOptions, SnapshotMeta, Store, StoreError,
+};
 
 #[test]
 fn a_second_owner_is_refused_and_told_who_has_it() {
@@ -108,6 +112,28 @@ fn after_a_kill_nothing_committed_is_lost_and_nothing_unfinished_stays() {
     assert!(is_empty_dir(&image.path().join("staging")));
     assert!(!image.path().join("snapshots/orphan").exists());
     eventually("emptying the trash", || is_empty_dir(&image.path().join("trash")));
+}
+
+#[test]
+fn the_trash_of_many_things_gives_its_own_room_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let trash = dir.path().join("trash");
+    std::fs::create_dir_all(&trash).unwrap();
+    for number in 0..4000 {
+        std::fs::create_dir(trash.join(format!("{number:032}"))).unwrap();
+    }
+    let room = || std::fs::symlink_metadata(&trash).map_or(u64::MAX, |found| found.blocks() * 512);
+    // A file system in memory counts nothing for directories.
+    let needed = room();
+    let store = open(dir.path());
+    eventually("emptying the trash", || is_empty_dir(&trash) && (needed == 0 || room() < needed / 2));
+    // What is removed later finds its way.
+    drop(layer(&store, None, |fs| write(fs, "a", "1")));
+    let mut pruned = 0;
+    store.prune(&PruneOptions { all: true, ..PruneOptions::default() }, &mut |_| pruned += 1).unwrap();
+    assert_eq!(pruned, 1);
+    eventually("emptying the trash", || is_empty_dir(&trash));
+    assert!(is_empty_dir(&dir.path().join("staging")));
 }
 
 #[test]

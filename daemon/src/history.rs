@@ -1,21 +1,21 @@
 //! Records of builds, running and finished: what was asked, how it ended, its log. Kept in the
 //! store's named values; nothing here influences a build.
 
+mod recording;
 #[cfg(test)]
 mod tests;
 mod trace;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use dashmap::DashMap;
 use kiln_cache::{Filter, Values};
 use kiln_proto::control::{
-    self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, BuildResultInfo,
-    Descriptor, StatusResponse, UpdateBuildHistoryRequest,
+    self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, Descriptor,
+    StatusResponse, UpdateBuildHistoryRequest,
 };
-use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 use prost::Message;
 use sha2::Digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
@@ -25,8 +25,8 @@ use crate::config::HistoryConfig;
 use crate::error::BuildError;
 use crate::explain::Explanations;
 use crate::progress::ProgressLog;
-use crate::provenance::Claim;
 use crate::traces::Wanted;
+pub(crate) use recording::{Outcome, Recording};
 
 /// Records by ref.
 const RECORDS: &str = "build-history";
@@ -78,16 +78,6 @@ impl Drop for Ending {
             ending.open.remove(&self.place);
         });
     }
-}
-
-/// How a build ended.
-pub(crate) struct Outcome {
-    pub(crate) ended: SystemTime,
-    /// What its frontend said of the result.
-    pub(crate) metadata: Vec<(String, String)>,
-    /// What is claimed of its results.
-    pub(crate) claims: Vec<Claim>,
-    pub(crate) error: Option<BuildError>,
 }
 
 /// What decides on the stay of a record and of what it names.
@@ -182,7 +172,7 @@ impl History {
         };
         self.active.insert(record.r#ref.clone(), record.clone());
         self.send(BuildHistoryEventType::Started, record.clone());
-        Recording { history: self.clone(), progress, wanted, record }
+        Recording::new(self.clone(), progress, wanted, record)
     }
 
     fn send(&self, kind: BuildHistoryEventType, record: BuildHistoryRecord) {
@@ -227,11 +217,45 @@ impl History {
         finished: &'a mut Option<HashMap<String, Finished>>,
     ) -> Result<&'a mut HashMap<String, Finished>, BuildError> {
         if finished.is_none() {
-            let records = self.stored()?;
-            *finished =
-                Some(records.iter().map(|record| (record.r#ref.clone(), Finished::of(record))).collect());
+            *finished = Some(self.sweep()?);
         }
         Ok(finished.get_or_insert_default())
+    }
+
+    /// All finished builds. What no record names, or can't be read, because another version or a daemon that was killed
+    /// left it, is dropped.
+    fn sweep(&self) -> Result<HashMap<String, Finished>, BuildError> {
+        let mut found = HashMap::new();
+        for (id, bytes) in self.values.list(RECORDS).map_err(storage)? {
+            match BuildHistoryRecord::decode(&bytes[..]) {
+                Ok(record) => {
+                    found.insert(id, Finished::of(&record));
+                }
+                Err(_) => self.values.delete(RECORDS, &id).map_err(storage)?,
+            }
+        }
+        let named: HashSet<&String> = found.values().flat_map(|build| &build.contents).collect();
+        for content in self.contents()?.iter().filter(|content| !named.contains(content)) {
+            self.values.delete(CONTENT, content).map_err(storage)?;
+        }
+        Ok(found)
+    }
+
+    /// The ref of the build that ended last.
+    pub(crate) fn last(&self) -> Result<Option<String>, BuildError> {
+        let mut finished = self.lock();
+        let builds = self.finished(&mut finished)?.iter();
+        Ok(builds.max_by_key(|(_, build)| build.completed).map(|(id, _)| id.clone()))
+    }
+
+    /// Keeps what is known of a build that has ended until all of it is stored.
+    fn note(&self, record: &BuildHistoryRecord) -> Result<(), BuildError> {
+        let mut finished = self.lock();
+        let finished = self.finished(&mut finished)?;
+        if is_former(finished, record) {
+            return Ok(());
+        }
+        self.values.put(RECORDS, &record.r#ref, &record.encode_to_vec()).map_err(storage)
     }
 
     fn finish(
@@ -242,22 +266,18 @@ impl History {
         error: Option<&BuildError>,
     ) -> Result<(), BuildError> {
         let id = record.r#ref.clone();
-        record.generation = 1;
         let mut contents = vec![encode_log(log)];
         record.logs = Some(descriptor(LOG_TYPE, &contents[0]));
         if let Some(error) = error {
-            let full = error.to_rpc();
-            let bytes = full.encode_to_vec();
+            let bytes = error.to_rpc().encode_to_vec();
             record.external_error = Some(descriptor(ERROR_TYPE, &bytes));
-            record.error = Some(kiln_proto::rpc::Status { details: Vec::new(), ..full });
             contents.push(bytes);
         }
         contents.extend(claimed);
         let build = Finished::of(&record);
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
-        // A later build under that name may have been faster.
-        if finished.get(&id).is_some_and(|former| former.created > build.created) {
+        if is_former(finished, &record) {
             return Ok(());
         }
         for bytes in &contents {
@@ -401,6 +421,11 @@ impl History {
     }
 }
 
+/// A later build under its name was faster.
+fn is_former(finished: &HashMap<String, Finished>, record: &BuildHistoryRecord) -> bool {
+    finished.get(&record.r#ref).is_some_and(|other| other.created > time(&record.created_at))
+}
+
 fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)))
 }
@@ -459,68 +484,4 @@ fn decode_log(mut bytes: &[u8]) -> Result<Vec<StatusResponse>, BuildError> {
         bytes = &rest[length..];
     }
     Ok(messages)
-}
-
-/// The record of a running build.
-pub(crate) struct Recording {
-    history: Arc<History>,
-    progress: Arc<ProgressLog>,
-    wanted: Option<Wanted>,
-    record: BuildHistoryRecord,
-}
-
-impl Recording {
-    /// Stores how the build ended; its progress must be closed. Returns when it can be looked up.
-    pub(crate) async fn finish(self, outcome: Outcome) {
-        let Self { history, progress, wanted, mut record } = self;
-        record.completed_at = Some(outcome.ended.into());
-        record.exporter_response = outcome.metadata.into_iter().collect();
-        let mut claimed = Vec::new();
-        if outcome.error.is_none() {
-            let mut result = BuildResultInfo::default();
-            for Claim { platform, attestation, full } in outcome.claims {
-                let Some(full) = full else { continue };
-                let bytes = full.to_string().into_bytes();
-                let mut described = descriptor(IN_TOTO, &bytes);
-                described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
-                let into = match platform.is_empty() {
-                    true => &mut result,
-                    false => record.results.entry(platform).or_default(),
-                };
-                into.attestations.push(described);
-                claimed.push(bytes);
-            }
-            record.result = Some(result);
-        }
-        let (of, id) = (history.clone(), record.r#ref.clone());
-        let stored = tokio::task::spawn_blocking(move || {
-            store(&of, record, &progress, claimed, outcome.error.as_ref());
-        });
-        if let Err(error) = stored.await {
-            tracing::error!(%error, "storing the record of a build");
-        }
-        if let Some(wanted) = wanted {
-            history.expect_trace(id, wanted);
-        }
-    }
-}
-
-fn store(
-    history: &History,
-    mut record: BuildHistoryRecord,
-    progress: &ProgressLog,
-    claimed: Vec<Vec<u8>>,
-    error: Option<&BuildError>,
-) {
-    let counts = progress.counts();
-    let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
-    record.num_total_steps = number(counts.total);
-    record.num_cached_steps = number(counts.cached);
-    record.num_completed_steps = number(counts.completed);
-    record.num_warnings = number(counts.warnings);
-    let (id, created) = (record.r#ref.clone(), record.created_at);
-    if let Err(error) = history.finish(record, &progress.replay(), claimed, error) {
-        history.active.remove_if(&id, |_, running| running.created_at == created);
-        tracing::warn!(%error, build = id, "the build is not in the history");
-    }
 }

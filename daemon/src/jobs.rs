@@ -170,9 +170,10 @@ impl JobGuard {
 
 impl Drop for JobGuard {
     fn drop(&mut self) {
+        // Before the ref is free: the next build takes it back.
+        self.jobs.ended.insert(self.job.id.clone());
         self.job.progress.close(self.succeeded);
         self.job.cancel.cancel();
-        self.jobs.ended.insert(self.job.id.clone());
         self.jobs.bump();
         // What is forgotten before holds no memory until then.
         let (jobs, id, job) = (self.jobs.clone(), self.job.id.clone(), Arc::downgrade(&self.job));

@@ -1,11 +1,12 @@
 //! A build from its registration to its end. However it ends, and be it that its client is gone, its job is over at
-//! once; its record and its explanation are stored afterwards.
+//! once, and how it ended is noted; its whole record and its explanation are stored afterwards.
 
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use kiln_proto::control::SolveRequest;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::daemon::Daemon;
 use crate::engine::EngineBuild;
@@ -16,12 +17,16 @@ use crate::jobs::JobGuard;
 use crate::provenance::Claim;
 use crate::traces::TraceParent;
 
+/// The answer waits for what is to be remembered of a build, but no longer than this part of its duration.
+const PATIENCE: u32 = 100;
+
 /// A build. Dropping it ends it: cancelled, unless it was said how it ended.
 pub(super) struct Running {
     daemon: Arc<Daemon>,
     request: Arc<SolveRequest>,
     /// Goes when the build ends.
     guard: Option<JobGuard>,
+    started: Instant,
     /// Nothing for builds that clients make for themselves.
     recording: Option<Recording>,
     /// Once it has begun.
@@ -36,6 +41,14 @@ pub(super) struct Running {
     outcome: Result<(), BuildError>,
     /// Held until it is stored.
     room: Option<OwnedSemaphorePermit>,
+}
+
+/// What is to be remembered of a build that has ended.
+struct Storing {
+    /// Its end is kept.
+    noted: oneshot::Receiver<()>,
+    /// All of it is, but for its explanation.
+    stored: JoinHandle<()>,
 }
 
 impl Running {
@@ -57,6 +70,7 @@ impl Running {
             daemon: daemon.clone(),
             request,
             guard: Some(guard),
+            started: Instant::now(),
             recording,
             engine: OnceLock::new(),
             directory: OnceLock::new(),
@@ -73,12 +87,23 @@ impl Running {
         self.guard.as_ref().expect("running")
     }
 
-    /// Ends it. Waits if very many builds that ended before are still to be stored.
+    /// Ends it. Its end is kept when this returns; what takes longer to store is waited for a little. Waits if very many
+    /// builds that ended before are still to be stored.
     pub(super) async fn end(mut self, outcome: Result<(), BuildError>) {
         self.outcome = outcome;
-        if self.recording.is_some() {
-            self.room = Some(self.daemon.history.room().await);
+        if self.recording.is_none() {
+            return;
         }
+        self.room = Some(self.daemon.history.room().await);
+        let patience = self.started.elapsed() / PATIENCE;
+        let Some(Storing { noted, stored }) = self.close() else { return };
+        // Where the task has gone there is nothing to wait for.
+        let _ = noted.await;
+        let stored = async {
+            let _ = stored.await;
+            self.daemon.explanations.added(&self.request.r#ref).await;
+        };
+        let _ = tokio::time::timeout(patience, stored).await;
     }
 
     /// What tells builds of one thing from those of another, apart from its content.
@@ -92,11 +117,10 @@ impl Running {
         }
         hasher.finalize().as_bytes()[..16].to_vec()
     }
-}
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        let Some(mut guard) = self.guard.take() else { return };
+    /// What is done once, whoever ends it; gives the storing of what is to be remembered.
+    fn close(&mut self) -> Option<Storing> {
+        let mut guard = self.guard.take()?;
         if self.outcome.is_ok() {
             guard.succeed();
         }
@@ -105,14 +129,15 @@ impl Drop for Running {
         let reference = self.request.r#ref.clone();
         // Before its end is known: who hears of that and asks waits. And before the history knows the build, and could
         // be told to forget it.
-        let stored = self
+        let recording = self
             .recording
             .take()
             .map(|recording| (recording, daemon.history.ending(), daemon.explanations.expect(&reference)));
         drop(guard);
-        let Some((recording, ending, expected)) = stored else {
+        let Some((mut recording, ending, expected)) = recording else {
             drop(engine);
-            return daemon.engine.build_ended();
+            daemon.engine.build_ended();
+            return None;
         };
         let outcome = Outcome {
             ended: SystemTime::now(),
@@ -121,9 +146,13 @@ impl Drop for Running {
             error: std::mem::replace(&mut self.outcome, Ok(())).err(),
         };
         // A runtime that has gone takes the daemon with it.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let runtime = tokio::runtime::Handle::try_current().ok()?;
         let (project, room) = (self.project(), self.room.take());
-        runtime.spawn(async move {
+        let (note, noted) = oneshot::channel();
+        let stored = runtime.spawn(async move {
+            recording.note(&outcome).await;
+            // Nobody may wait for it.
+            let _ = note.send(());
             let vertices = match &engine {
                 Some(engine) => engine.explain().await,
                 None => Vec::new(),
@@ -131,17 +160,22 @@ impl Drop for Running {
             drop(engine);
             // What it built and nobody named is garbage like any other.
             daemon.engine.build_ended();
+            // What the history does not keep is forgotten with it.
+            daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
             recording.finish(outcome).await;
-            let kept = matches!(daemon.history.record(&reference), Ok(Some(_)));
             drop(ending);
-            if kept {
+            if matches!(daemon.history.record(&reference), Ok(Some(_))) {
                 daemon.jobs.forget(&job);
-                // What the history does not keep needs no explanation.
-                if !vertices.is_empty() {
-                    daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
-                }
             }
             drop(room);
         });
+        Some(Storing { noted, stored })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Stored in the background.
+        self.close();
     }
 }

@@ -63,11 +63,12 @@ impl Engine {
         Ok(records.into_iter().map(record).collect())
     }
 
-    /// Removes what a client no longer wants; gives what went.
+    /// Removes what a client no longer wants; `removed` is called with each record that went.
     pub(crate) fn prune(
         &self,
         request: &control::PruneRequest,
-    ) -> Result<Vec<control::UsageRecord>, BuildError> {
+        removed: &mut dyn FnMut(control::UsageRecord),
+    ) -> Result<(), BuildError> {
         let options = PruneOptions {
             filters: request.filter.clone(),
             all: request.all,
@@ -76,9 +77,7 @@ impl Engine {
             max_used_space: bytes(request.max_used_space),
             min_free_space: bytes(request.min_free_space),
         };
-        let mut removed = Vec::new();
-        self.store.prune(&options, &mut |gone| removed.push(record(gone))).map_err(store_error)?;
-        Ok(removed)
+        self.store.prune(&options, &mut |gone| removed(record(gone))).map_err(store_error)
     }
 
     /// The digests of all blobs.

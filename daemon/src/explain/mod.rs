@@ -196,26 +196,27 @@ impl Explanations {
         self.pending.idle().await;
     }
 
-    /// The explanation of a build; the empty ref is the build that ended last.
+    /// Waits until a build is added, if it has ended.
+    pub(crate) async fn added(&self, id: &str) {
+        self.pending.wait(id).await;
+    }
+
+    /// The explanation of a build.
     pub(crate) async fn get(self: &Arc<Self>, id: &str) -> Result<Explanation, BuildError> {
-        match id {
-            "" => self.idle().await,
-            id => self.pending.wait(id).await,
-        }
+        self.added(id).await;
         let (this, id) = (self.clone(), id.to_owned());
         let found = tokio::task::spawn_blocking(move || this.explain(&id)).await;
         found.map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
     }
 
     fn explain(&self, id: &str) -> Result<Explanation, BuildError> {
-        let (id, outline, new, old) = {
+        let (outline, new, old) = {
             let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
-            let (id, record) = self.find(id)?;
+            let record = self.find(id)?;
             let value = |namespace, name: &str| self.values.get(namespace, name).map_err(storage);
-            let outline = value(OUTLINES, &id)?;
-            (id, outline, value(GRAPHS, &record.graph)?, value(GRAPHS, &record.before)?)
+            (value(OUTLINES, id)?, value(GRAPHS, &record.graph)?, value(GRAPHS, &record.before)?)
         };
-        let missing = || unknown(&id);
+        let missing = || unknown(id);
         let bytes = outline.ok_or_else(missing)?;
         let Outline { mut compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
         let steps = match missed.as_slice() {
@@ -229,18 +230,14 @@ impl Explanations {
                 Comparison::new(&new, missed, old.as_ref(), &*self.facts).steps()
             }
         };
-        Ok(Explanation { r#ref: id, compared_with, total, steps })
+        Ok(Explanation { r#ref: id.to_owned(), compared_with, total, steps })
     }
 
-    /// The last build of a ref; of the empty one, the last of all.
-    fn find(&self, id: &str) -> Result<(String, Record), BuildError> {
+    fn find(&self, id: &str) -> Result<Record, BuildError> {
         let mut state = self.lock();
         let records = self.records(&mut state).map_err(storage)?;
-        let found = records.iter().rfind(|(other, _)| id.is_empty() || other == id).cloned();
-        found.ok_or_else(|| match id {
-            "" => BuildError::new(Code::NotFound, "no build is remembered"),
-            id => unknown(id),
-        })
+        let found = records.iter().find(|(other, _)| other == id);
+        found.map(|(_, record)| record.clone()).ok_or_else(|| unknown(id))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -115,6 +115,40 @@ fn a_build_that_is_stored_late_does_not_replace_a_later_one() {
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Completed")]);
 }
 
+#[test]
+fn a_build_whose_log_was_not_stored_any_more_is_known_and_what_nothing_names_is_dropped() {
+    let (_dir, store, history) = open(HistoryConfig::default());
+    assert_eq!(history.last().expect("read"), None);
+    build(&history, "a", Some(&BuildError::build("broken")));
+    let completed = Some((SystemTime::now() + Duration::from_secs(1)).into());
+    let ended = BuildHistoryRecord { completed_at: completed, ..begun(&history, "b") };
+    history.note(&ended).expect("note");
+    let values = store.values();
+    values.put(CONTENT, "sha256:log", b"of a build that was killed").expect("put");
+    values.put(RECORDS, "c", b"\xff in another form").expect("put");
+    // As after a kill of the daemon.
+    let history = History::new(values, history.explanations.clone(), history.config);
+    assert_eq!(history.last().expect("read").as_deref(), Some("b"));
+    let mut found = listed(&history, &[]);
+    found.sort();
+    assert_eq!(found, [("a".to_owned(), "Error"), ("b".to_owned(), "Completed")]);
+    assert!(history.replay("b").expect("read").is_none());
+    assert_eq!(store.values().names(CONTENT).expect("names").len(), 2, "the log and the error of the first");
+    assert_eq!(store.values().names(RECORDS).expect("names"), ["a", "b"]);
+    // Before it is known what there is, records that can't be read are no hindrance either.
+    history.update(&UpdateBuildHistoryRequest { delete: true, ..update("b") }).expect("delete");
+    assert_eq!(history.last().expect("read").as_deref(), Some("a"));
+}
+
+#[test]
+fn a_late_note_does_not_replace_a_later_build() {
+    let (_dir, _store, history) = open(HistoryConfig::default());
+    let first = begun(&history, "a");
+    build(&history, "a", Some(&BuildError::build("broken")));
+    history.note(&BuildHistoryRecord { completed_at: first.created_at, ..first }).expect("note");
+    assert_eq!(listed(&history, &[]), [("a".to_owned(), "Error")]);
+}
+
 #[tokio::test]
 async fn who_asks_waits_for_builds_that_have_ended_and_for_no_later_ones() {
     let (_dir, _store, history) = open(HistoryConfig::default());

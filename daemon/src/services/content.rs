@@ -14,6 +14,7 @@ use kiln_proto::content::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
+use super::blocking;
 use crate::daemon::Daemon;
 use crate::error::BuildError;
 
@@ -103,14 +104,6 @@ fn filter(filters: &[String]) -> Result<Filter, Status> {
         return Err(BuildError::unsupported(format_args!("content filter on {field:?}")).into());
     }
     Ok(filter)
-}
-
-/// Runs work that touches the disk where blocking does no harm.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
-) -> Result<T, Status> {
-    let done = tokio::task::spawn_blocking(work).await;
-    Ok(done.map_err(|error| Status::internal(error.to_string()))??)
 }
 
 #[tonic::async_trait]

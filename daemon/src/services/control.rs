@@ -14,16 +14,20 @@ use kiln_proto::control::{
 };
 use kiln_proto::types;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
 use tonic::metadata::MetadataValue;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::blocking;
 use crate::daemon::Daemon;
-use crate::error::BuildError;
 use crate::jobs::STATUS_WAIT;
 use crate::traces::TraceParent;
 
 /// Response header with the daemon's clock, by which clients correct theirs.
 const CLOCK: &str = "buildkit-current-timestamp";
+
+/// So many records that went wait for a slow client.
+const PRUNED: usize = 64;
 
 pub(super) struct ControlService(pub(super) Arc<Daemon>);
 
@@ -41,15 +45,6 @@ fn worker_field(record: &types::WorkerRecord, name: &str) -> Option<String> {
         "id" => Some(record.id.clone()),
         _ => record.labels.get(name.strip_prefix("labels.")?).cloned(),
     }
-}
-
-/// Runs work that touches the disk where blocking does no harm.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
-) -> Result<T, BuildError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
 }
 
 #[tonic::async_trait]
@@ -120,8 +115,18 @@ impl Control for ControlService {
 
     async fn prune(&self, request: Request<PruneRequest>) -> Result<Response<Self::PruneStream>, Status> {
         let (engine, request) = (self.0.engine.clone(), request.into_inner());
-        let removed = blocking(move || engine.prune(&request)).await?;
-        Ok(Response::new(stream::iter(removed.into_iter().map(Ok)).boxed()))
+        let (tell, told) = mpsc::channel(PRUNED);
+        let pruning = blocking(move || {
+            // Who no longer listens wanted it done all the same.
+            engine.prune(&request, &mut |gone| drop(tell.blocking_send(gone)))
+        });
+        let pruning = tokio::spawn(pruning);
+        let removed = stream::unfold(told, |mut told| async move { Some((Ok(told.recv().await?), told)) });
+        let failed = stream::once(async move {
+            let ended = pruning.await.map_err(|error| Status::internal(error.to_string()));
+            ended.and_then(|ended| ended.map_err(Status::from)).err()
+        });
+        Ok(Response::new(removed.chain(failed.filter_map(async |error| error.map(Err))).boxed()))
     }
 
     async fn listen_build_history(

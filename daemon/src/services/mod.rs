@@ -13,9 +13,11 @@ use kiln_proto::explain::explain_server::ExplainServer;
 use kiln_proto::gateway::llb_bridge_server::LlbBridgeServer;
 use kiln_proto::health::health_server::HealthServer;
 use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceServiceServer;
+use tonic::Code;
 use tonic::service::Routes;
 
 use crate::daemon::Daemon;
+use crate::error::BuildError;
 use crate::gateway::GatewayService;
 
 /// Largest message in either direction.
@@ -42,4 +44,13 @@ pub(crate) fn routes(daemon: &Arc<Daemon>) -> Routes {
     .add_service(
         TraceServiceServer::new(small::TraceService(daemon.clone())).max_decoding_message_size(MAX_MESSAGE),
     )
+}
+
+/// Runs work that touches the disk where blocking does no harm.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
+) -> Result<T, BuildError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
 }

@@ -12,9 +12,11 @@ use kiln_proto::health::{HealthCheckRequest, HealthCheckResponse, HealthListRequ
 use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceService as Trace;
 use kiln_proto::otlp::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
+use super::blocking;
 use crate::daemon::Daemon;
+use crate::error::BuildError;
 
 /// Serves until the token is cancelled.
 pub(super) struct HealthService(pub(super) CancellationToken);
@@ -69,8 +71,26 @@ pub(super) struct ExplainService(pub(super) Arc<Daemon>);
 
 #[tonic::async_trait]
 impl Explain for ExplainService {
+    /// Of the empty ref: of the build that ended last.
     async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<Explanation>, Status> {
-        Ok(Response::new(self.0.explanations.get(&request.into_inner().r#ref).await?))
+        let (daemon, mut id) = (&self.0, request.into_inner().r#ref);
+        if id.is_empty() {
+            let history = daemon.history.clone();
+            history.settled().await;
+            let last = blocking(move || history.last()).await?;
+            id = last.ok_or_else(|| Status::not_found("no build is remembered"))?;
+        }
+        let error = match daemon.explanations.get(&id).await {
+            Ok(explanation) => return Ok(Response::new(explanation)),
+            Err(error) => error,
+        };
+        let (history, known) = (daemon.history.clone(), id.clone());
+        let known = blocking(move || history.record(&known)).await?.is_some();
+        if known && error.code == Code::NotFound {
+            let text = format!("{}: the daemon was killed before it was stored", error.message);
+            return Err(BuildError::new(Code::NotFound, text).into());
+        }
+        Err(error.into())
     }
 }
 

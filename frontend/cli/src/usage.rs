@@ -47,38 +47,50 @@ pub(crate) fn prune(connection: &Connection, args: &PruneArgs) -> Result<(), Cli
             min_free_space: args.min_free_space.or(args.free_storage).unwrap_or_default(),
         };
         let mut stream = control.prune(request).await?.into_inner();
-        let mut records = Vec::new();
+        let as_json = args.format == Some(RecordFormat::Json);
+        if !as_json && !args.verbose {
+            stdout::print(&line(&HEADING.map(str::to_owned), USUAL))?;
+        }
+        let mut total = 0;
         while let Some(record) = stream.message().await? {
-            records.push(record);
+            total += record.size;
+            stdout::print(&match (as_json, args.verbose) {
+                (true, _) => format!("{}\n", json(&record)),
+                (false, true) => details(&record),
+                (false, false) => line(&row(&record), USUAL),
+            })?;
         }
-        if args.format == Some(RecordFormat::Json) {
-            return stdout::print(
-                &records.iter().map(|record| format!("{}\n", json(record))).collect::<String>(),
-            );
+        if as_json {
+            return Ok(());
         }
-        let total = units::bytes(records.iter().map(|record| record.size).sum());
-        stdout::print(&format!("{}Total:\t{total}\n", table(&records, args.verbose)))
+        stdout::print(&format!("Total:\t{}\n", units::bytes(total)))
     })
+}
+
+const HEADING: [&str; 4] = ["ID", "RECLAIMABLE", "SIZE", "LAST ACCESSED"];
+/// Widths of columns that are enough for what there usually is.
+const USUAL: [usize; 3] = [26, HEADING[1].len(), 10];
+
+fn row(record: &UsageRecord) -> [String; 4] {
+    let id = format!("{}{}", record.id, if record.mutable { "*" } else { "" });
+    let used = time(record.last_used_at.as_ref());
+    [id, (!record.in_use).to_string(), units::bytes(record.size), used]
+}
+
+fn line(row: &[String; 4], widths: [usize; 3]) -> String {
+    let [id, reclaimable, size, used] = row;
+    let line = format!("{id:0$}  {reclaimable:1$}  {size:2$}  {used}", widths[0], widths[1], widths[2]);
+    format!("{}\n", line.trim_end())
 }
 
 fn table(records: &[UsageRecord], verbose: bool) -> String {
     if verbose {
         return records.iter().map(details).collect();
     }
-    let mut rows = vec![["ID", "RECLAIMABLE", "SIZE", "LAST ACCESSED"].map(str::to_owned)];
-    for record in records {
-        let id = format!("{}{}", record.id, if record.mutable { "*" } else { "" });
-        let used = time(record.last_used_at.as_ref());
-        rows.push([id, (!record.in_use).to_string(), units::bytes(record.size), used]);
-    }
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..3).map(width).collect();
-    let line = |row: &[String; 4]| {
-        let [id, reclaimable, size, used] = row;
-        let line = format!("{id:0$}  {reclaimable:1$}  {size:2$}  {used}", widths[0], widths[1], widths[2]);
-        format!("{}\n", line.trim_end())
-    };
-    rows.iter().map(line).collect()
+    let mut rows = vec![HEADING.map(str::to_owned)];
+    rows.extend(records.iter().map(row));
+    let widths = [0, 1, 2].map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
+    rows.iter().map(|row| line(row, widths)).collect()
 }
 
 fn details(record: &UsageRecord) -> String {

@@ -1,9 +1,9 @@
 //! Every step that was not cached is explained by what changed, and by nothing else.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines};
 use std::os::unix::fs::symlink;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 use kiln_integration::kiln::Built;
@@ -703,6 +703,44 @@ fn a_step_that_was_stopped_because_another_failed_has_not_failed() {
     assert!(json.contains("RUN sleep 600"), "it was begun and was not cached: {json}");
 }
 
+/// Starts a build; gives it once its progress has a line with that end, and the lines that follow.
+fn begin(kiln: &Kiln, path: &str, end: &str) -> (Child, Lines<BufReader<ChildStderr>>) {
+    let mut build = kiln.command(&["build", "--progress", "plain", "--explain", path]);
+    let mut build = build.stderr(Stdio::piped()).spawn().expect("run kiln");
+    let mut lines = BufReader::new(build.stderr.take().expect("its progress")).lines();
+    let found = lines.any(|line| line.is_ok_and(|line| line.starts_with('#') && line.ends_with(end)));
+    assert!(found, "the step never began");
+    (build, lines)
+}
+
+#[test]
+fn reasons_that_need_no_earlier_build_are_told_without_one() {
+    let registry = Registry::with_busybox();
+    let kiln = Kiln::new(&registry);
+    let context = Context::new("FROM busybox\nRUN echo one\nRUN echo two\n");
+    let first = kiln.build(context.path(), &["--explain"]).ok().stderr;
+    assert!(first.ends_with("2 of 3 steps were not cached; there is no earlier build like it\n"), "{first}");
+    kiln.run(&["history", "rm", "--all"]).ok();
+    let anew = kiln.build(context.path(), &["--no-cache", "--explain"]).ok().stderr;
+    let said = "there is no earlier build like it\n\
+                [2/3] RUN echo one: the build asked for a new run\n\
+                [3/3] RUN echo two: the build asked for a new run\n";
+    assert!(anew.ends_with(said), "{anew}");
+}
+
+#[test]
+fn who_wants_an_explanation_starts_no_daemon() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let context = Context::new("FROM busybox\nRUN echo begun; sleep 600\n");
+    let (mut build, lines) = begin(&kiln, context.path().to_str().expect("a path in UTF-8"), " begun");
+    kiln.kill();
+    lines.for_each(drop);
+    assert!(!build.wait().expect("wait for the client").success());
+    assert_eq!(kiln.daemons(), Vec::<u32>::new());
+}
+
 #[test]
 fn a_build_that_is_stopped_is_explained() {
     let registry = Registry::with_busybox();
@@ -715,13 +753,10 @@ fn a_build_that_is_stopped_is_explained() {
     for signal in [Signal::INT, Signal::KILL] {
         let now = format!("echo {} && sleep 600", signal.as_raw());
         edit(&context, &before, &now);
-        let mut build = kiln.command(&["build", "--progress", "plain", &path]);
-        let mut build = build.stderr(Stdio::piped()).spawn().expect("run kiln");
-        let mut lines = BufReader::new(build.stderr.take().expect("its progress")).lines();
-        let begun = format!(" {}", signal.as_raw());
-        let found = lines.any(|line| line.is_ok_and(|line| line.starts_with('#') && line.ends_with(&begun)));
-        assert!(found, "the step never began");
+        let (mut build, mut lines) = begin(&kiln, &path, &format!(" {}", signal.as_raw()));
         kill_process(Pid::from_child(&build), signal).expect("stop the client");
+        let told = lines.any(|line| line.is_ok_and(|line| line.contains("kiln history explain ")));
+        assert_eq!(told, signal == Signal::INT, "where to ask");
         build.wait().expect("wait for the client");
         wait_until("the build to end", Duration::from_secs(20), || {
             !kiln.run(&["history", "ls"]).ok().stdout.contains("Running")

@@ -77,6 +77,32 @@ fn builds_that_were_answered_are_remembered_at_once_and_by_the_next_daemon() {
 }
 
 #[test]
+fn a_daemon_that_is_killed_once_it_has_answered_knows_the_build_and_no_other_in_its_place() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    for n in 1..=8 {
+        kiln.start();
+        let steps: String = (0..20).map(|step| format!("COPY <<E /{step}\n{n} {step}\nE\n")).collect();
+        let context = Context::new(&format!("FROM busybox\n{steps}"));
+        kiln.build(context.path(), &[]).ok();
+        kiln.kill();
+        kiln.start();
+        let found = builds(&kiln, &[]);
+        assert_eq!(statuses(&found), vec!["Completed"; n]);
+        assert!(found[0]["total_steps"].as_u64() >= Some(20), "{:#}", found[0]);
+        let reference = found[0]["ref"].as_str().expect("ref");
+        let explained = kiln.run(&["history", "explain"]);
+        match explained.code {
+            0 => {
+                assert!(explained.stdout.starts_with(&format!("Build {reference}: ")), "{}", explained.stdout)
+            }
+            _ => drop(explained.fails(&[reference, "the daemon was killed before it was stored"])),
+        }
+        kiln.kill();
+    }
+}
+
+#[test]
 fn a_running_build_is_listed_and_stays() {
     let registry = Registry::with_busybox();
     let mut kiln = Kiln::new(&registry);

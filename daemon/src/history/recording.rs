@@ -1,0 +1,115 @@
+//! The record of a build from its start to its end: a note of how it ended at once, the whole of it a little later.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo};
+use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
+
+use super::{History, descriptor};
+use crate::error::BuildError;
+use crate::progress::ProgressLog;
+use crate::provenance::Claim;
+use crate::traces::Wanted;
+
+/// How a build ended.
+pub(crate) struct Outcome {
+    pub(crate) ended: SystemTime,
+    /// What its frontend said of the result.
+    pub(crate) metadata: Vec<(String, String)>,
+    /// What is claimed of its results.
+    pub(crate) claims: Vec<Claim>,
+    pub(crate) error: Option<BuildError>,
+}
+
+/// The record of a running build.
+pub(crate) struct Recording {
+    history: Arc<History>,
+    progress: Arc<ProgressLog>,
+    wanted: Option<Wanted>,
+    /// How it is kept.
+    pub(super) record: BuildHistoryRecord,
+}
+
+impl Recording {
+    /// Of a build that has begun, which may be part of a client's trace.
+    pub(super) fn new(
+        history: Arc<History>,
+        progress: Arc<ProgressLog>,
+        wanted: Option<Wanted>,
+        record: BuildHistoryRecord,
+    ) -> Self {
+        Self { history, progress, wanted, record }
+    }
+
+    /// Keeps how the build ended, and its steps by number: a daemon that is killed a moment later still knows that.
+    /// Its progress must be closed.
+    pub(crate) async fn note(&mut self, outcome: &Outcome) {
+        let record = &mut self.record;
+        record.generation = 1;
+        record.completed_at = Some(outcome.ended.into());
+        record.exporter_response = outcome.metadata.iter().cloned().collect();
+        record.error = outcome
+            .error
+            .as_ref()
+            .map(|error| kiln_proto::rpc::Status { details: Vec::new(), ..error.to_rpc() });
+        let counts = self.progress.counts();
+        let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
+        record.num_total_steps = number(counts.total);
+        record.num_cached_steps = number(counts.cached);
+        record.num_completed_steps = number(counts.completed);
+        record.num_warnings = number(counts.warnings);
+        let (history, record) = (self.history.clone(), record.clone());
+        let kept = tokio::task::spawn_blocking(move || history.note(&record)).await;
+        if let Ok(Err(error)) = kept {
+            tracing::warn!(%error, build = self.record.r#ref, "the end of the build is not noted");
+        }
+    }
+
+    /// Stores the rest: the log, what is claimed of results, the error's details. Returns when the build can be looked
+    /// up.
+    pub(crate) async fn finish(self, outcome: Outcome) {
+        let Self { history, progress, wanted, mut record } = self;
+        let mut claimed = Vec::new();
+        if outcome.error.is_none() {
+            let mut result = BuildResultInfo::default();
+            for Claim { platform, attestation, full } in outcome.claims {
+                let Some(full) = full else { continue };
+                let bytes = full.to_string().into_bytes();
+                let mut described = descriptor(IN_TOTO, &bytes);
+                described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
+                let into = match platform.is_empty() {
+                    true => &mut result,
+                    false => record.results.entry(platform).or_default(),
+                };
+                into.attestations.push(described);
+                claimed.push(bytes);
+            }
+            record.result = Some(result);
+        }
+        let (of, id) = (history.clone(), record.r#ref.clone());
+        let stored = tokio::task::spawn_blocking(move || {
+            store(&of, record, &progress, claimed, outcome.error.as_ref());
+        });
+        if let Err(error) = stored.await {
+            tracing::error!(%error, "storing the record of a build");
+        }
+        if let Some(wanted) = wanted {
+            history.expect_trace(id, wanted);
+        }
+    }
+}
+
+fn store(
+    history: &History,
+    record: BuildHistoryRecord,
+    progress: &ProgressLog,
+    claimed: Vec<Vec<u8>>,
+    error: Option<&BuildError>,
+) {
+    let (id, created) = (record.r#ref.clone(), record.created_at);
+    if let Err(error) = history.finish(record, &progress.replay(), claimed, error) {
+        history.active.remove_if(&id, |_, running| running.created_at == created);
+        tracing::warn!(%error, build = id, "the build is not in the history");
+    }
+}
