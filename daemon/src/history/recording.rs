@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo};
+use kiln_proto::rpc::Status;
 use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 
 use super::{History, descriptor};
@@ -46,13 +47,8 @@ impl Recording {
     /// Its progress must be closed.
     pub(crate) async fn note(&mut self, outcome: &Outcome) {
         let record = &mut self.record;
-        record.generation = 1;
-        record.completed_at = Some(outcome.ended.into());
+        end(record, outcome.ended, outcome.error.as_ref());
         record.exporter_response = outcome.metadata.iter().cloned().collect();
-        record.error = outcome
-            .error
-            .as_ref()
-            .map(|error| kiln_proto::rpc::Status { details: Vec::new(), ..error.to_rpc() });
         let counts = self.progress.counts();
         let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
         record.num_total_steps = number(counts.total);
@@ -98,6 +94,14 @@ impl Recording {
             history.expect_trace(id, wanted);
         }
     }
+}
+
+/// Puts down how a build ended.
+pub(super) fn end(record: &mut BuildHistoryRecord, ended: SystemTime, error: Option<&BuildError>) {
+    record.generation = 1;
+    record.completed_at = Some(ended.into());
+    // Its details are kept apart.
+    record.error = error.map(|error| Status { details: Vec::new(), ..error.to_rpc() });
 }
 
 fn store(

@@ -26,8 +26,8 @@ fn build(history: &Arc<History>, id: &str, error: Option<&BuildError>) {
     finish(history, record, error);
 }
 
-fn finish(history: &History, record: BuildHistoryRecord, error: Option<&BuildError>) {
-    let record = BuildHistoryRecord { completed_at: Some(SystemTime::now().into()), ..record };
+fn finish(history: &History, mut record: BuildHistoryRecord, error: Option<&BuildError>) {
+    recording::end(&mut record, SystemTime::now(), error);
     history.finish(record, &[], Vec::new(), error).expect("finish");
 }
 
@@ -120,8 +120,8 @@ fn a_build_whose_log_was_not_stored_any_more_is_known_and_what_nothing_names_is_
     let (_dir, store, history) = open(HistoryConfig::default());
     assert_eq!(history.last().expect("read"), None);
     build(&history, "a", Some(&BuildError::build("broken")));
-    let completed = Some((SystemTime::now() + Duration::from_secs(1)).into());
-    let ended = BuildHistoryRecord { completed_at: completed, ..begun(&history, "b") };
+    let mut ended = begun(&history, "b");
+    recording::end(&mut ended, SystemTime::now() + Duration::from_secs(1), None);
     history.note(&ended).expect("note");
     let values = store.values();
     values.put(CONTENT, "sha256:log", b"of a build that was killed").expect("put");
@@ -143,9 +143,10 @@ fn a_build_whose_log_was_not_stored_any_more_is_known_and_what_nothing_names_is_
 #[test]
 fn a_late_note_does_not_replace_a_later_build() {
     let (_dir, _store, history) = open(HistoryConfig::default());
-    let first = begun(&history, "a");
+    let mut first = begun(&history, "a");
     build(&history, "a", Some(&BuildError::build("broken")));
-    history.note(&BuildHistoryRecord { completed_at: first.created_at, ..first }).expect("note");
+    recording::end(&mut first, SystemTime::now(), None);
+    history.note(&first).expect("note");
     assert_eq!(listed(&history, &[]), [("a".to_owned(), "Error")]);
 }
 
