@@ -22,6 +22,10 @@ const CONTENT: usize = 32;
 /// Numbers that describe an input: its vertex, its output, the text of its paths.
 const INPUT: usize = 3;
 
+/// How many names and values of parts a vertex usually has, and how many bytes a text.
+const PARTS: usize = 10;
+const TEXT: usize = 24;
+
 /// The result was there at the end, or in an earlier build with the same key.
 const DONE: u8 = 1;
 /// It can be cached at all: a client's directory can't.
@@ -116,6 +120,17 @@ fn text<'a>(all: &'a str, ends: &[u32], place: u32) -> &'a str {
 }
 
 impl Texts {
+    /// With room for the usual texts of so many vertices.
+    fn of(vertices: usize) -> Self {
+        let count = vertices * PARTS / 2;
+        Self {
+            places: HashTable::with_capacity(count),
+            all: String::with_capacity(count * TEXT),
+            ends: Vec::with_capacity(count),
+            ..Self::default()
+        }
+    }
+
     fn place(&mut self, text: &str) -> u32 {
         let hash = self.hasher.hash_one(text);
         if let Some(place) = self.places.find(hash, |place| self::text(&self.all, &self.ends, *place) == text)
@@ -159,8 +174,8 @@ impl Texts {
 impl Graph {
     /// What is worth keeping of a build's decisions.
     pub(super) fn new(vertices: &[VertexExplanation]) -> Self {
-        let (mut texts, mut buffer) = (Texts::default(), String::new());
-        let mut graph = Self::default();
+        let (mut texts, mut buffer) = (Texts::of(vertices.len()), String::new());
+        let mut graph = Self::with_room(vertices);
         for vertex in vertices {
             let map = vertex.map.as_deref();
             graph.names.push(texts.place(&vertex.name));
@@ -187,6 +202,25 @@ impl Graph {
         }
         (graph.texts, graph.text_ends) = (texts.all, texts.ends);
         graph
+    }
+
+    /// Empty columns that need not grow for the usual vertices.
+    fn with_room(vertices: &[VertexExplanation]) -> Self {
+        let count = vertices.len();
+        let inputs: usize = vertices.iter().map(|vertex| vertex.inputs.len()).sum();
+        Self {
+            names: Vec::with_capacity(count),
+            ops: Vec::with_capacity(count * KEY),
+            definitions: Vec::with_capacity(count * KEY),
+            contents: Vec::with_capacity(count * KEY),
+            flags: Vec::with_capacity(count),
+            parts: Vec::with_capacity(count * PARTS),
+            part_ends: Vec::with_capacity(count),
+            inputs: Vec::with_capacity(inputs * INPUT),
+            input_ends: Vec::with_capacity(count),
+            reads: Vec::with_capacity(inputs * CONTENT),
+            ..Self::default()
+        }
     }
 
     /// How many vertices there are.

@@ -1,6 +1,6 @@
-//! Why steps of finished builds were not cached. When a build has been answered, its graph and what was not cached
-//! are kept, and which of the last builds is most similar; the two are compared when somebody asks. Kept as long as the
-//! history keeps the build.
+//! Why steps of finished builds were not cached. When a build has ended, its graph and what was not cached are kept, and
+//! which of the last builds are most similar; it is compared when somebody asks. Kept as long as the history keeps the
+//! build.
 
 mod graph;
 mod pairing;
@@ -38,7 +38,7 @@ const OUTLINES: &str = "explain-outline";
 
 /// Builds are compared with one of so many before them.
 const COMPARABLE: usize = 1024;
-/// Of equally similar builds so many are looked at more closely.
+/// So many equally similar builds may be looked at more closely.
 const CLOSER: usize = 4;
 /// So much counts the same Dockerfile, target and directory, in hashes of a sketch.
 const SAME_PROJECT: usize = 8;
@@ -93,9 +93,9 @@ struct Record {
     sketch: Vec<u64>,
     #[prost(bytes = "vec", tag = "4")]
     project: Vec<u8>,
-    /// Digest of the graph that it is compared with; empty if there is none.
-    #[prost(string, tag = "5")]
-    before: String,
+    /// Digests of the graphs that it may be compared with.
+    #[prost(string, repeated, tag = "5")]
+    before: Vec<String>,
     /// Equal for builds of the same steps on the same sources.
     #[prost(bytes = "vec", tag = "6")]
     steps: Vec<u8>,
@@ -103,16 +103,16 @@ struct Record {
 
 impl Record {
     fn graphs(self) -> impl Iterator<Item = String> {
-        [self.graph, self.before].into_iter().filter(|digest| !digest.is_empty())
+        self.before.into_iter().chain([self.graph])
     }
 }
 
 /// An explanation but for the comparison.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Outline {
-    /// The most similar earlier build; empty if there is none.
-    #[prost(string, tag = "1")]
-    compared_with: String,
+    /// The most similar earlier builds, the last one first: those of the graphs that the record names.
+    #[prost(string, repeated, tag = "1")]
+    compared_with: Vec<String>,
     /// How many steps there were.
     #[prost(uint32, tag = "2")]
     total: u32,
@@ -214,22 +214,23 @@ impl Explanations {
             let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
             let record = self.find(id)?;
             let value = |namespace, name: &str| self.values.get(namespace, name).map_err(storage);
-            (value(OUTLINES, id)?, value(GRAPHS, &record.graph)?, value(GRAPHS, &record.before)?)
+            let old: Result<Vec<_>, _> = record.before.iter().map(|digest| value(GRAPHS, digest)).collect();
+            (value(OUTLINES, id)?, value(GRAPHS, &record.graph)?, old?)
         };
         let missing = || unknown(id);
         let bytes = outline.ok_or_else(missing)?;
-        let Outline { mut compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
-        let steps = match missed.as_slice() {
-            [] => Vec::new(),
+        let Outline { compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
+        let (compared_with, steps) = match missed.as_slice() {
+            [] => (compared_with.into_iter().next(), Vec::new()),
             missed => {
                 let new = new.and_then(sound).ok_or_else(missing)?;
-                let old = old.filter(|_| !compared_with.is_empty()).and_then(sound);
-                if old.is_none() {
-                    compared_with.clear();
-                }
-                Comparison::new(&new, missed, old.as_ref(), &*self.facts).steps()
+                let old = compared_with.into_iter().zip(old);
+                let old = old.filter_map(|(id, bytes)| Some((id, bytes.and_then(sound)?)));
+                let (compared_with, old) = closest(&new, old.collect()).unzip();
+                (compared_with, Comparison::new(&new, missed, old.as_ref(), &*self.facts).steps())
             }
         };
+        let compared_with = compared_with.unwrap_or_default();
         Ok(Explanation { r#ref: id.to_owned(), compared_with, total, steps })
     }
 
@@ -288,8 +289,8 @@ impl Explanations {
             Some((compared_with, record)) => {
                 let total = vertices.iter().filter(|vertex| reasons::is_persistent(vertex)).count();
                 let total = u32::try_from(total).unwrap_or(u32::MAX);
-                let record = Record { ended: now(), before: String::new(), ..record };
-                (Outline { compared_with, total, missed }, record)
+                let record = Record { ended: now(), before: Vec::new(), ..record };
+                (Outline { compared_with: vec![compared_with], total, missed }, record)
             }
             None => self.add_graph(vertices, missed, project, steps)?,
         };
@@ -308,7 +309,7 @@ impl Explanations {
         Ok(())
     }
 
-    /// Keeps the graph of a build, with what the most similar one of the last builds knew of it.
+    /// Keeps the graph of a build, with what the most similar of the last builds knew of it.
     fn add_graph(
         &self,
         vertices: Vec<VertexExplanation>,
@@ -319,52 +320,25 @@ impl Explanations {
         let mut graph = Graph::new(&vertices);
         drop(vertices);
         let sketch = graph.sketch();
-        let mut nearest = nearest(self.records(&mut self.lock())?, &sketch, &project);
-        self.look_closer(&graph, &sketch, &mut nearest)?;
-        let (mut compared_with, mut before) = (String::new(), String::new());
-        for Near { id: other, graph: digest, .. } in nearest {
-            if !graph.is_complete() {
-                let Some(earlier) = self.graph(&digest)? else { continue };
+        let near = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        for near in &near {
+            if graph.is_complete() {
+                break;
+            }
+            if let Some(earlier) = self.graph(&near.graph)? {
                 graph.carry_over(&earlier);
             }
-            (compared_with, before) = (other, digest);
-            break;
         }
         let total = u32::try_from(graph.persistent()).unwrap_or(u32::MAX);
         let bytes = graph.encode_to_vec();
         let digest = blake3::hash(&bytes).to_hex().to_string();
-        if before != digest {
+        let (compared_with, before): (Vec<_>, Vec<_>) =
+            near.into_iter().map(|near| (near.id, near.graph)).unzip();
+        if !before.contains(&digest) {
             self.values.put(GRAPHS, &digest, &bytes)?;
         }
         let record = Record { ended: now(), graph: digest, sketch, project, before, steps };
         Ok((Outline { compared_with, total, missed }, record))
-    }
-
-    /// Puts the build first that differs least, where a sketch can't tell: all variants of a step look alike to it.
-    fn look_closer(&self, graph: &Graph, sketch: &[u64], nearest: &mut Vec<Near>) -> Result<(), StoreError> {
-        let Some(best) = nearest.first().map(|near| near.score).filter(|score| 2 * score >= sketch.len())
-        else {
-            return Ok(());
-        };
-        let mut seen = HashSet::new();
-        let mut equal: Vec<_> = (0..nearest.len()).take_while(|at| nearest[*at].score == best).collect();
-        equal.retain(|at| seen.insert(nearest[*at].graph.clone()));
-        if equal.len() < 2 {
-            return Ok(());
-        }
-        let mut closest = None;
-        for at in equal.into_iter().take(CLOSER) {
-            let Some(earlier) = self.graph(&nearest[at].graph)? else { continue };
-            let apart = graph.apart(&earlier);
-            if closest.is_none_or(|(least, _)| apart < least) {
-                closest = Some((apart, at));
-            }
-        }
-        if let Some((_, at)) = closest {
-            let first = nearest.remove(at);
-            nearest.insert(0, first);
-        }
-        Ok(())
     }
 
     /// Forgets a build.
@@ -484,13 +458,13 @@ fn fingerprint(vertices: &[VertexExplanation]) -> Vec<u8> {
 
 /// An earlier build that a build may be compared with.
 struct Near {
-    score: usize,
     id: String,
     /// Digest of its graph.
     graph: String,
 }
 
-/// The builds to compare with, most similar first, of equal ones the latest first.
+/// The builds that a build may be compared with, of equally similar ones the last first. Which of them differs least is
+/// looked at when somebody asks: all variants of a step look alike to a sketch.
 fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<Near> {
     let score = |record: &Record| {
         let shared = record.sketch.iter().filter(|hash| sketch.binary_search(hash).is_ok()).count();
@@ -500,11 +474,30 @@ fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<
             (shared, false) => shared,
         }
     };
-    let near = |(id, record): &(String, Record)| {
+    let mut best = 1;
+    let mut found: Vec<Near> = Vec::new();
+    for (id, record) in records.iter().rev().take(COMPARABLE) {
         let score = score(record);
-        (score > 0).then(|| Near { score, id: id.clone(), graph: record.graph.clone() })
-    };
-    let mut found: Vec<_> = records.iter().rev().take(COMPARABLE).filter_map(near).collect();
-    found.sort_by_key(|near| std::cmp::Reverse(near.score));
+        if score > best {
+            found.clear();
+        }
+        best = best.max(score);
+        if score == best && found.len() < CLOSER && found.iter().all(|near| near.graph != record.graph) {
+            found.push(Near { id: id.clone(), graph: record.graph.clone() });
+        }
+    }
+    // Where little is shared, so it is by chance.
+    if 2 * best < sketch.len() {
+        found.truncate(1);
+    }
     found
+}
+
+/// The build that a build differs least from, and its graph.
+fn closest(new: &Graph, mut old: Vec<(String, Graph)>) -> Option<(String, Graph)> {
+    if old.len() > 1 {
+        // The sort is stable: of equally similar ones the last.
+        old.sort_by_cached_key(|(_, graph)| new.apart(graph));
+    }
+    old.into_iter().next()
 }
