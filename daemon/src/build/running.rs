@@ -161,12 +161,15 @@ impl Running {
             // What it built and nobody named is garbage like any other.
             daemon.engine.build_ended();
             // What the history does not keep is forgotten with it.
-            daemon.explanations.add(expected, explain::Ended { project, vertices }).await;
-            recording.finish(outcome).await;
-            drop(ending);
-            if matches!(daemon.history.record(&reference), Ok(Some(_))) {
-                daemon.jobs.forget(&job);
-            }
+            let explaining = daemon.explanations.add(expected, explain::Ended { project, vertices });
+            let finishing = async {
+                recording.finish(outcome).await;
+                drop(ending);
+                if matches!(daemon.history.record(&reference), Ok(Some(_))) {
+                    daemon.jobs.forget(&job);
+                }
+            };
+            tokio::join!(explaining, finishing);
             drop(room);
         });
         Some(Storing { noted, stored })
