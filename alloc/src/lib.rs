@@ -80,12 +80,28 @@ pub fn give_back() {
     }
 }
 
+/// How many bytes of memory this process has; 0 where that can't be told.
+pub fn resident() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0);
+    // SAFETY: asks for a constant of the system.
+    pages * u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[global_allocator]
     static ALLOCATOR: Allocator = Allocator;
+
+    #[test]
+    fn what_is_in_use_is_resident() {
+        let before = resident();
+        let block = vec![1_u8; 64 << 20];
+        assert!(before > 0 && resident() >= before + (60 << 20));
+        drop(block);
+    }
 
     #[test]
     fn blocks_are_aligned_and_keep_what_they_hold() {

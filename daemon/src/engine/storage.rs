@@ -18,6 +18,8 @@ use crate::error::BuildError;
 
 /// Builds that end within this time share one collection.
 const SETTLE: Duration = Duration::from_secs(1);
+/// With more memory than this, in bytes, a build's is given back as soon as it has ended.
+const PLENTY: u64 = 88 << 20;
 /// From the end of one collection to the next one.
 const PAUSE: Duration = Duration::from_secs(60);
 
@@ -157,6 +159,12 @@ async fn collect(rounds: Arc<Rounds>, wanted: Arc<Notify>) {
     let mut next = Instant::now();
     loop {
         wanted.notified().await;
+        // Builds that follow one another leave no time for the rest.
+        if kiln_alloc::resident() > PLENTY
+            && tokio::task::spawn_blocking(kiln_alloc::give_back).await.is_err()
+        {
+            return;
+        }
         tokio::time::sleep(SETTLE).await;
         if Instant::now() < next {
             if tokio::task::spawn_blocking(kiln_alloc::give_back).await.is_err() {

@@ -1,5 +1,5 @@
 //! Why steps of finished builds were not cached. When a build has ended, its graph and what was not cached are kept, and
-//! which of the last builds are most similar; it is compared when somebody asks. Kept as long as the history keeps the
+//! some of the most similar of the last builds; it is compared when somebody asks, with the closest. Kept as long as the history keeps the
 //! build.
 
 mod graph;
@@ -38,8 +38,10 @@ const OUTLINES: &str = "explain-outline";
 
 /// Builds are compared with one of so many before them.
 const COMPARABLE: usize = 1024;
-/// So many equally similar builds may be looked at more closely.
+/// Of equally similar builds so many are kept for comparison, whatever becomes of their own records.
 const CLOSER: usize = 4;
+/// So many steps of earlier builds are looked at to find the closest one.
+const COMPARED: usize = 1 << 18;
 /// So much counts the same Dockerfile, target and directory, in hashes of a sketch.
 const SAME_PROJECT: usize = 8;
 /// After so many graphs were dropped, what only they referred to is dropped too.
@@ -210,35 +212,64 @@ impl Explanations {
     }
 
     fn explain(&self, id: &str) -> Result<Explanation, BuildError> {
-        let (outline, new, old) = {
-            let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
-            let record = self.find(id)?;
-            let value = |namespace, name: &str| self.values.get(namespace, name).map_err(storage);
-            let old: Result<Vec<_>, _> = record.before.iter().map(|digest| value(GRAPHS, digest)).collect();
-            (value(OUTLINES, id)?, value(GRAPHS, &record.graph)?, old?)
-        };
         let missing = || unknown(id);
-        let bytes = outline.ok_or_else(missing)?;
-        let Outline { compared_with, total, missed } = Outline::decode(&bytes[..]).map_err(storage)?;
-        let (compared_with, steps) = match missed.as_slice() {
-            [] => (compared_with.into_iter().next(), Vec::new()),
-            missed => {
-                let new = new.and_then(sound).ok_or_else(missing)?;
-                let old = compared_with.into_iter().zip(old);
-                let old = old.filter_map(|(id, bytes)| Some((id, bytes.and_then(sound)?)));
-                let (compared_with, old) = closest(&new, old.collect()).unzip();
-                (compared_with, Comparison::new(&new, missed, old.as_ref(), &*self.facts).steps())
+        let (compared_with, total, missed, found) = {
+            let _graphs = self.graphs.read().unwrap_or_else(PoisonError::into_inner);
+            let (record, others) = self.find(id)?;
+            let outline = self.values.get(OUTLINES, id).map_err(storage)?.ok_or_else(missing)?;
+            let Outline { compared_with, total, missed } = Outline::decode(&outline[..]).map_err(storage)?;
+            let known = compared_with.iter().cloned().zip(record.before);
+            let known = known.map(|(id, graph)| Near { id, graph }).chain(others).collect();
+            let found = match missed.is_empty() {
+                true => None,
+                false => {
+                    let new = self.graph(&record.graph).map_err(storage)?.ok_or_else(missing)?;
+                    let old = self.closest(&new, known).map_err(storage)?;
+                    Some((new, old))
+                }
+            };
+            (compared_with, total, missed, found)
+        };
+        let (compared_with, steps) = match found {
+            None => (compared_with.into_iter().next(), Vec::new()),
+            Some((new, old)) => {
+                let (compared_with, old) = old.unzip();
+                (compared_with, Comparison::new(&new, &missed, old.as_ref(), &*self.facts).steps())
             }
         };
         let compared_with = compared_with.unwrap_or_default();
         Ok(Explanation { r#ref: id.to_owned(), compared_with, total, steps })
     }
 
-    fn find(&self, id: &str) -> Result<Record, BuildError> {
+    /// A build, and those before it of which one may be the closest.
+    fn find(&self, id: &str) -> Result<(Record, Vec<Near>), BuildError> {
         let mut state = self.lock();
         let records = self.records(&mut state).map_err(storage)?;
-        let found = records.iter().find(|(other, _)| other == id);
-        found.map(|(_, record)| record.clone()).ok_or_else(|| unknown(id))
+        let place = records.iter().position(|(other, _)| other == id).ok_or_else(|| unknown(id))?;
+        let record = records[place].1.clone();
+        let others = nearest(&records[..place], &record.sketch, &record.project, COMPARABLE);
+        Ok((record, others))
+    }
+
+    /// The build that a build differs least from, and its graph; of equally close ones the first.
+    fn closest(&self, new: &Graph, old: Vec<Near>) -> Result<Option<(String, Graph)>, StoreError> {
+        let (mut seen, mut room) = (HashSet::new(), COMPARED);
+        let mut closest: Option<(usize, String, Graph)> = None;
+        for Near { id, graph } in old {
+            if !seen.insert(graph.clone()) {
+                continue;
+            }
+            let Some(earlier) = self.graph(&graph)? else { continue };
+            let apart = new.apart(&earlier);
+            room = room.saturating_sub(earlier.len());
+            if closest.as_ref().is_none_or(|(least, ..)| apart < *least) {
+                closest = Some((apart, id, earlier));
+            }
+            if apart == 0 || room == 0 {
+                break;
+            }
+        }
+        Ok(closest.map(|(_, id, graph)| (id, graph)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -320,7 +351,7 @@ impl Explanations {
         let mut graph = Graph::new(&vertices);
         drop(vertices);
         let sketch = graph.sketch();
-        let near = nearest(self.records(&mut self.lock())?, &sketch, &project);
+        let near = nearest(self.records(&mut self.lock())?, &sketch, &project, CLOSER);
         for near in &near {
             if graph.is_complete() {
                 break;
@@ -465,7 +496,7 @@ struct Near {
 
 /// The builds that a build may be compared with, of equally similar ones the last first. Which of them differs least is
 /// looked at when somebody asks: all variants of a step look alike to a sketch.
-fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<Near> {
+fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8], most: usize) -> Vec<Near> {
     let score = |record: &Record| {
         let shared = record.sketch.iter().filter(|hash| sketch.binary_search(hash).is_ok()).count();
         match (shared, record.project == project) {
@@ -475,14 +506,15 @@ fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<
         }
     };
     let mut best = 1;
-    let mut found: Vec<Near> = Vec::new();
+    let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for (id, record) in records.iter().rev().take(COMPARABLE) {
         let score = score(record);
         if score > best {
             found.clear();
+            seen.clear();
         }
         best = best.max(score);
-        if score == best && found.len() < CLOSER && found.iter().all(|near| near.graph != record.graph) {
+        if score == best && found.len() < most && seen.insert(&record.graph) {
             found.push(Near { id: id.clone(), graph: record.graph.clone() });
         }
     }
@@ -491,13 +523,4 @@ fn nearest(records: &[(String, Record)], sketch: &[u64], project: &[u8]) -> Vec<
         found.truncate(1);
     }
     found
-}
-
-/// The build that a build differs least from, and its graph.
-fn closest(new: &Graph, mut old: Vec<(String, Graph)>) -> Option<(String, Graph)> {
-    if old.len() > 1 {
-        // The sort is stable: of equally similar ones the last.
-        old.sort_by_cached_key(|(_, graph)| new.apart(graph));
-    }
-    old.into_iter().next()
 }

@@ -110,8 +110,8 @@ fn write_step(out: &mut String, step: &Step) {
 
 fn say(reason: &Reason) -> String {
     let Reason { kind, name, before, after, step, count, rule, at, .. } = reason;
-    let (before, after) = window(before, after);
-    let (before, after, step) = (one_line(before), one_line(after), one_line(step));
+    let (before, after) = apart(before, after);
+    let step = one_line(step);
     match kind.as_str() {
         "part" => {
             let of = if step.is_empty() { String::new() } else { format!(" of {step}") };
@@ -167,6 +167,19 @@ fn one_line(text: &str) -> String {
         Some((end, _)) => format!("{}…", &first[..end]),
         None if first.len() < text.len() => format!("{first}…"),
         None => first.to_owned(),
+    }
+}
+
+/// Two texts, each in one line, such that it is seen in what they differ.
+fn apart(before: &str, after: &str) -> (String, String) {
+    let (before, after) = window(before, after);
+    let both = (one_line(before), one_line(after));
+    // What differs is in a later line.
+    let hidden = before != after && both.0.trim_end_matches('…') == both.1.trim_end_matches('…');
+    if hidden {
+        (one_line(&before.replace('\n', "\\n")), one_line(&after.replace('\n', "\\n")))
+    } else {
+        both
     }
 }
 
@@ -227,7 +240,15 @@ mod tests {
         insta::assert_snapshot!(text(&explanation));
         let long = format!("{} x", "word ".repeat(40));
         assert_eq!(window(&long, &long.replace('x', "y z")), ("x", "y z"));
-        let alone = Explanation { compared_with: String::new(), ..explanation };
+        assert_eq!(apart("date", "date\n"), ("date".into(), "date\\n".into()));
+        assert_eq!(apart("a\nb", "c\nb"), ("a…".into(), "c…".into()));
+        let alone = |step: &Step| {
+            step.reasons
+                .iter()
+                .all(|reason| matches!(reason.kind.as_str(), "never-built" | "no-cache" | "evicted"))
+        };
+        let steps = explanation.steps.iter().filter(|step| alone(step)).cloned().collect();
+        let alone = Explanation { compared_with: String::new(), steps, ..explanation };
         insta::assert_snapshot!("nothing_to_compare_with", text(&alone));
     }
 }

@@ -174,4 +174,11 @@ async fn a_build_is_compared_with_the_closest_of_all() {
     assert_eq!(said.compared_with, "near");
     add("newer", variant("B", "y")).await;
     assert_eq!(explanations.get("newer").await.expect("explained").compared_with, "like it");
+    // However many variants were built since.
+    for other in 0..40 {
+        add(&format!("variant {other}"), variant(format!("B{other}").leak(), format!("c{other}").leak()))
+            .await;
+    }
+    add("newest", variant("b", "z")).await;
+    assert_eq!(explanations.get("newest").await.expect("explained").compared_with, "new");
 }
