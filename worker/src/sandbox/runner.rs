@@ -10,7 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use rustix::process::{Pid, WaitOptions};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, WaitOptions};
+use rustix::termios::{tcgetwinsize, tcsetwinsize};
 
 use super::init::{Failure, plain, streams_to_stdio};
 use super::plan::RuntimeCommand;
@@ -67,6 +68,10 @@ pub(super) fn run(
                 None => send(runtime, libc::SIGKILL),
             },
             Some(signal) => {
+                if signal == libc::SIGWINCH && command.terminal {
+                    // A size is no reason to end; the next change tries again.
+                    let _ = resize(runtime);
+                }
                 if let Some(process) = started(command) {
                     send(process, signal);
                 }
@@ -89,6 +94,23 @@ fn started(command: &RuntimeCommand) -> Option<Pid> {
 fn send(to: Pid, signal: i32) {
     // SAFETY: a plain system call. A process that is gone, or a number that is no signal, is refused.
     unsafe { libc::syscall(libc::SYS_kill, to.as_raw_nonzero().get(), signal) };
+}
+
+/// Gives the terminal that the runtime made the size of the one that it was given: some do so at the start alone.
+fn resize(runtime: Pid) -> io::Result<()> {
+    let process = rustix::process::pidfd_open(runtime, PidfdFlags::empty())?;
+    let take = |fd| rustix::process::pidfd_getfd(&process, fd, PidfdGetfdFlags::empty());
+    let size = tcgetwinsize(take(0)?)?;
+    for entry in fs::read_dir(format!("/proc/{}/fd", runtime.as_raw_nonzero()))? {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(number) = number
+            && fs::read_link(entry.path())?.ends_with("ptmx")
+        {
+            tcsetwinsize(take(number)?, size)?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes the exit status of every child that ended; the runtime's, if it is among them.
