@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::mount::{self, Namespace};
+use crate::sandbox::RootSource;
 
 /// Layers and directories of clients may hold device nodes; whoever works on a view must not reach a device.
 const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV.union(MountAttrFlags::MOUNT_ATTR_NOSUID);
@@ -92,6 +93,21 @@ impl View {
         let fd = mount::clone_tree(path, false).map_err(failed)?;
         mount::set_attrs(fd.as_fd(), HARMLESS, false).map_err(failed)?;
         Ok(Self { fd, _held: held })
+    }
+
+    /// A read-only view of what a sandbox has mounted, as it is now. `empty` is as for [`Self::read_only`]. The
+    /// caller holds the layers.
+    pub(crate) fn of(source: &RootSource, empty: &Path) -> Result<Self, ViewError> {
+        match source {
+            RootSource::Dir(path) => Self::directory(path, Vec::new()),
+            RootSource::Overlay { lowers, upper, .. } => {
+                let mut lowers: Vec<PathBuf> = upper.iter().chain(lowers).cloned().collect();
+                if lowers.len() < 2 {
+                    lowers.push(empty.to_owned());
+                }
+                Ok(Self { fd: overlay(&lowers, None, MountAttrFlags::MOUNT_ATTR_RDONLY)?, _held: Vec::new() })
+            }
+        }
     }
 }
 

@@ -18,7 +18,10 @@ use crate::flat;
 use crate::image::{Access, Images};
 use crate::lenders::Lenders;
 use crate::ops::run_dir::RunDir;
-use crate::ops::{self, BuildContext, CacheMountLocks, Factory, GitObjects, Repositories, ResolvedGit};
+use crate::ops::{
+    self, BuildContext, CacheMountLocks, Container, ContainerRequest, Factory, GitObjects, Repositories,
+    ResolvedGit,
+};
 use crate::registry::Credentials;
 use crate::registry::http::Clients;
 use crate::sandbox::spec::NetworkMode;
@@ -176,6 +179,19 @@ impl Worker {
     /// Makes the operations of one build.
     pub fn factory(self: &Arc<Self>, context: BuildContext) -> Arc<dyn OpFactory<Ref>> {
         Arc::new(Factory::new(self.clone(), context))
+    }
+
+    /// A container for processes that a client of a build starts itself. What is pulled for it shows in `progress`.
+    ///
+    /// # Errors
+    /// If something of what is to be mounted is not there.
+    pub async fn container(
+        self: &Arc<Self>,
+        context: &BuildContext,
+        request: ContainerRequest,
+        progress: VertexProgress,
+    ) -> Result<Container, OpError> {
+        Container::new(self.clone(), context.clone(), request, progress).await
     }
 
     /// What the ref of a git source stands for in a build, and the commit itself if `objects` are wanted.

@@ -10,11 +10,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
+use tokio::sync::oneshot;
 
 use crate::daemon::Daemon;
-use crate::engine::{self, BuildScope};
+use crate::engine::{self, BuildScope, EngineBuild, PlannedExport};
 use crate::error::BuildError;
 use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 use crate::jobs::Job;
@@ -102,6 +104,23 @@ async fn run(
     let (bridge, returned) =
         Bridge::new(build.clone(), job.progress.clone(), job.cancel.clone(), request, policy);
     let published = guard.publish(bridge.clone());
+    // Boxed: the compiler has a limit for futures within futures.
+    let outcome = produce(running, build, request, &planned, wanted, (&bridge, returned)).boxed().await;
+    drop(published);
+    bridge.release_containers().await;
+    outcome
+}
+
+/// Runs the frontend, builds what it returns, and exports it.
+async fn produce(
+    running: &Running,
+    build: &Arc<EngineBuild>,
+    request: &SolveRequest,
+    planned: &[PlannedExport],
+    wanted: Option<provenance::Build<'_>>,
+    (bridge, returned): (&Arc<Bridge>, oneshot::Receiver<Result<BuildResult, BuildError>>),
+) -> Result<SolveResponse, BuildError> {
+    let (guard, job) = (running.guard(), running.guard().job());
     let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
     let result = if !request.frontend.is_empty() {
         let frontend = FrontendRequest {
@@ -117,7 +136,7 @@ async fn run(
         returned.await.map_err(|_| BuildError::canceled())??
     };
     running.metadata.get_or_init(|| readable(&result));
-    platforms::verify(&bridge, &result);
+    platforms::verify(bridge, &result);
     result.refs.evaluate().await?;
     let mut response: HashMap<String, String> = result
         .metadata
@@ -128,13 +147,12 @@ async fn run(
     let mut claims = provenance::offered(&result).await?;
     if let Some(wanted) = wanted {
         let solved = Solved { explained: build.explain().await, made: build.results().await };
-        claims.extend(provenance::claims(&bridge, &result, &solved, &wanted, &guard.running())?);
+        claims.extend(provenance::claims(bridge, &result, &solved, &wanted, &guard.running())?);
     }
-    exports::run(build, job, &planned, &request.session, &result, &claims, &mut response).await?;
+    exports::run(build, job, planned, &request.session, &result, &claims, &mut response).await?;
     // The record is written later, and must not keep results from being removed.
     claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
     running.claims.get_or_init(|| claims);
-    drop(published);
     Ok(SolveResponse { exporter_response: response })
 }
 

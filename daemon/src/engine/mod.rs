@@ -25,8 +25,9 @@ use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
 use tonic::Code;
 
 pub(crate) use export::{Built, ExportSource, PlannedExport, plan};
+use kiln_worker::ops::{Container, ContainerRequest};
 pub(crate) use kiln_worker::ops::{GitObjects, ResolvedGit};
-pub(crate) use worker::ResolvedImage;
+pub(crate) use worker::{ResolvedImage, op_error};
 
 use crate::config::Config;
 use crate::error::BuildError;
@@ -218,6 +219,11 @@ impl EngineBuild {
         F: FnOnce(BorrowedFd<'_>) -> Result<T, BuildError> + Send + 'static,
     {
         self.worker.read(result, read).await
+    }
+
+    /// A container for processes of the client's own.
+    pub(crate) async fn container(&self, request: ContainerRequest) -> Result<Container, BuildError> {
+        self.worker.container(request).await
     }
 
     /// Digest and config of an image.

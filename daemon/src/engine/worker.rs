@@ -14,7 +14,8 @@ use kiln_solver::op::{OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::image::{Access, Images, ResolveMode};
 use kiln_worker::ops::{
-    BuildContext, Entitlements, GitObjects, HttpAnswers, Resolutions, ResolvedGit, SessionGroup,
+    BuildContext, Container, ContainerRequest, Entitlements, GitObjects, HttpAnswers, Resolutions,
+    ResolvedGit, SessionGroup,
 };
 use kiln_worker::registry::{Anonymous, Credentials, Registry};
 use kiln_worker::sandbox::ExecutorChoice;
@@ -26,6 +27,7 @@ use super::credentials::ClientCredentials;
 use super::{BuildScope, EngineError};
 use crate::config::{self, Config, NetworkMode};
 use crate::error::BuildError;
+use crate::progress::ProgressLog;
 
 /// An image as frontends see it.
 #[derive(Debug, Clone)]
@@ -120,7 +122,7 @@ impl WorkerHandle {
             git: Resolutions::default(),
             http: HttpAnswers::default(),
         };
-        BuildWorker { worker: self.worker.clone(), context }
+        BuildWorker { worker: self.worker.clone(), context, progress: scope.progress.clone() }
     }
 }
 
@@ -128,9 +130,11 @@ impl WorkerHandle {
 pub(super) struct BuildWorker {
     worker: Arc<Worker>,
     context: BuildContext,
+    progress: Arc<ProgressLog>,
 }
 
-fn op_error(error: OpError) -> BuildError {
+/// An operation's failure outside of any vertex.
+pub(crate) fn op_error(error: OpError) -> BuildError {
     let code = error.code.map_or(Code::Unknown, Code::from_i32);
     BuildError { code, message: error.message, details: error.details }
 }
@@ -174,6 +178,12 @@ impl BuildWorker {
         let image = self.worker.images().resolve(&reference, platform, mode, &access).await;
         let image = image.map_err(|error| BuildError::build(error.to_string()))?;
         Ok(ResolvedImage { digest: image.digest, config: image.config })
+    }
+
+    /// A container for processes of the client's own. It has no vertex for what is pulled to show at.
+    pub(super) async fn container(&self, request: ContainerRequest) -> Result<Container, BuildError> {
+        let progress = VertexProgress::new("".into(), self.progress.clone());
+        self.worker.container(&self.context, request, progress).await.map_err(op_error)
     }
 
     /// What the ref of a git source stands for.

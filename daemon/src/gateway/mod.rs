@@ -3,8 +3,11 @@
 //! [`Bridge`] directly, others through the gRPC service in `service`.
 
 pub(crate) mod caps;
+mod containers;
+mod processes;
 mod refs;
 mod service;
+mod signals;
 mod source_meta;
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dashmap::DashMap;
 use kiln_proto::policy::Policy;
 use kiln_proto::{control, gateway, pb, platform};
+use kiln_worker::ops::Container;
 use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +47,7 @@ pub(crate) struct Bridge {
     asked: Mutex<Vec<Arc<Asked>>>,
     /// What the client asked of the build itself.
     root: FrontendRequest,
+    containers: DashMap<String, Arc<Container>>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
 }
 
@@ -104,6 +109,7 @@ impl Bridge {
             refs: DashMap::new(),
             images: DashMap::new(),
             asked: Mutex::default(),
+            containers: DashMap::new(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)

@@ -1,27 +1,29 @@
 //! `moby.buildkit.v1.frontend.LLBBridge` on the daemon's socket: each call names its build by the
-//! metadata key [`BUILD_ID`]. Processes in containers of the frontend's are not offered, and the
-//! capabilities say so.
+//! metadata key [`BUILD_ID`].
 
 use std::future::Future;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kiln_proto::gateway::llb_bridge_server::LlbBridge;
 use kiln_proto::gateway::{
-    EvaluateRequest, EvaluateResponse, ExecMessage, InputsRequest, InputsResponse, NewContainerRequest,
-    NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse, ReadFileRequest,
-    ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse, ResolveImageConfigRequest,
-    ResolveImageConfigResponse, ResolveSourceMetaRequest, ResolveSourceMetaResponse, ReturnRequest,
-    ReturnResponse, SolveRequest, SolveResponse, StatFileRequest, StatFileResponse, WarnRequest,
-    WarnResponse,
+    EvaluateRequest, EvaluateResponse, ExecMessage, FileRange, InputsRequest, InputsResponse,
+    NewContainerRequest, NewContainerResponse, PingRequest, PongResponse, ReadDirRequest, ReadDirResponse,
+    ReadFileRequest, ReadFileResponse, ReleaseContainerRequest, ReleaseContainerResponse,
+    ResolveImageConfigRequest, ResolveImageConfigResponse, ResolveSourceMetaRequest,
+    ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest,
+    StatFileResponse, WarnRequest, WarnResponse,
 };
 use kiln_proto::{platform, types};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::containers::no_container;
 use super::source_meta::log_name;
-use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps};
-use crate::engine::files;
+use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps, processes};
+use crate::engine::{files, op_error};
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
 
@@ -65,13 +67,9 @@ impl GatewayService {
     }
 }
 
-fn no_containers<T>(call: &str) -> Result<Response<T>, Status> {
-    Err(BuildError::unsupported(format_args!("{call}: containers of frontends")).into())
-}
-
 #[tonic::async_trait]
 impl LlbBridge for GatewayService {
-    type ExecProcessStream = tokio_stream::Empty<Result<ExecMessage, Status>>;
+    type ExecProcessStream = ReceiverStream<Result<ExecMessage, Status>>;
 
     async fn ping(&self, request: Request<PingRequest>) -> Result<Response<PongResponse>, Status> {
         self.bridge(request.metadata()).await?;
@@ -179,10 +177,7 @@ impl LlbBridge for GatewayService {
             let Some(reference) = bridge.reference(&request.r#ref)? else {
                 return Err(BuildError::build(format!("open {path}: no such file or directory")));
             };
-            let range = request.range.unwrap_or_default();
-            let (Ok(offset), Ok(length)) = (u64::try_from(range.offset), u64::try_from(range.length)) else {
-                return Err(BuildError::new(Code::InvalidArgument, "negative file range"));
-            };
+            let (offset, length) = part(request.range)?;
             let data = reference.read(move |root| files::read_file(root, &path, offset, length)).await?;
             Ok(ReadFileResponse { data })
         })
@@ -262,43 +257,93 @@ impl LlbBridge for GatewayService {
 
     async fn new_container(
         &self,
-        _: Request<NewContainerRequest>,
+        request: Request<NewContainerRequest>,
     ) -> Result<Response<NewContainerResponse>, Status> {
-        no_containers("NewContainer")
+        self.call(request, |bridge, request| async move {
+            bridge.new_container(request).await?;
+            Ok(NewContainerResponse {})
+        })
+        .await
     }
 
     async fn release_container(
         &self,
-        _: Request<ReleaseContainerRequest>,
+        request: Request<ReleaseContainerRequest>,
     ) -> Result<Response<ReleaseContainerResponse>, Status> {
-        no_containers("ReleaseContainer")
+        self.call(request, |bridge, request| async move {
+            bridge.release_container(&request.container_id).await?;
+            Ok(ReleaseContainerResponse {})
+        })
+        .await
     }
 
     async fn exec_process(
         &self,
-        _: Request<Streaming<ExecMessage>>,
+        request: Request<Streaming<ExecMessage>>,
     ) -> Result<Response<Self::ExecProcessStream>, Status> {
-        no_containers("ExecProcess")
+        let bridge = self.bridge(request.metadata()).await?;
+        let answers = processes::serve(bridge, request.into_inner());
+        Ok(Response::new(ReceiverStream::new(answers)))
     }
 
     async fn read_file_container(
         &self,
-        _: Request<ReadFileRequest>,
+        request: Request<ReadFileRequest>,
     ) -> Result<Response<ReadFileResponse>, Status> {
-        no_containers("ReadFileContainer")
+        self.call(request, |bridge, request| async move {
+            let (path, (offset, length)) = (request.file_path, part(request.range)?);
+            let read = move |root: BorrowedFd<'_>| files::read_file(root, &path, offset, length);
+            let data = in_mount(&bridge, &request.r#ref, request.mount_index, read).await?;
+            Ok(ReadFileResponse { data })
+        })
+        .await
     }
 
     async fn read_dir_container(
         &self,
-        _: Request<ReadDirRequest>,
+        request: Request<ReadDirRequest>,
     ) -> Result<Response<ReadDirResponse>, Status> {
-        no_containers("ReadDirContainer")
+        self.call(request, |bridge, request| async move {
+            let (path, include) = (request.dir_path, request.include_pattern);
+            let read = move |root: BorrowedFd<'_>| files::read_dir(root, &path, &include);
+            let entries = in_mount(&bridge, &request.r#ref, request.mount_index, read).await?;
+            Ok(ReadDirResponse { entries })
+        })
+        .await
     }
 
     async fn stat_file_container(
         &self,
-        _: Request<StatFileRequest>,
+        request: Request<StatFileRequest>,
     ) -> Result<Response<StatFileResponse>, Status> {
-        no_containers("StatFileContainer")
+        self.call(request, |bridge, request| async move {
+            let path = request.path;
+            let read = move |root: BorrowedFd<'_>| files::stat_file(root, &path);
+            let stat = in_mount(&bridge, &request.r#ref, request.mount_index, read).await?;
+            Ok(StatFileResponse { stat: Some(stat) })
+        })
+        .await
     }
+}
+
+/// Offset and length of a part of a file; without a length all of the rest.
+fn part(range: Option<FileRange>) -> Result<(u64, u64), BuildError> {
+    let range = range.unwrap_or_default();
+    match (u64::try_from(range.offset), u64::try_from(range.length)) {
+        (Ok(offset), Ok(length)) => Ok((offset, length)),
+        _ => Err(BuildError::new(Code::InvalidArgument, "negative file range")),
+    }
+}
+
+/// Reads in a mount of a container, on a thread where blocking does no harm.
+async fn in_mount<T, F>(bridge: &Bridge, container: &str, mount: i32, read: F) -> Result<T, BuildError>
+where
+    T: Send + 'static,
+    F: FnOnce(BorrowedFd<'_>) -> Result<T, BuildError> + Send + 'static,
+{
+    let Some(container) = bridge.container(container) else { return Err(no_container(container)) };
+    let view = container.view(usize::try_from(mount).unwrap_or(usize::MAX)).await.map_err(op_error)?;
+    tokio::task::spawn_blocking(move || read(view.fd()))
+        .await
+        .map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
 }

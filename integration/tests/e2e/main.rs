@@ -5,6 +5,7 @@ mod buildkitd;
 mod cancel;
 mod clients;
 mod concurrency;
+mod containers;
 mod contexts;
 mod crash;
 mod crowd;

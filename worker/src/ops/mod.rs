@@ -21,6 +21,8 @@ use kiln_proto::pb;
 use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError, OpFactory, OpVertex};
 
 pub(crate) use exec::CacheMountLocks;
+pub use exec::container::{Container, ContainerRequest, MountView, ProcessSpec};
+pub use exec::process::{Controls, Process};
 pub use sessions::SessionGroup;
 pub(crate) use source::git::Repositories;
 pub use source::git::{GitObjects, Resolutions, Resolved as ResolvedGit};

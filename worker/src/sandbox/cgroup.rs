@@ -105,6 +105,13 @@ pub(super) struct Placement {
     memory: Option<PathBuf>,
 }
 
+impl Placement {
+    /// The version 1 part of this one, for a process that joins it. The groups stay whoever's they are.
+    pub(super) fn for_another(&self) -> Self {
+        Self { tasks: self.tasks.clone(), ..Self::default() }
+    }
+}
+
 /// All that the zygote knows about control groups.
 #[derive(Debug)]
 pub(super) struct Cgroups {

@@ -1,14 +1,14 @@
-//! The last steps before a sandboxed program: run in the zygote's child, which has new namespaces and one thread.
+//! The last steps before a sandboxed program: run in the zygote's child, which has one thread, and new namespaces or
+//! those of a sandbox that it joins.
 //!
 //! Order matters and is explained where it does. A failure is reported on the status socket; success is silent, the
 //! socket closes when the program starts.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -19,12 +19,16 @@ use super::cgroup::Placement;
 use super::mounts::{self, Host, MountError};
 use super::nofile;
 use super::plan::{CapabilityPlan, NetworkPlan, Plan, ProcessPlan, RuntimePlan, SandboxPlan, Task};
+use super::runner;
 use super::sys::{self, Kernel};
+use super::terminal;
 use super::wire::{self, FailureKind, Status};
 
-/// Descriptors of one sandbox.
+/// Descriptors of one process.
 pub(super) struct Streams {
     pub(super) status: OwnedFd,
+    /// The first process of the sandbox that is joined.
+    pub(super) joined: Option<OwnedFd>,
     /// Input, output, errors.
     pub(super) stdio: [OwnedFd; 3],
 }
@@ -35,17 +39,17 @@ const STUB_BYTES: usize = wire::MAX_PACKET / 4;
 /// Longest passwd file read.
 const PASSWD_LIMIT: u64 = 10 << 20;
 
-struct Failure {
+pub(super) struct Failure {
     kind: FailureKind,
     message: String,
 }
 
 impl Failure {
-    fn setup(what: &str, cause: impl std::fmt::Display) -> Self {
+    pub(super) fn setup(what: &str, cause: impl std::fmt::Display) -> Self {
         Self { kind: FailureKind::Setup, message: format!("{what}: {cause}") }
     }
 
-    fn exec(message: String) -> Self {
+    pub(super) fn exec(message: String) -> Self {
         Self { kind: FailureKind::Exec, message }
     }
 }
@@ -67,8 +71,8 @@ pub(super) fn run(
     placement: &Placement,
     streams: Streams,
 ) -> ! {
-    let Streams { status, stdio } = streams;
-    let attempt = std::panic::AssertUnwindSafe(|| start(plan, programs, placement, &status, stdio));
+    let Streams { status, joined, stdio } = streams;
+    let attempt = std::panic::AssertUnwindSafe(|| start(plan, programs, placement, &status, joined, stdio));
     let failure = match std::panic::catch_unwind(attempt) {
         Ok(Ok(code)) => rustix_exit(code),
         Ok(Err(failure)) => failure,
@@ -91,8 +95,14 @@ fn start(
     programs: &[Vec<libc::sock_filter>],
     placement: &Placement,
     status: &OwnedFd,
+    joined: Option<OwnedFd>,
     stdio: [OwnedFd; 3],
 ) -> Result<i32, Failure> {
+    if joined.is_some() {
+        // Processes of the sandbox see one that joins them, which knows more than they do until it executes its program.
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+            .map_err(|e| Failure::setup("hiding from the sandbox", e))?;
+    }
     // The zygote ends with the daemon; should it be killed, its pid namespace ends too. This is the third string.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| Failure::setup("parent death signal", e))?;
@@ -106,14 +116,43 @@ fn start(
         // Now, so that its root is the group just joined.
         unshare(libc::CLONE_NEWCGROUP).map_err(|e| Failure::setup("cgroup namespace", e))?;
     }
+    if let Some(sandbox) = joined {
+        join(&sandbox, &plan.task).map_err(|e| Failure::setup("joining the sandbox", e))?;
+    }
     rustix::process::umask(Mode::empty());
     match &plan.task {
         Task::Sandbox(sandbox) => {
             let host = Host { nodev: placement.devices_open, cgroups: placement.view.clone() };
-            become_program(sandbox, programs, &host, status, stdio)
+            assemble(sandbox, &host, status)?;
+            become_program(&sandbox.process, plan.attended, programs, status, stdio)
         }
-        Task::Runtime(runtime) => run_runtime(runtime, status, stdio),
+        Task::Process(process) => become_program(process, plan.attended, programs, status, stdio),
+        Task::Runtime(runtime) => {
+            assemble_for_runtime(runtime, status)?;
+            runner::run(&runtime.command, plan.attended, status, stdio)
+        }
+        Task::RuntimeExec(command) => {
+            rustix::process::umask(Mode::from_raw_mode(0o022));
+            runner::run(command, plan.attended, status, stdio)
+        }
     }
+}
+
+/// Enters the namespaces of a sandbox by its first process. The pid namespace is that of this process already.
+fn join(sandbox: &OwnedFd, task: &Task) -> io::Result<()> {
+    use rustix::thread::ThreadNameSpaceType as N;
+    let wanted = match task {
+        // A runtime works beside its container, not in it.
+        Task::RuntimeExec(_) => N::MOUNT,
+        _ => {
+            N::MOUNT
+                | N::CONTROL_GROUP
+                | N::HOST_NAME_AND_NIS_DOMAIN_NAME
+                | N::INTER_PROCESS_COMMUNICATION
+                | N::NETWORK
+        }
+    };
+    Ok(rustix::thread::move_into_thread_name_spaces(sandbox.as_fd(), wanted)?)
 }
 
 fn unshare(flags: libc::c_int) -> io::Result<()> {
@@ -139,21 +178,15 @@ pub(super) fn default_signals() {
     }
 }
 
-fn become_program(
-    plan: &SandboxPlan,
-    programs: &[Vec<libc::sock_filter>],
-    host: &Host,
-    status: &OwnedFd,
-    stdio: [OwnedFd; 3],
-) -> Result<i32, Failure> {
-    let process = &plan.process;
+/// Sets the sandbox up around this process.
+fn assemble(plan: &SandboxPlan, host: &Host, status: &OwnedFd) -> Result<(), Failure> {
     match &plan.network {
         NetworkPlan::Host => {}
         NetworkPlan::New => loopback_up().map_err(|e| Failure::setup("loopback interface", e))?,
         NetworkPlan::Join(path) => join_network(path)
             .map_err(|e| Failure::setup(&format!("network namespace {}", path.display()), e))?,
     }
-    if let Some(score) = process.oom_score_adj {
+    if let Some(score) = plan.process.oom_score_adj {
         fs::write("/proc/self/oom_score_adj", score.to_string())
             .map_err(|e| Failure::setup("oom_score_adj", e))?;
     }
@@ -164,12 +197,25 @@ fn become_program(
         rustix::system::setdomainname(name.as_bytes()).map_err(|e| Failure::setup("domain name", e))?;
     }
     let stubs = mounts::assemble(&Kernel, plan, host)?;
-    report_stubs(status, stubs)?;
+    report_stubs(status, stubs)
+}
 
+fn become_program(
+    process: &ProcessPlan,
+    attended: bool,
+    programs: &[Vec<libc::sock_filter>],
+    status: &OwnedFd,
+    stdio: [OwnedFd; 3],
+) -> Result<i32, Failure> {
+    let stdio = if process.terminal { open_terminal(process.uid, status)? } else { stdio };
     // Now, before any path of the image's is looked up: what only closes with the exec could still be used by the look-up
     // of the program, as /proc/self/fd/N, and lead out of the root.
-    streams_to_stdio(stdio).map_err(|e| Failure::setup("standard streams", e))?;
+    streams_to_stdio(&stdio).map_err(|e| Failure::setup("standard streams", e))?;
+    drop(stdio);
     close_all_but(status).map_err(|e| Failure::setup("closing descriptors", e))?;
+    if attended {
+        wire::send_json(status, &Status::Ready).map_err(|e| Failure::setup("status", e))?;
+    }
     for (resource, soft, hard) in &process.rlimits {
         set_rlimit(*resource, *soft, *hard)
             .map_err(|e| Failure::setup(&format!("resource limit {resource}"), e))?;
@@ -199,8 +245,19 @@ fn become_program(
     Err(Failure::exec(format!("exec {}: {}", program.display(), plain(&error))))
 }
 
+/// The streams of a process with a terminal, whose other end goes to the daemon.
+fn open_terminal(uid: u32, status: &OwnedFd) -> Result<[OwnedFd; 3], Failure> {
+    let open = || {
+        let (controller, process) = terminal::of_sandbox(uid)?;
+        terminal::control(&process)?;
+        wire::send(status, &serde_json::to_vec(&Status::Terminal)?, &[controller.as_fd()])?;
+        terminal::streams(process)
+    };
+    open().map_err(|e: io::Error| Failure::setup("terminal", e))
+}
+
 /// An error without Rust's `(os error n)`.
-fn plain(error: &io::Error) -> String {
+pub(super) fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error").next().unwrap_or(&text).to_lowercase()
 }
@@ -220,11 +277,11 @@ fn report_stubs(status: &OwnedFd, stubs: Vec<PathBuf>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn streams_to_stdio([stdin, stdout, stderr]: [OwnedFd; 3]) -> io::Result<()> {
+pub(super) fn streams_to_stdio([stdin, stdout, stderr]: &[OwnedFd; 3]) -> io::Result<()> {
     // The zygote keeps 0, 1 and 2 occupied, so none of these is one of the targets.
-    rustix::stdio::dup2_stdin(&stdin)?;
-    rustix::stdio::dup2_stdout(&stdout)?;
-    rustix::stdio::dup2_stderr(&stderr)?;
+    rustix::stdio::dup2_stdin(stdin)?;
+    rustix::stdio::dup2_stdout(stdout)?;
+    rustix::stdio::dup2_stderr(stderr)?;
     Ok(())
 }
 
@@ -410,8 +467,8 @@ fn exec(program: &Path, args: &[CString], env: &[CString]) -> io::Error {
     io::Error::last_os_error()
 }
 
-/// Mounts the root where the bundle expects it and runs the runtime over it, as the init of this pid namespace.
-fn run_runtime(plan: &RuntimePlan, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Result<i32, Failure> {
+/// Mounts the root where the bundle expects it.
+fn assemble_for_runtime(plan: &RuntimePlan, status: &OwnedFd) -> Result<(), Failure> {
     let stubs = mounts::assemble_for_runtime(&Kernel, plan)?;
     report_stubs(status, stubs)?;
     // The runtime looks processes up in /proc, which has to be that of this pid namespace.
@@ -424,18 +481,5 @@ fn run_runtime(plan: &RuntimePlan, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Res
         let _ = rustix::mount::unmount("/sys/fs/cgroup/unified", rustix::mount::UnmountFlags::DETACH);
     }
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    streams_to_stdio(stdio).map_err(|e| Failure::setup("standard streams", e))?;
-    let mut command = std::process::Command::new(OsStr::new(&plan.command[0]));
-    command.args(&plan.command[1..]);
-    let mut child =
-        command.spawn().map_err(|e| Failure::exec(format!("exec {}: {}", plan.command[0], plain(&e))))?;
-    // The runtime has its own copies; ours would keep the pipes open after it.
-    for fd in 0..3 {
-        if let Ok(null) = fs::File::options().read(true).write(true).open("/dev/null") {
-            // SAFETY: replaces standard descriptors that nothing in this process uses any more.
-            unsafe { libc::dup2(null.as_raw_fd(), fd) };
-        }
-    }
-    let status = child.wait().map_err(|e| Failure::setup("waiting for the runtime", e))?;
-    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+    Ok(())
 }

@@ -18,10 +18,12 @@ mod mounts;
 mod nofile;
 mod oci;
 mod plan;
+mod runner;
 pub mod seccomp;
 pub mod spec;
 mod sys;
 mod syscalls;
+mod terminal;
 mod wire;
 pub mod zygote;
 
@@ -32,6 +34,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use sys::restore_times;
@@ -53,6 +56,16 @@ pub trait Executor: Send + Sync {
         cancel: CancellationToken,
     ) -> BoxFuture<'_, Result<ExitOutcome, SandboxError>>;
 
+    /// Runs one more process in a sandbox that [`Attendance::started`] told of, to its end.
+    ///
+    /// The sandbox's end is the end of all its processes. The end of this one leaves those that it started, unless
+    /// their own end comes with it.
+    fn exec(
+        &self,
+        request: ProcessRequest,
+        cancel: CancellationToken,
+    ) -> BoxFuture<'_, Result<ExitOutcome, SandboxError>>;
+
     /// Short name for logs and `debug` output: `lean`, `runc`, `crun`.
     fn name(&self) -> &str;
 }
@@ -71,12 +84,51 @@ pub struct SandboxRequest {
     pub layered_mounts: Vec<LayeredMount>,
     /// Files that must not touch a disk.
     pub memory_files: Vec<MemoryFile>,
-    /// Standard input of the process (usually `/dev/null`).
-    pub stdin: OwnedFd,
-    /// Standard output of the process. The daemon's copy is closed when the sandbox has it.
-    pub stdout: OwnedFd,
-    /// Standard error of the process.
-    pub stderr: OwnedFd,
+    /// Standard streams of the process.
+    pub stdio: Stdio,
+    /// Given by callers that take part while it runs.
+    pub attendance: Option<Attendance>,
+}
+
+/// A further process of a running sandbox.
+#[derive(Debug)]
+pub struct ProcessRequest {
+    /// Unique among running sandboxes and processes, as [`SandboxRequest::id`].
+    pub id: String,
+    /// Id of the sandbox.
+    pub sandbox: String,
+    /// Process and seccomp profile; everything else is as the sandbox has it.
+    pub spec: Spec,
+    /// Standard streams of the process.
+    pub stdio: Stdio,
+    /// Given by callers that take part while it runs.
+    pub attendance: Option<Attendance>,
+}
+
+/// Standard streams of a process.
+#[derive(Debug)]
+pub enum Stdio {
+    /// Three descriptors. The daemon's copies are closed when the sandbox has them.
+    Files {
+        /// Input (usually `/dev/null`).
+        stdin: OwnedFd,
+        /// Output.
+        stdout: OwnedFd,
+        /// Errors.
+        stderr: OwnedFd,
+    },
+    /// A new terminal is all three. The spec's process has to say `terminal` as well.
+    Terminal,
+}
+
+/// How a caller takes part in a process while it runs.
+#[derive(Debug)]
+pub struct Attendance {
+    /// Told when the sandbox is set up and other processes may join it, with the other end of the terminal if there is
+    /// one. Dropped if it does not come to that. Whether the program can be executed shows only afterwards.
+    pub started: oneshot::Sender<Option<OwnedFd>>,
+    /// Numbers of signals for the process.
+    pub signals: mpsc::UnboundedReceiver<i32>,
 }
 
 /// Where a directory tree of a sandbox comes from.
@@ -158,6 +210,9 @@ pub enum SandboxError {
     /// The program could not be started.
     #[error("{0}")]
     Exec(String),
+    /// The sandbox that a process was to join is not there any more.
+    #[error("container {0} not found")]
+    Gone(String),
     /// The run was cancelled; all processes are gone.
     #[error("sandbox cancelled")]
     Cancelled,

@@ -155,6 +155,7 @@ pub(super) fn assemble_for_runtime<S: Sys>(sys: &S, plan: &RuntimePlan) -> Resul
     if !covered {
         working_directory(sys, &root, cwd, *uid, *gid)?;
     }
+    sys.unpark().during(|| "parked mounts".into())?;
     Ok(made)
 }
 

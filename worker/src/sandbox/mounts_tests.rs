@@ -2,7 +2,7 @@ use super::*;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-use crate::sandbox::plan::{CapabilityPlan, NetworkPlan, ProcessPlan};
+use crate::sandbox::plan::{CapabilityPlan, NetworkPlan, ProcessPlan, RuntimeCommand};
 
 /// Records the calls as text. Descriptors are short names: what they were made from.
 #[derive(Default)]
@@ -102,6 +102,10 @@ impl Sys for Recorder {
         self.call(format!("park {mount}"))
     }
 
+    fn unpark(&self) -> io::Result<()> {
+        self.call("unpark".into())
+    }
+
     fn make_node(&self, dir: &String, name: &OsStr, device: &DevicePlan) -> io::Result<()> {
         let name = name.to_string_lossy();
         self.call(format!("node {dir}/{name} {}{}:{}", device.kind, device.major, device.minor))
@@ -160,6 +164,7 @@ fn plan(root: RootSource, mounts: Vec<MountPlan>) -> SandboxPlan {
             capabilities: CapabilityPlan::default(),
             no_new_privileges: false,
             oom_score_adj: None,
+            terminal: false,
         },
     }
 }
@@ -355,7 +360,11 @@ fn a_runtime_gets_its_root_and_mount_points_but_no_pivot() {
         ..Recorder::default()
     };
     let runtime = RuntimePlan {
-        command: vec!["runc".into()],
+        command: RuntimeCommand {
+            args: vec!["runc".into()],
+            pid_file: "/bundle/pid".into(),
+            terminal: false,
+        },
         rootfs: "/bundle/rootfs".into(),
         root: layers(),
         layered: vec![("/bundle/m0".into(), RootSource::Dir("/cache".into()), None)],
@@ -384,6 +393,7 @@ fn a_runtime_gets_its_root_and_mount_points_but_no_pivot() {
         "make File /etc/hosts",
         "make Dir /work",
         "chown /work 1:2",
+        "unpark",
     ];
     assert_eq!(*sys.calls.borrow(), wanted);
 }

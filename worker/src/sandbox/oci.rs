@@ -14,10 +14,12 @@ use oci_spec::runtime::{Mount, MountBuilder, Root, Spec};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::lean::{Helper, blocking};
-use super::plan::{self, CgroupPlan, Limits, Plan, RuntimePlan, Task, depth};
+use super::lean::{Errand, Helper, blocking, named};
+use super::plan::{self, CgroupPlan, Limits, Plan, RuntimeCommand, RuntimePlan, Task, depth};
 use super::zygote::Order;
-use super::{Executor, ExitOutcome, SandboxError, SandboxRequest};
+use super::{
+    Attendance, Executor, ExitOutcome, ProcessRequest, SandboxError, SandboxRequest, Stdio, terminal,
+};
 
 /// Parent cgroup of sandboxes whose spec names none.
 const CGROUP_PARENT: &str = "/kiln";
@@ -79,20 +81,34 @@ impl Executor for OciRuntimeExecutor {
                 plan::check(&request)?;
                 let mut bundle = Bundle::new(&settings, &request.id)?;
                 let plan = bundle.plan(&settings, &request)?;
-                let stdio = [request.stdin, request.stdout, request.stderr];
-                Ok((Order::new(&plan, Arc::default(), stdio)?, bundle))
+                Ok((errand(&plan, request.stdio, request.attendance)?, bundle))
             })
             .await?;
-            let result = helper.run(order, cancel).await;
-            blocking(move || {
-                let outcome = result?;
-                // The runtime's own failure has the same exit statuses as a program's.
-                match bundle.failure() {
-                    Some(error) if outcome.code != 0 => Err(error),
-                    _ => Ok(outcome),
-                }
+            bundle.judge(helper.run(order, cancel).await).await
+        }
+        .boxed()
+    }
+
+    fn exec(
+        &self,
+        request: ProcessRequest,
+        cancel: CancellationToken,
+    ) -> BoxFuture<'_, Result<ExitOutcome, SandboxError>> {
+        let (helper, settings) = (Arc::clone(&self.helper), Arc::clone(&self.settings));
+        async move {
+            if cancel.is_cancelled() {
+                return Err(SandboxError::Cancelled);
+            }
+            helper.joinable(&request.sandbox)?;
+            let sandbox = request.sandbox.clone();
+            let (order, bundle) = blocking(move || {
+                plan::check_id(&request.id)?;
+                let bundle = Bundle::new(&settings, &request.id)?;
+                let plan = bundle.process(&settings, &request)?;
+                Ok((errand(&plan, request.stdio, request.attendance)?, bundle))
             })
-            .await
+            .await?;
+            bundle.judge(helper.run(order, cancel).await).await.map_err(|error| named(error, sandbox))
         }
         .boxed()
     }
@@ -102,7 +118,23 @@ impl Executor for OciRuntimeExecutor {
     }
 }
 
-/// The directory of one container; removed with it.
+/// What the helper is told. The runtime takes a terminal for its own, and passes on what comes and goes.
+fn errand(plan: &Plan, stdio: Stdio, attendance: Option<Attendance>) -> Result<Errand, SandboxError> {
+    let (stdio, terminal) = match stdio {
+        Stdio::Files { stdin, stdout, stderr } => ([stdin, stdout, stderr], None),
+        Stdio::Terminal => {
+            let open = || {
+                let (controller, process) = terminal::of_host()?;
+                Ok((terminal::streams(process)?, Some(controller)))
+            };
+            open().map_err(|e: io::Error| SandboxError::io("terminal", e))?
+        }
+    };
+    let joinable = (plan.joins.is_none() && plan.attended).then(|| plan.id.clone());
+    Ok(Errand { order: Order::new(plan, Arc::default(), stdio)?, joinable, attendance, terminal })
+}
+
+/// The directory of one container, or of a further process of one; removed with it.
 #[derive(Debug)]
 struct Bundle {
     dir: PathBuf,
@@ -135,6 +167,59 @@ impl Bundle {
 
     fn log(&self) -> PathBuf {
         self.dir.join("log.json")
+    }
+
+    /// A subcommand of the runtime that starts a process.
+    fn command(&self, settings: &Settings, subcommand: &[&str], terminal: bool) -> RuntimeCommand {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let pid_file = self.dir.join("pid");
+        let mut args = vec![
+            text(&settings.binary),
+            "--root".into(),
+            text(&settings.state.join("runtime")),
+            "--log".into(),
+            text(&self.log()),
+            "--log-format".into(),
+            "json".into(),
+        ];
+        args.extend(subcommand[..1].iter().map(|arg| (*arg).to_owned()));
+        args.extend(["--pid-file".into(), text(&pid_file)]);
+        args.extend(subcommand[1..].iter().map(|arg| (*arg).to_owned()));
+        RuntimeCommand { args, pid_file, terminal }
+    }
+
+    /// Writes down a further process and says what the zygote has to do for it.
+    fn process(&self, settings: &Settings, request: &ProcessRequest) -> Result<Plan, SandboxError> {
+        let Some(process) = request.spec.process() else {
+            return Err(SandboxError::Invalid("no process in the spec".into()));
+        };
+        let file = self.dir.join("process.json");
+        let invalid = |e: String| SandboxError::Invalid(format!("{}: {e}", file.display()));
+        let json = serde_json::to_vec(process).map_err(|e| invalid(e.to_string()))?;
+        fs::write(&file, json).map_err(|e| SandboxError::io(file.display().to_string(), e))?;
+        let path = file.to_string_lossy();
+        let subcommand = ["exec", "--process", path.as_ref(), request.sandbox.as_str()];
+        let command = self.command(settings, &subcommand, process.terminal().unwrap_or(false));
+        Ok(Plan {
+            id: request.id.clone(),
+            namespaces: 0,
+            cgroup: CgroupPlan::default(),
+            joins: Some(request.sandbox.clone()),
+            attended: request.attendance.is_some(),
+            task: Task::RuntimeExec(command),
+        })
+    }
+
+    /// What became of the runtime's run. Its own failure has the same exit statuses as a program's.
+    async fn judge(self, result: Result<ExitOutcome, SandboxError>) -> Result<ExitOutcome, SandboxError> {
+        blocking(move || {
+            let outcome = result?;
+            match self.failure() {
+                Some(error) if outcome.code != 0 => Err(error),
+                _ => Ok(outcome),
+            }
+        })
+        .await
     }
 
     /// Writes the bundle and says what the zygote has to do for it.
@@ -180,20 +265,9 @@ impl Bundle {
         let Some(process) = spec.process() else {
             return Err(SandboxError::Invalid("no process in the spec".into()));
         };
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let command = vec![
-            text(&settings.binary),
-            "--root".into(),
-            text(&settings.state.join("runtime")),
-            "--log".into(),
-            text(&self.log()),
-            "--log-format".into(),
-            "json".into(),
-            "run".into(),
-            "--bundle".into(),
-            text(&self.dir),
-            request.id.clone(),
-        ];
+        let bundle = self.dir.to_string_lossy();
+        let subcommand = ["run", "--bundle", bundle.as_ref(), request.id.as_str()];
+        let command = self.command(settings, &subcommand, process.terminal().unwrap_or(false));
         let crun = settings.binary.file_name().is_some_and(|n| n.to_string_lossy().contains("crun"));
         Ok(Plan {
             id: request.id.clone(),
@@ -205,6 +279,8 @@ impl Bundle {
                 by_runtime: true,
                 limits: Limits::default(),
             },
+            joins: None,
+            attended: request.attendance.is_some(),
             task: Task::Runtime(Box::new(RuntimePlan {
                 command,
                 rootfs,

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 use rustix::mount::MountAttrFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{MemoryFile, RootSource, SandboxError, SandboxRequest};
+use super::{MemoryFile, ProcessRequest, RootSource, SandboxError, SandboxRequest};
 
 /// What the zygote does for one start request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -20,6 +20,10 @@ pub(super) struct Plan {
     /// Namespaces of the new process, as clone flags.
     pub(super) namespaces: u64,
     pub(super) cgroup: CgroupPlan,
+    /// The running sandbox whose namespaces and cgroups the process joins; it has none of its own then.
+    pub(super) joins: Option<String>,
+    /// Somebody waits to hear that the process starts.
+    pub(super) attended: bool,
     pub(super) task: Task,
 }
 
@@ -30,6 +34,10 @@ pub(super) enum Task {
     Sandbox(Box<SandboxPlan>),
     /// An OCI runtime with the root mounted for it.
     Runtime(Box<RuntimePlan>),
+    /// One more process of a sandbox.
+    Process(Box<ProcessPlan>),
+    /// An OCI runtime that starts one more process of a container.
+    RuntimeExec(RuntimeCommand),
 }
 
 /// Where the processes are accounted and what limits them.
@@ -135,6 +143,8 @@ pub(super) struct ProcessPlan {
     pub(super) capabilities: CapabilityPlan,
     pub(super) no_new_privileges: bool,
     pub(super) oom_score_adj: Option<i32>,
+    /// Its standard streams are a new terminal of the sandbox.
+    pub(super) terminal: bool,
 }
 
 /// Capability sets as bit masks; bit n is capability n.
@@ -147,11 +157,21 @@ pub(super) struct CapabilityPlan {
     pub(super) ambient: u64,
 }
 
+/// A runtime to start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct RuntimeCommand {
+    /// Program and arguments.
+    pub(super) args: Vec<String>,
+    /// Where it writes the id of the process that it started.
+    pub(super) pid_file: PathBuf,
+    /// Its standard streams are a terminal.
+    pub(super) terminal: bool,
+}
+
 /// A root prepared for an OCI runtime, which the daemon has given a bundle.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct RuntimePlan {
-    /// Program and arguments.
-    pub(super) command: Vec<String>,
+    pub(super) command: RuntimeCommand,
     /// Where the root is mounted (in a private mount namespace).
     pub(super) rootfs: PathBuf,
     pub(super) root: RootSource,
@@ -178,11 +198,7 @@ fn invalid<T>(what: impl Into<String>) -> Result<T, SandboxError> {
 
 /// Checks what both executors require of a request.
 pub(super) fn check(request: &SandboxRequest) -> Result<(), SandboxError> {
-    let id = &request.id;
-    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    if id.is_empty() || id.len() > 128 || !id.chars().all(fine) || id.starts_with('.') {
-        return invalid(format!("sandbox id {id:?}"));
-    }
+    check_id(&request.id)?;
     let sources = std::iter::once(&request.rootfs).chain(request.layered_mounts.iter().map(|m| &m.source));
     for source in sources {
         if let RootSource::Overlay { lowers, upper, work } = source {
@@ -199,6 +215,15 @@ pub(super) fn check(request: &SandboxRequest) -> Result<(), SandboxError> {
         if !dest.is_absolute() || depth(dest) == 0 {
             return invalid(format!("mount point {dest:?}"));
         }
+    }
+    Ok(())
+}
+
+/// Ids become names of files and cgroups.
+pub(super) fn check_id(id: &str) -> Result<(), SandboxError> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    if id.is_empty() || id.len() > 128 || !id.chars().all(fine) || id.starts_with('.') {
+        return invalid(format!("sandbox id {id:?}"));
     }
     Ok(())
 }
@@ -260,7 +285,23 @@ pub(super) fn sandbox(request: &SandboxRequest) -> Result<Plan, SandboxError> {
             by_runtime: false,
             limits,
         },
+        joins: None,
+        attended: request.attendance.is_some(),
         task: Task::Sandbox(Box::new(plan)),
+    })
+}
+
+/// Turns a further process of a sandbox into a plan for the lean executor.
+pub(super) fn process(request: &ProcessRequest) -> Result<Plan, SandboxError> {
+    check_id(&request.id)?;
+    let Some(process) = request.spec.process() else { return invalid("no process in the spec") };
+    Ok(Plan {
+        id: request.id.clone(),
+        namespaces: 0,
+        cgroup: CgroupPlan::default(),
+        joins: Some(request.sandbox.clone()),
+        attended: request.attendance.is_some(),
+        task: Task::Process(Box::new(process_plan(process)?)),
     })
 }
 
@@ -454,7 +495,6 @@ fn process_plan(process: &Process) -> Result<ProcessPlan, SandboxError> {
         return invalid("no program to run");
     }
     for (present, what) in [
-        (process.terminal().unwrap_or(false), "a terminal"),
         (process.apparmor_profile().as_ref().is_some_and(|p| !p.is_empty()), "AppArmor profile"),
         (process.selinux_label().as_ref().is_some_and(|l| !l.is_empty()), "SELinux label"),
         (process.scheduler().is_some(), "scheduler settings"),
@@ -499,6 +539,7 @@ fn process_plan(process: &Process) -> Result<ProcessPlan, SandboxError> {
         capabilities,
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         oom_score_adj: process.oom_score_adj(),
+        terminal: process.terminal().unwrap_or(false),
     })
 }
 

@@ -20,9 +20,8 @@ fn request(change: impl FnOnce(&mut Spec)) -> SandboxRequest {
             selector: None,
             readonly: true,
         }],
-        stdin: null(),
-        stdout: null(),
-        stderr: null(),
+        stdio: crate::sandbox::Stdio::Files { stdin: null(), stdout: null(), stderr: null() },
+        attendance: None,
     }
 }
 

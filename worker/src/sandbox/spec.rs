@@ -110,6 +110,8 @@ pub struct SpecParams {
     pub gid: u32,
     /// Supplementary groups.
     pub groups: Vec<u32>,
+    /// The process has a terminal.
+    pub terminal: bool,
     /// Host name; empty is [`DEFAULT_HOSTNAME`].
     pub hostname: String,
     /// Network.
@@ -215,7 +217,7 @@ fn process(params: &SpecParams, cwd: &str) -> Result<Process, SandboxError> {
     let user =
         UserBuilder::default().uid(params.uid).gid(params.gid).additional_gids(params.groups.clone()).build();
     let mut process = oci(ProcessBuilder::default()
-        .terminal(false)
+        .terminal(params.terminal)
         .user(oci(user)?)
         .args(params.args.clone())
         .env(env)

@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Timespec, Timestamps, Uid,
+};
 use rustix::io::Errno;
 use rustix::mount::{FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 
@@ -59,6 +61,8 @@ pub(super) trait Sys {
     fn attach(&self, mount: &Self::Fd, target: &Self::Fd) -> io::Result<()>;
     /// Attaches a mount on top of the old root, where no path leads to it: it belongs to this namespace then.
     fn park(&self, mount: &Self::Fd) -> io::Result<()>;
+    /// Takes everything away that is parked. A root that is to stay would be hidden from whoever enters the namespace.
+    fn unpark(&self) -> io::Result<()>;
     /// Makes a device node or pipe.
     fn make_node(&self, dir: &Self::Fd, name: &OsStr, device: &DevicePlan) -> io::Result<()>;
     /// Makes a symbolic link.
@@ -229,6 +233,17 @@ impl Sys for Kernel {
 
     fn park(&self, mount: &OwnedFd) -> io::Result<()> {
         Ok(rustix::mount::move_mount(mount, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+    }
+
+    fn unpark(&self) -> io::Result<()> {
+        let mount = |path| {
+            rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).map(|found| found.stx_mnt_id)
+        };
+        // The way up from the root leads to the topmost mount there.
+        while mount("/..")? != mount("/")? {
+            rustix::mount::unmount("/..", UnmountFlags::DETACH)?;
+        }
+        Ok(())
     }
 
     fn make_node(&self, dir: &OwnedFd, name: &OsStr, device: &DevicePlan) -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! Messages between daemon and zygote: packets on seqpacket sockets, descriptors beside them.
 //!
 //! A start request carries its plan in a memory file, because arguments and environment may be larger than any
-//! packet; answers about one sandbox come on a socket of its own.
+//! packet; answers about one process come on a socket of its own, and what is asked of it while it runs goes there.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -29,10 +29,21 @@ pub(super) enum Status {
     Started,
     /// Mount points that had to be made, some of them; sent before the program starts.
     Stubs(Vec<PathBuf>),
+    /// The process has a terminal, whose controlling end comes along.
+    Terminal,
+    /// The sandbox is set up; told to those who attend, before the program starts.
+    Ready,
     /// The program was not started.
     Failed { kind: FailureKind, message: String },
     /// All processes are gone.
     Exited { code: u32, oom_killed: bool },
+}
+
+/// What the daemon asks of a running process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Ask {
+    /// Send it a signal.
+    Signal(i32),
 }
 
 /// Which kind of error a failed start is.
@@ -41,6 +52,7 @@ pub(super) enum FailureKind {
     Setup,
     Exec,
     Unsupported,
+    Gone,
 }
 
 /// What the zygote says once, when it is ready.

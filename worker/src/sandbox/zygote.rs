@@ -4,6 +4,8 @@
 //! had a second thread has no such limit, and being small it forks fast. It is the init of a pid namespace, so that
 //! the kernel ends every sandbox with it, and it ends when the daemon's socket closes.
 //!
+//! A further process of a sandbox starts in its pid namespace too, and enters the others itself.
+//!
 //! Protocol: [`wire`]. It takes orders only from the daemon that started it.
 
 use std::ffi::OsStr;
@@ -17,14 +19,16 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::mount::MountAttrFlags;
-use rustix::process::{Signal, WaitId, WaitIdOptions};
+use rustix::process::{PidfdFlags, WaitId, WaitIdOptions};
+use rustix::thread::ThreadNameSpaceType;
 
 use super::SandboxError;
 use super::cgroup::{Cgroups, Placement};
 use super::init::{self, Streams};
 use super::nofile;
-use super::plan::{Limits, Plan};
-use super::wire::{self, FailureKind, Hello, START_FDS, Status};
+use super::plan::{Limits, Plan, Task};
+use super::runner;
+use super::wire::{self, Ask, FailureKind, Hello, START_FDS, Status};
 use crate::mount;
 
 /// Name the binary is started under to become the zygote.
@@ -118,19 +122,36 @@ fn clone(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> 
     }
 }
 
-/// One sandbox that runs.
+/// One sandbox that runs, or a further process of one.
 struct Running {
+    id: String,
+    /// Of the sandbox's first process, or of this further one.
     pidfd: OwnedFd,
     status: OwnedFd,
     placement: Placement,
     killed: bool,
+    /// It is a further process.
+    joined: bool,
+    /// The process is a runtime that started the one meant.
+    by_runtime: bool,
 }
 
 impl Running {
     fn kill(&mut self) {
         self.killed = true;
-        // Gone already is fine.
-        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Sends the process a signal. Gone already is fine.
+    fn signal(&self, signal: i32) {
+        let signal = match signal {
+            // With the runner of a sandbox all that it runs ends; that of a further process would leave it behind.
+            libc::SIGKILL if self.joined && self.by_runtime => runner::END,
+            signal => signal,
+        };
+        let nothing = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: a plain system call; the kernel refuses what is no signal.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), signal, nothing, 0) };
     }
 }
 
@@ -141,15 +162,24 @@ struct Server {
     ended: bool,
     running: Vec<Running>,
     cgroups: Cgroups,
+    /// This process, by which it finds back into its own pid namespace.
+    own: OwnedFd,
 }
 
 fn serve(control: OwnedFd, daemon: u32) -> ! {
     let _ = rustix::thread::set_name(c"kiln-zygote");
     init::default_signals();
     let cgroups = Cgroups::open(daemon);
+    let own = match rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) {
+        Ok(own) => own,
+        Err(error) => {
+            let _ = wire::send_json(&control, &Hello::Failed(format!("opening itself: {error}")));
+            std::process::exit(1)
+        }
+    };
     // A daemon that is gone already leaves no orders, and ends the loop below at once.
     let _ = wire::send_json(&control, &Hello::Ready);
-    let mut server = Server { control: Some(control), ended: false, running: Vec::new(), cgroups };
+    let mut server = Server { control: Some(control), ended: false, running: Vec::new(), cgroups, own };
     server.run();
     server.cgroups.close();
     std::process::exit(0)
@@ -165,7 +195,7 @@ impl Server {
             for event in sandboxes {
                 match event {
                     (at, Event::Ended) => self.finish(at),
-                    (at, Event::Abandoned) => self.running[at].kill(),
+                    (at, Event::Spoken) => self.hear(at),
                 }
             }
             if control {
@@ -191,12 +221,24 @@ impl Server {
         let mut events: Vec<_> = (0..count).filter(|at| ready(*at)).map(|at| (at, Event::Ended)).collect();
         for (place, at) in followed.into_iter().enumerate() {
             if ready(count + place) && !ready(at) {
-                events.push((at, Event::Abandoned));
+                events.push((at, Event::Spoken));
             }
         }
         // Removing from the end keeps the other places valid.
         events.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
         Ok((control.is_some() && ready(fds.len() - 1), events))
+    }
+
+    fn hear(&mut self, at: usize) {
+        let process = &mut self.running[at];
+        match wire::receive(&process.status) {
+            Ok(Some((bytes, _))) => {
+                if let Ok(Ask::Signal(signal)) = wire::parse(&bytes) {
+                    process.signal(signal);
+                }
+            }
+            Ok(None) | Err(_) => process.kill(),
+        }
     }
 
     fn finish(&mut self, at: usize) {
@@ -231,18 +273,67 @@ impl Server {
     fn start(&mut self, fds: Vec<OwnedFd>) {
         let Ok([plan, status, stdin, stdout, stderr]) = <[OwnedFd; START_FDS]>::try_from(fds) else { return };
         let _ = wire::send_json(&status, &Status::Started);
-        if let Err(message) = self.try_start(&plan, &status, [stdin, stdout, stderr]) {
-            let _ = wire::send_json(&status, &Status::Failed { kind: FailureKind::Setup, message });
+        if let Err((kind, message)) = self.try_start(&plan, &status, [stdin, stdout, stderr]) {
+            let _ = wire::send_json(&status, &Status::Failed { kind, message });
             let _ = wire::send_json(&status, &Status::Exited { code: 255, oom_killed: false });
         }
     }
 
-    fn try_start(&mut self, file: &OwnedFd, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Result<(), String> {
-        let (json, programs) = wire::read_plan_file(file).map_err(|e| format!("reading the plan: {e}"))?;
-        let plan: Plan = wire::parse(&json).map_err(|e| format!("reading the plan: {e}"))?;
-        let programs = unpack(&programs).ok_or("malformed seccomp programs")?;
-        let mut placement = self.cgroups.place(&plan.id, &plan.cgroup).map_err(|e| e.to_string())?;
-        let ours = status.try_clone().map_err(|e| e.to_string())?;
+    fn try_start(&mut self, file: &OwnedFd, status: &OwnedFd, stdio: [OwnedFd; 3]) -> Result<(), Refusal> {
+        let (json, programs) =
+            wire::read_plan_file(file).map_err(|e| setup(format!("reading the plan: {e}")))?;
+        let plan: Plan = wire::parse(&json).map_err(|e| setup(format!("reading the plan: {e}")))?;
+        let programs = unpack(&programs).ok_or_else(|| setup("malformed seccomp programs"))?;
+        let ours = status.try_clone().map_err(setup)?;
+        let streams =
+            |joined| -> io::Result<Streams> { Ok(Streams { status: status.try_clone()?, joined, stdio }) };
+        let (cloned, placement) = match &plan.joins {
+            Some(sandbox) => {
+                let sandbox = self.running.iter().find(|other| other.id == *sandbox && !other.joined);
+                let sandbox = sandbox.ok_or_else(|| (FailureKind::Gone, String::new()))?;
+                let (cloned, first) = self.clone_into(sandbox)?;
+                if let Cloned::Child = cloned {
+                    let placement = sandbox.placement.for_another();
+                    self.forget();
+                    let Ok(streams) = streams(Some(first)) else { std::process::exit(255) };
+                    init::run(&plan, &programs, &placement, streams)
+                }
+                (cloned, Placement::default())
+            }
+            None => {
+                let (cloned, mut placement) = self.clone_sandbox(&plan)?;
+                if let Cloned::Child = cloned {
+                    self.forget();
+                    placement.into = None;
+                    let Ok(streams) = streams(None) else { std::process::exit(255) };
+                    init::run(&plan, &programs, &placement, streams)
+                }
+                (cloned, placement)
+            }
+        };
+        if let Cloned::Parent(pidfd) = cloned {
+            self.running.push(Running {
+                id: plan.id,
+                pidfd,
+                status: ours,
+                placement,
+                killed: false,
+                joined: plan.joins.is_some(),
+                by_runtime: matches!(plan.task, Task::Runtime(_) | Task::RuntimeExec(_)),
+            });
+        }
+        Ok(())
+    }
+
+    /// In a child: held copies would keep other sandboxes' sockets, and the daemon's, from closing.
+    fn forget(&mut self) {
+        self.control = None;
+        self.running.clear();
+    }
+
+    /// Clones the first process of a sandbox into its place.
+    fn clone_sandbox(&mut self, plan: &Plan) -> Result<(Cloned, Placement), Refusal> {
+        let mut placement = self.cgroups.place(&plan.id, &plan.cgroup).map_err(setup)?;
         let mut cloned = clone(plan.namespaces, placement.into.as_ref().map(AsFd::as_fd));
         let optional = plan.cgroup.path.is_none() && plan.cgroup.limits == Limits::default();
         if cloned.is_err() && placement.into.is_some() && optional {
@@ -252,30 +343,50 @@ impl Server {
             cloned = clone(plan.namespaces, None);
         }
         match cloned {
-            Ok(Cloned::Child) => {
-                // Held copies would keep other sandboxes' sockets, and the daemon's, from closing.
-                self.control = None;
-                self.running.clear();
-                placement.into = None;
-                let Ok(status) = status.try_clone() else { std::process::exit(255) };
-                init::run(&plan, &programs, &placement, Streams { status, stdio })
-            }
-            Ok(Cloned::Parent(pidfd)) => {
-                placement.into = None;
-                self.running.push(Running { pidfd, status: ours, placement, killed: false });
-                Ok(())
-            }
+            Ok(cloned) => Ok((cloned, placement)),
             Err(error) => {
                 self.cgroups.release(placement);
-                Err(format!("starting a process: {error}"))
+                Err(setup(format!("starting a process: {error}")))
             }
+        }
+    }
+
+    /// Clones a process into the pid namespace and the version 2 group of a sandbox; beside it the sandbox's first
+    /// process.
+    fn clone_into(&self, sandbox: &Running) -> Result<(Cloned, OwnedFd), Refusal> {
+        let enter = |process: &OwnedFd| {
+            rustix::thread::move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::PROCESS_ID)
+        };
+        let gone = || (FailureKind::Gone, String::new());
+        let first = sandbox.pidfd.try_clone().map_err(setup)?;
+        // This says where children go, not where this process is.
+        enter(&first).map_err(|_| gone())?;
+        let cloned = clone(0, sandbox.placement.into.as_ref().map(AsFd::as_fd));
+        if !matches!(cloned, Ok(Cloned::Child)) && enter(&self.own).is_err() {
+            // Every other sandbox would start in this one.
+            std::process::abort();
+        }
+        match cloned {
+            Ok(cloned) => Ok((cloned, first)),
+            // So the kernel says that the first process of the namespace has ended.
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => Err(gone()),
+            Err(error) => Err(setup(format!("starting a process: {error}"))),
         }
     }
 }
 
+/// Why a process was not started.
+type Refusal = (FailureKind, String);
+
+fn setup(cause: impl std::fmt::Display) -> Refusal {
+    (FailureKind::Setup, cause.to_string())
+}
+
 enum Event {
+    /// The process ended.
     Ended,
-    Abandoned,
+    /// Its follower says something, or left.
+    Spoken,
 }
 
 fn timespec(duration: Duration) -> Timespec {

@@ -3,6 +3,7 @@
 //! Has its own `main`, because executors start this binary again as their helper. Needs root and
 //! `busybox` (static); runs on Kiln's own executor and on each of `runc` and `crun` that is installed, and again on
 //! Kiln's own in mount namespaces that show only version 2 cgroups, and none.
+mod attended;
 mod confinement;
 mod ends;
 mod roots;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use kiln_worker::sandbox::{ExecutorChoice, open, raise_open_files, zygote};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::attended::{further_processes, signals, terminals};
 use crate::confinement::{
     confinement, descriptors_lead_nowhere, devices, exit_status, insecure, memory_limit, no_network,
     open_files, own_namespaces, process, readonly_root, resource_limits, system_calls,
@@ -146,4 +148,7 @@ const TESTS: &[(&str, Test)] = &[
     ("death_of_the_daemon", death_of_the_daemon),
     ("death_of_the_helper", death_of_the_helper),
     ("large_environment", large_environment),
+    ("signals", signals),
+    ("further_processes", further_processes),
+    ("terminals", terminals),
 ];

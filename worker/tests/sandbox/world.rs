@@ -6,14 +6,15 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{self, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kiln_worker::sandbox::spec::{SpecParams, build};
 use kiln_worker::sandbox::{
-    Executor, ExecutorChoice, ExitOutcome, LayeredMount, MemoryFile, RootSource, SandboxError, SandboxRequest,
+    Executor, ExecutorChoice, ExitOutcome, LayeredMount, MemoryFile, RootSource, SandboxError,
+    SandboxRequest, Stdio,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +32,7 @@ pub(crate) struct World {
 pub(crate) fn choices() -> Vec<ExecutorChoice> {
     let mut list = vec![ExecutorChoice::Lean];
     for name in ["runc", "crun"] {
-        let found = Command::new(name).arg("--version").stdout(Stdio::null()).status();
+        let found = Command::new(name).arg("--version").stdout(process::Stdio::null()).status();
         if found.is_ok_and(|s| s.success()) {
             list.push(ExecutorChoice::Runtime(name.into()));
         } else {
@@ -148,9 +149,8 @@ impl Step {
             rootfs: self.rootfs,
             layered_mounts: self.mounts,
             memory_files: self.files,
-            stdin: null(),
-            stdout,
-            stderr,
+            stdio: Stdio::Files { stdin: null(), stdout, stderr },
+            attendance: None,
         }
     }
 

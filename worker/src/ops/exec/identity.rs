@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use crate::layer::fsutil::is_whiteout;
 use crate::ops::file::root::Root;
 use crate::ops::users::{self, ProcessUser};
+use crate::view::View;
 use crate::worker::Layers;
 
 const PASSWD: &str = "etc/passwd";
@@ -36,12 +37,17 @@ pub(crate) fn resolve(layers: &Layers, root: &Ref, user: &str) -> Result<Process
         Some(found) => found,
         None => {
             let view = layers.view(root).map_err(|err| err.to_string())?;
-            let read = |path: &str| users::read(Root(view.fd()), path).map_err(|err| err.to_string());
-            (read(PASSWD)?, read(GROUP)?)
+            return resolve_in(&view, user);
         }
     };
     // An image may have no user files at all; root needs none.
     users::process_user(&passwd, &group, user)
+}
+
+/// Resolves a user in a root that is mounted. Blocking.
+pub(super) fn resolve_in(view: &View, user: &str) -> Result<ProcessUser, String> {
+    let read = |path: &str| users::read(Root(view.fd()), path).map_err(|err| err.to_string());
+    users::process_user(&read(PASSWD)?, &read(GROUP)?, user)
 }
 
 enum Peek {

@@ -4,12 +4,14 @@
 //! is the executor's business.
 
 mod cache_mounts;
+pub(super) mod container;
 pub(super) mod forwards;
 mod identity;
 mod key;
 mod mounts;
 mod network_files;
 mod output;
+pub(super) mod process;
 mod run;
 mod stubs;
 
@@ -77,14 +79,7 @@ impl ExecOp {
         for mount in &op.mounts {
             super::operand(mount.input, inputs)?;
         }
-        if op.network() == pb::NetMode::Host && !context.entitlements.network_host {
-            return Err(OpError::new("network.host is not allowed"));
-        }
-        let security = pb::SecurityMode::try_from(op.security)
-            .map_err(|_| OpError::new(format!("invalid security mode {}", op.security)))?;
-        if security == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
-            return Err(OpError::new("security.insecure is not allowed"));
-        }
+        check_grants(context, &op)?;
         if let Some(device) = op.cdi_devices.iter().find(|device| !device.optional) {
             return Err(OpError::new(format!("unsupported: CDI device {}", device.name)));
         }
@@ -103,6 +98,17 @@ impl ExecOp {
         };
         Ok(Self { worker, key, step: Arc::new(step), emptied })
     }
+}
+
+/// Refuses what the build was not granted.
+fn check_grants(context: &BuildContext, op: &pb::ExecOp) -> Result<(), OpError> {
+    if op.network() == pb::NetMode::Host && !context.entitlements.network_host {
+        return Err(OpError::new("network.host is not allowed"));
+    }
+    if op.security() == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
+        return Err(OpError::new("security.insecure is not allowed"));
+    }
+    Ok(())
 }
 
 impl Op<Ref> for ExecOp {

@@ -173,6 +173,15 @@ impl Prepared {
         self.outputs.push(if mount.output == -1 { Output::None } else { Output::Unchanged(input) });
     }
 
+    /// What is mounted at a place, and which part of it.
+    pub(super) fn source(&self, dest: &Path) -> Option<(RootSource, Option<PathBuf>)> {
+        if dest == Path::new("/") {
+            return Some((self.rootfs.clone(), None));
+        }
+        let mount = self.layered.iter().find(|mount| mount.dest == dest)?;
+        Some((mount.source.clone(), mount.selector.clone()))
+    }
+
     /// Commits what was written; the results in the order of the operation's outputs. Blocking.
     pub(super) fn commit(self, layers: &Layers, description: &str) -> Result<Vec<Ref>, OpError> {
         drop(self.discarded);

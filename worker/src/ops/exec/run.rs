@@ -16,7 +16,7 @@ use super::{Emptied, Step, cache_mounts, identity, network_files, output, stubs}
 use crate::ops::run_dir::StepDir;
 use crate::ops::users::ProcessUser;
 use crate::sandbox::spec::{self, Bind, NetworkMode, Resources, SecurityMode, SpecParams, Ulimit};
-use crate::sandbox::{ExitOutcome, MemoryFile, SandboxError, SandboxRequest};
+use crate::sandbox::{ExitOutcome, MemoryFile, SandboxError, SandboxRequest, Stdio};
 use crate::worker::Worker;
 
 pub(super) struct Run {
@@ -29,10 +29,10 @@ pub(super) struct Run {
 }
 
 /// What is opened for a step and goes when it has ended.
-struct Opened {
+pub(super) struct Opened {
     files: StepDir,
     binds: Vec<Bind>,
-    secrets: Vec<MemoryFile>,
+    pub(super) secrets: Vec<MemoryFile>,
     env: Vec<String>,
     _agents: Agents,
 }
@@ -62,14 +62,14 @@ impl Run {
         .await?
     }
 
-    fn root(&self, inputs: &[Ref]) -> Ref {
+    pub(super) fn root(&self, inputs: &[Ref]) -> Ref {
         let root = self.step.op.mounts.iter().find(|mount| mounts::is_root(mount));
         root.and_then(|mount| usize::try_from(mount.input).ok())
             .and_then(|index| inputs.get(index).cloned().flatten())
     }
 
     /// Fetches secrets, opens agents' sockets, writes the files that name hosts.
-    async fn open(&self) -> Result<Opened, OpError> {
+    pub(super) async fn open(&self) -> Result<Opened, OpError> {
         let failed = |err: std::io::Error| OpError::new(format!("preparing the step's files: {err}"));
         let step = &self.step;
         let mut opened = Opened {
@@ -110,12 +110,19 @@ impl Run {
                 pb::MountType::Bind | pb::MountType::Cache | pb::MountType::Tmpfs => {}
             }
         }
-        for variable in &step.op.secretenv {
-            let value =
-                forwards::secret(&step.sessions, &variable.id, variable.optional).await?.unwrap_or_default();
-            opened.env.push(format!("{}={}", variable.name, String::from_utf8_lossy(&value)));
-        }
+        opened.env = self.secret_env().await?;
         Ok(opened)
+    }
+
+    /// Fetches the variables whose values are secrets.
+    pub(super) async fn secret_env(&self) -> Result<Vec<String>, OpError> {
+        let mut env = Vec::new();
+        for variable in &self.step.op.secretenv {
+            let value = forwards::secret(&self.step.sessions, &variable.id, variable.optional).await?;
+            let value = value.unwrap_or_default();
+            env.push(format!("{}={}", variable.name, String::from_utf8_lossy(&value)));
+        }
+        Ok(env)
     }
 
     fn hostname(&self) -> String {
@@ -125,11 +132,31 @@ impl Run {
         }
     }
 
-    fn params(&self, id: &str, prepared: &Prepared, opened: &Opened, user: &ProcessUser) -> SpecParams {
+    /// The process and what it is mounted.
+    pub(super) fn params(
+        &self,
+        id: &str,
+        prepared: &Prepared,
+        opened: &Opened,
+        user: &ProcessUser,
+    ) -> SpecParams {
+        let (step, meta) = (&self.step, &self.step.meta);
+        SpecParams {
+            readonly_root: prepared.readonly_root,
+            binds: opened.binds.clone(),
+            tmpfs: prepared.tmpfs.clone(),
+            cgroup_parent: Some(meta.cgroup_parent.clone()).filter(|parent| !parent.is_empty()),
+            resources: step.resources.as_ref().map(resources),
+            ..self.process(id, &opened.env, user)
+        }
+    }
+
+    /// The process alone.
+    pub(super) fn process(&self, id: &str, secrets: &[String], user: &ProcessUser) -> SpecParams {
         let (step, meta) = (&self.step, &self.step.meta);
         let mut env = meta.env.clone();
         env.extend(meta.proxy_env.iter().flat_map(proxy_env));
-        env.extend(opened.env.iter().cloned());
+        env.extend(secrets.iter().cloned());
         if !env.iter().any(|variable| variable.starts_with("HOME=")) {
             env.push(format!("HOME={}", user.home));
         }
@@ -147,21 +174,13 @@ impl Run {
                 pb::NetMode::Host => NetworkMode::Host,
                 pb::NetMode::None => NetworkMode::None,
             },
-            security: match step.op.security() {
-                pb::SecurityMode::Sandbox => SecurityMode::Sandbox,
-                pb::SecurityMode::Insecure => SecurityMode::Insecure,
-            },
+            security: security(step.op.security()),
             ulimits: meta
                 .ulimit
                 .iter()
                 .map(|limit| Ulimit { name: limit.name.clone(), soft: limit.soft, hard: limit.hard })
                 .collect(),
-            readonly_root: prepared.readonly_root,
-            binds: opened.binds.clone(),
-            tmpfs: prepared.tmpfs.clone(),
-            shm_size: None,
-            cgroup_parent: Some(meta.cgroup_parent.clone()).filter(|parent| !parent.is_empty()),
-            resources: step.resources.as_ref().map(resources),
+            ..SpecParams::default()
         }
     }
 
@@ -183,9 +202,8 @@ impl Run {
             rootfs: prepared.rootfs.clone(),
             layered_mounts: prepared.layered.clone(),
             memory_files: opened.secrets.clone(),
-            stdin,
-            stdout: stdout_writer,
-            stderr: stderr_writer,
+            stdio: Stdio::Files { stdin, stdout: stdout_writer, stderr: stderr_writer },
+            attendance: None,
         };
         let worker = self.worker.clone();
         let executor = blocking(move || worker.executor()).await?.map_err(|err| self.failed(&err))?;
@@ -200,7 +218,7 @@ impl Run {
     fn failed(&self, err: &SandboxError) -> OpError {
         match err {
             SandboxError::Cancelled => OpError::new("context canceled"),
-            err => OpError::new(format!("failed to run {:?}: {err}", self.step.command())),
+            err => failed_run(&self.step, err),
         }
     }
 }
@@ -218,6 +236,18 @@ impl Step {
         let command = self.command();
         let text = format!("process \"{command}\" did not complete successfully: exit code: {code}{memory}");
         Err(OpError { exit_code: Some(code), ..OpError::new(text) })
+    }
+}
+
+/// A process that did not run.
+pub(super) fn failed_run(step: &Step, err: &SandboxError) -> OpError {
+    OpError::new(format!("failed to run {:?}: {err}", step.command()))
+}
+
+pub(super) fn security(mode: pb::SecurityMode) -> SecurityMode {
+    match mode {
+        pb::SecurityMode::Sandbox => SecurityMode::Sandbox,
+        pb::SecurityMode::Insecure => SecurityMode::Insecure,
     }
 }
 
@@ -247,7 +277,9 @@ fn resources(asked: &pb::LinuxResources) -> Resources {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, OpError> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, OpError> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|err| OpError::new(format!("a task of the step failed: {err}")))
