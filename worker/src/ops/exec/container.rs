@@ -196,7 +196,7 @@ impl Container {
         };
         let (id, inputs, terminal) = (self.id.clone(), self.inputs.clone(), process.terminal);
         let asked = pb::SecurityMode::try_from(process.security)
-            .map_err(|_| OpError::new(format!("invalid security mode: {}", process.security)));
+            .map_err(|_| OpError::new(format!("invalid security mode {}", process.security)));
         let granted = asked.and_then(|asked| {
             check_grants(&self.context, &run.step.op)?;
             if run.step.meta.args.is_empty() { Err(OpError::new("no program to run")) } else { Ok(asked) }

@@ -105,7 +105,9 @@ fn check_grants(context: &BuildContext, op: &pb::ExecOp) -> Result<(), OpError> 
     if op.network() == pb::NetMode::Host && !context.entitlements.network_host {
         return Err(OpError::new("network.host is not allowed"));
     }
-    if op.security() == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
+    let security = pb::SecurityMode::try_from(op.security)
+        .map_err(|_| OpError::new(format!("invalid security mode {}", op.security)))?;
+    if security == pb::SecurityMode::Insecure && !context.entitlements.security_insecure {
         return Err(OpError::new("security.insecure is not allowed"));
     }
     Ok(())
