@@ -16,10 +16,12 @@ use kiln_proto::{llb, pb};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
-const BUILD: &str = "containers";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn connect(kiln: &Kiln) -> Channel {
@@ -33,15 +35,19 @@ async fn connect(kiln: &Kiln) -> Channel {
         .expect("the daemon listens")
 }
 
-fn of_build<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("buildkit-controlapi-buildid", BUILD.parse().expect("a header"));
-    request
+/// Says on each request which build it is about.
+struct OfBuild(MetadataValue<Ascii>);
+
+impl Interceptor for OfBuild {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("buildkit-controlapi-buildid", self.0.clone());
+        Ok(request)
+    }
 }
 
 /// A build whose frontend is the test.
 struct Build {
-    gateway: LlbBridgeClient<Channel>,
+    gateway: LlbBridgeClient<InterceptedService<Channel, OfBuild>>,
     solve: tokio::task::JoinHandle<Result<(), Status>>,
     requests: mpsc::Sender<ExecMessage>,
     answers: Streaming<ExecMessage>,
@@ -63,12 +69,13 @@ impl Ended {
 }
 
 impl Build {
-    async fn start(kiln: &Kiln) -> Self {
+    /// `id` is that of no other build of this daemon: one that ended is not waited for.
+    async fn start(kiln: &Kiln, id: &str) -> Self {
         let mut control = ControlClient::new(connect(kiln).await);
-        let solve = tokio::spawn(async move {
-            control.solve(SolveRequest { r#ref: BUILD.into(), ..SolveRequest::default() }).await.map(drop)
-        });
-        let mut gateway = LlbBridgeClient::new(connect(kiln).await);
+        let request = SolveRequest { r#ref: id.into(), ..SolveRequest::default() };
+        let solve = tokio::spawn(async move { control.solve(request).await.map(drop) });
+        let of_build = OfBuild(id.parse().expect("a header"));
+        let mut gateway = LlbBridgeClient::with_interceptor(connect(kiln).await, of_build);
         let mut builder = llb::Builder::new();
         let source = pb::SourceOp {
             identifier: "docker-image://docker.io/library/busybox:latest".into(),
@@ -82,12 +89,12 @@ impl Build {
             allow_result_array_ref: true,
             ..gateway::SolveRequest::default()
         };
-        let answer = gateway.solve(of_build(ask)).await.expect("solve").into_inner();
+        let answer = gateway.solve(ask).await.expect("solve").into_inner();
         let Some(result::Result::Ref(reference)) = answer.result.expect("a result").result else {
             panic!("a single ref");
         };
         let (requests, receiver) = mpsc::channel(16);
-        let answers = gateway.exec_process(of_build(ReceiverStream::new(receiver))).await.expect("a stream");
+        let answers = gateway.exec_process(ReceiverStream::new(receiver)).await.expect("a stream");
         Self { gateway, solve, requests, answers: answers.into_inner(), root: reference.id }
     }
 
@@ -102,7 +109,7 @@ impl Build {
             hostname: "box".into(),
             ..NewContainerRequest::default()
         };
-        self.gateway.new_container(of_build(request)).await.map(drop)
+        self.gateway.new_container(request).await.map(drop)
     }
 
     async fn say(&self, process: &str, input: Input) {
@@ -159,11 +166,11 @@ impl Build {
 
     async fn release(&mut self) -> Result<(), Status> {
         let request = ReleaseContainerRequest { container_id: "c".into() };
-        self.gateway.release_container(of_build(request)).await.map(drop)
+        self.gateway.release_container(request).await.map(drop)
     }
 
     async fn finish(mut self) {
-        self.gateway.r#return(of_build(ReturnRequest::default())).await.expect("return");
+        self.gateway.r#return(ReturnRequest::default()).await.expect("return");
         self.solve.await.expect("task").expect("the build succeeds");
     }
 }
@@ -185,7 +192,7 @@ fn each(test: impl AsyncFn(&mut Kiln)) {
 #[test]
 fn processes_of_a_container() {
     each(async |kiln: &mut Kiln| {
-        let mut build = Build::start(kiln).await;
+        let mut build = Build::start(kiln, "processes").await;
         build.container("c").await.expect("a container");
         assert_eq!(build.container("c").await.expect_err("again").code(), Code::AlreadyExists);
         build.run("first", &["sleep", "1000"], |_| {}).await;
@@ -207,14 +214,13 @@ fn processes_of_a_container() {
         let (_, set) = build.hear().await;
         assert!(matches!(&set, Input::File(FdMessage { fd: 1, data, .. }) if data == b"set\n"), "{set:?}");
         let file = ReadFileRequest { r#ref: "c".into(), file_path: "/file".into(), ..Default::default() };
-        let data =
-            build.gateway.read_file_container(of_build(file.clone())).await.expect("read").into_inner();
+        let data = build.gateway.read_file_container(file.clone()).await.expect("read").into_inner();
         assert_eq!(data.data, b"text\n");
         let list = ReadDirRequest { r#ref: "c".into(), dir_path: "/".into(), ..Default::default() };
-        let entries = build.gateway.read_dir_container(of_build(list)).await.expect("list").into_inner();
+        let entries = build.gateway.read_dir_container(list).await.expect("list").into_inner();
         assert!(entries.entries.iter().any(|entry| entry.path == "file"));
         let beyond = ReadFileRequest { mount_index: 7, ..file };
-        build.gateway.read_file_container(of_build(beyond)).await.expect_err("no such mount");
+        build.gateway.read_file_container(beyond).await.expect_err("no such mount");
         build.say("trap", Input::Signal(SignalMessage { name: "USR1".into() })).await;
         let [trap] = build.ended(["trap"]).await;
         assert_eq!(trap.exit.code, 5);
@@ -260,7 +266,7 @@ fn running(mark: &str) -> bool {
 fn a_container_ends_with_its_first_process_and_with_its_build() {
     each(async |kiln: &mut Kiln| {
         let mark = format!("2000.{}", std::process::id());
-        let mut build = Build::start(kiln).await;
+        let mut build = Build::start(kiln, "ends").await;
         build.container("c").await.expect("a container");
         build.run("first", &["cat"], |_| {}).await;
         build.run("second", &["sleep", &mark], |_| {}).await;
@@ -280,7 +286,7 @@ fn a_container_ends_with_its_first_process_and_with_its_build() {
         build.finish().await;
         assert!(!running(&mark), "the build's answer waits for its containers");
 
-        let mut build = Build::start(kiln).await;
+        let mut build = Build::start(kiln, "left").await;
         build.container("c").await.expect("a container");
         build.run("first", &["sleep", &mark], |_| {}).await;
         wait_until("the process to run", PATIENCE, || running(&mark));
