@@ -241,7 +241,7 @@ impl Step {
 
 /// A process that did not run.
 pub(super) fn failed_run(step: &Step, err: &SandboxError) -> OpError {
-    OpError::new(format!("failed to run {:?}: {err}", step.command()))
+    OpError::new(format!("process {:?} did not complete successfully: {err}", step.command()))
 }
 
 pub(super) fn security(mode: pb::SecurityMode) -> SecurityMode {
