@@ -4,7 +4,7 @@
 set -euo pipefail
 
 declare -A packages=(
-  [build]="g++:g++ libclang-dev:/usr/lib/llvm-*/lib/libclang*.so* make:make python3:python3 git:git"
+  [build]="g++:g++ libclang-dev:/usr/lib/llvm-*/lib/libclang[-.][0-9s]* make:make python3:python3 git:git"
   [lab]="docker-registry:docker-registry busybox-static:/bin/busybox mmdebstrap:mmdebstrap skopeo:skopeo umoci:umoci runc:runc crun:crun curl:curl tcc:tcc openssl:openssl git:git libc6-dev:/usr/include/stdio.h"
 )
 
