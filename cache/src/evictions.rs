@@ -58,7 +58,7 @@ pub(crate) fn trim(kv: &dyn Kv, kept: usize) -> Result<()> {
     }
     // Nothing else needs the keys of those any longer.
     gone::note(&mut batch);
-    kv.write(batch)
+    kv.write_freeing(batch)
 }
 
 /// A prune request as the command that makes it.

@@ -226,8 +226,8 @@ impl Shared {
             }
             Place::Store => return Ok(false),
         }
-        self.kv.write(batch)?;
         self.usage.forget(id);
+        self.kv.write_freeing(batch)?;
         // Still under the guard: the same blob may be committed again at any time after.
         for path in rubbish {
             self.discard(&path);

@@ -36,7 +36,7 @@ impl Store {
         // Before looking: what goes from now on may be overlooked and needs a note of its own.
         let mut batch = Batch::new();
         batch.delete(Cf::Meta, GONE);
-        kv.write(batch)?;
+        kv.write_freeing(batch)?;
         let is_gone = |value: &[u8]| names_gone(kv, value);
         // Keys are digests: so their first bytes part them evenly.
         let mut count = 0;
@@ -89,7 +89,7 @@ impl KeyStore {
                 }
             }
             count += batch.changes().len();
-            self.kv.write(batch)?;
+            self.kv.write_freeing(batch)?;
         }
         Ok(count)
     }

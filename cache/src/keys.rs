@@ -128,7 +128,7 @@ impl KeyStorage for KeyStore {
         }
         let mut batch = Batch::new();
         batch.delete(Cf::Keys, *key);
-        self.kv.write(batch)?;
+        self.kv.write_freeing(batch)?;
         Ok(true)
     }
 }

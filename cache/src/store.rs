@@ -272,7 +272,10 @@ fn lock(root: &Path) -> Result<File> {
         }
         Err(error) => return Err(StoreError::io("lock", &path, error)),
     }
-    note(&file, "").map_err(|e| StoreError::io("write", &path, e))?;
+    // Only so that others can be told who it is: a full disk is no reason to stay out.
+    if let Err(error) = note(&file, "") {
+        tracing::warn!(path = %path.display(), %error, "lock file not written");
+    }
     Ok(file)
 }
 

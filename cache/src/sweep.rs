@@ -22,7 +22,7 @@ pub(crate) fn sweep(root: &Path, kv: &dyn Kv, startup: &Startup) -> Result<()> {
     let kept_blobs = blobs(root, kv, &trusted, &mut batch)?;
     let kept_mutable = mutable_dirs(root, kv, &trusted, startup.epochs.stamp(), &mut batch)?;
     if !batch.is_empty() {
-        kv.write(batch)?;
+        kv.write_freeing(batch)?;
     }
     discard_others(&root.join("snapshots"), &trash, &keep)?;
     discard_others(&root.join("content/sha256"), &trash, &kept_blobs)?;

@@ -2,7 +2,7 @@
 //! one record and counts once, also where several records hold the same blob or links to the same file. Sizes are
 //! measured when they are first asked for, not when something is committed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, hash_map};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -80,6 +80,8 @@ pub(crate) struct Entry {
 #[derive(Default)]
 pub(crate) struct UsageTracker {
     touched: Mutex<HashMap<String, Use>>,
+    /// Held while notes are written: of what is removed meanwhile none must be written after its removal.
+    writing: Mutex<()>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -104,22 +106,35 @@ impl UsageTracker {
         entry.count += 1;
     }
 
-    /// Writes down what was noted.
+    /// Writes down what was noted; what can't be written stays noted.
     pub(crate) fn flush(&self, kv: &dyn Kv) -> Result<()> {
-        let touched = std::mem::take(&mut *self.lock());
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = self.lock().clone();
         let mut batch = Batch::new();
-        for (id, used) in touched {
-            let before = stored(kv, &id)?.unwrap_or_default();
+        for (id, used) in &noted {
+            let before = stored(kv, id)?.unwrap_or_default();
             let sum = Use { last: used.last, count: before.count + used.count };
-            batch.put(Cf::Values, usage_key(&id), codec::encode(&sum));
+            batch.put(Cf::Values, usage_key(id), codec::encode(&sum));
         }
-        match batch.is_empty() {
-            true => Ok(()),
-            false => kv.write(batch),
+        if batch.is_empty() {
+            return Ok(());
         }
+        kv.write(batch)?;
+        let mut touched = self.lock();
+        for (id, written) in noted {
+            if let hash_map::Entry::Occupied(mut entry) = touched.entry(id) {
+                match entry.get().count == written.count {
+                    true => drop(entry.remove()),
+                    false => entry.get_mut().count -= written.count,
+                }
+            }
+        }
+        Ok(())
     }
 
+    /// To be called before what is known of `id` is removed, which nobody uses any longer.
     pub(crate) fn forget(&self, id: &str) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         self.lock().remove(id);
     }
 
@@ -358,7 +373,10 @@ impl Shared {
             if dir.exists() {
                 let mut batch = Batch::new();
                 batch.put(Cf::Values, size_key(id), encode_size(&usage));
-                self.kv.write(batch)?;
+                // On a full disk it is measured again next time.
+                if let Err(error) = self.kv.write(batch) {
+                    tracing::debug!(%error, id, "size not noted");
+                }
             }
         }
         Ok(usage)

@@ -35,7 +35,7 @@ impl Values {
         self.shared.check_open()?;
         let mut batch = Batch::new();
         batch.delete(Cf::Values, key(b'n', namespace, name));
-        self.shared.kv.write(batch)
+        self.shared.kv.write_freeing(batch)
     }
 
     /// Removes those names of a namespace whose value is not to be kept; gives their number.

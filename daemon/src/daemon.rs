@@ -88,7 +88,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     let manager = ServiceManager::from_environment();
     kiln_worker::sandbox::raise_open_files();
-    kiln_alloc::purge_at_once();
+    kiln_alloc::be_frugal();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(Duration::from_secs(3))

@@ -1,23 +1,24 @@
 //! Records of builds, running and finished: what was asked, how it ended, its log. Kept in the
 //! store's named values; nothing here influences a build.
 
+mod contents;
 mod recording;
 #[cfg(test)]
 mod tests;
 mod trace;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use dashmap::DashMap;
 use kiln_cache::{Filter, Values};
 use kiln_proto::control::{
-    self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, Descriptor,
-    StatusResponse, UpdateBuildHistoryRequest,
+    self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, StatusResponse,
+    UpdateBuildHistoryRequest,
 };
 use prost::Message;
-use sha2::Digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 use tonic::Code;
 
@@ -26,12 +27,11 @@ use crate::error::BuildError;
 use crate::explain::Explanations;
 use crate::progress::ProgressLog;
 use crate::traces::Wanted;
+use contents::{CONTENT, Content, Packed};
 pub(crate) use recording::{Outcome, Recording};
 
 /// Records by ref.
 const RECORDS: &str = "build-history";
-/// Logs and errors by digest.
-const CONTENT: &str = "build-history-content";
 
 const LOG_TYPE: &str = "application/vnd.buildkit.status.v0";
 /// Misspelt by every client.
@@ -199,7 +199,7 @@ impl History {
 
     /// A blob that a record names.
     pub(crate) fn content(&self, digest: &str) -> Result<Option<Vec<u8>>, BuildError> {
-        self.values.get(CONTENT, digest).map_err(storage)
+        contents::load(&self.values, digest)
     }
 
     /// The digests of all blobs that records name.
@@ -262,27 +262,26 @@ impl History {
         &self,
         mut record: BuildHistoryRecord,
         log: &[StatusResponse],
-        claimed: Vec<Vec<u8>>,
+        claimed: Vec<Packed>,
         error: Option<&BuildError>,
     ) -> Result<(), BuildError> {
         let id = record.r#ref.clone();
-        let mut contents = vec![encode_log(log)];
-        record.logs = Some(descriptor(LOG_TYPE, &contents[0]));
+        let mut contents = claimed;
+        let logs = encode_log(log).map_err(storage)?;
+        record.logs = Some(logs.descriptor(LOG_TYPE));
+        contents.push(logs);
         if let Some(error) = error {
-            let bytes = error.to_rpc().encode_to_vec();
-            record.external_error = Some(descriptor(ERROR_TYPE, &bytes));
-            contents.push(bytes);
+            let details = Packed::new(&error.to_rpc().encode_to_vec()).map_err(storage)?;
+            record.external_error = Some(details.descriptor(ERROR_TYPE));
+            contents.push(details);
         }
-        contents.extend(claimed);
         let build = Finished::of(&record);
         let mut finished = self.lock();
         let finished = self.finished(&mut finished)?;
         if is_former(finished, &record) {
             return Ok(());
         }
-        for bytes in &contents {
-            self.values.put(CONTENT, &digest(bytes), bytes).map_err(storage)?;
-        }
+        contents.iter().try_for_each(|content| content.store(&self.values))?;
         self.values.put(RECORDS, &id, &record.encode_to_vec()).map_err(storage)?;
         let former = finished.insert(id.clone(), build);
         // Another build may run under that name by now.
@@ -426,19 +425,6 @@ fn is_former(finished: &HashMap<String, Finished>, record: &BuildHistoryRecord) 
     finished.get(&record.r#ref).is_some_and(|other| other.created > time(&record.created_at))
 }
 
-fn digest(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex::encode(sha2::Sha256::digest(bytes)))
-}
-
-fn descriptor(media_type: &str, bytes: &[u8]) -> Descriptor {
-    Descriptor {
-        media_type: media_type.to_owned(),
-        digest: digest(bytes),
-        size: i64::try_from(bytes.len()).unwrap_or(i64::MAX),
-        ..Descriptor::default()
-    }
-}
-
 fn time(timestamp: &Option<prost_types::Timestamp>) -> SystemTime {
     timestamp.and_then(|time| SystemTime::try_from(time).ok()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
@@ -465,14 +451,14 @@ fn field(record: &BuildHistoryRecord, name: &str) -> Option<String> {
 }
 
 /// Each message with its length before it.
-fn encode_log(log: &[StatusResponse]) -> Vec<u8> {
-    let lengths: Vec<usize> = log.iter().map(Message::encoded_len).collect();
-    let mut bytes = Vec::with_capacity(lengths.iter().map(|length| length + 4).sum());
-    for (message, length) in log.iter().zip(lengths) {
-        bytes.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
-        message.encode_raw(&mut bytes);
+fn encode_log(log: &[StatusResponse]) -> std::io::Result<Packed> {
+    let mut content = Content::new()?;
+    for message in log {
+        let bytes = message.encode_to_vec();
+        content.write_all(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes())?;
+        content.write_all(&bytes)?;
     }
-    bytes
+    content.finish()
 }
 
 fn decode_log(mut bytes: &[u8]) -> Result<Vec<StatusResponse>, BuildError> {

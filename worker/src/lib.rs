@@ -1,6 +1,7 @@
 //! How a step runs: sources, sandboxes, file operations, layers, exporters.
 
 pub mod export;
+mod filework;
 mod flat;
 pub mod image;
 pub mod layer;

@@ -10,10 +10,9 @@ use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
-use tokio::sync::Semaphore;
-use tokio::task::JoinError;
 use tokio_util::task::TaskTracker;
 
+use crate::filework::{FileWork, Panicked};
 use crate::flat;
 use crate::image::{Access, Images};
 use crate::lenders::Lenders;
@@ -33,7 +32,7 @@ const SCRATCH: &str = "scratch";
 
 /// How much work on files goes on at once: for each processor, and at least.
 const FILE_WORK_PER_CPU: usize = 4;
-const FILE_WORK: usize = 16;
+const FILE_WORK: usize = 8;
 
 /// Name resolution in steps; for what is empty, the host's holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -98,7 +97,7 @@ pub struct Worker {
     pub(crate) web: Clients,
     /// Steps that are running, or ending after their build lost interest.
     pub(crate) steps: TaskTracker,
-    disk: Arc<Semaphore>,
+    files: FileWork,
 }
 
 impl Worker {
@@ -135,10 +134,10 @@ impl Worker {
             lenders: Lenders::default(),
             web: Clients::default(),
             steps: TaskTracker::new(),
-            disk: Arc::new(Semaphore::new(
+            files: FileWork::new(
                 FILE_WORK
                     .max(FILE_WORK_PER_CPU * std::thread::available_parallelism().map_or(1, usize::from)),
-            )),
+            ),
         }))
     }
 
@@ -283,19 +282,12 @@ impl Worker {
         view.map_err(|err| OpError::new(err.to_string()))
     }
 
-    /// Runs work on files beside the tasks, only so much at once: more takes memory and is no faster. What was begun
-    /// ends and keeps its place until then, even if the future is dropped.
+    /// Does work on files beside the tasks, only so much at once. What was begun ends even if the future is dropped.
     pub(crate) async fn on_files<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, JoinError> {
-        // Never closed; without a permit it would only run at once.
-        let permit = self.disk.clone().acquire_owned().await;
-        tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            work()
-        })
-        .await
+    ) -> Result<T, Panicked> {
+        self.files.run(work).await
     }
 
     /// How clients know a result: worker and snapshot.

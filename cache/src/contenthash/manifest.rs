@@ -351,5 +351,5 @@ pub(crate) fn sweep(shared: &Shared, wanted: &HashSet<[u8; 32]>) -> Result<()> {
         }
         Ok(true)
     })?;
-    kv.write(batch)
+    kv.write_freeing(batch)
 }

@@ -2,6 +2,7 @@
 //! replaced in tests. Engines know bytes only; what the bytes mean is decided elsewhere.
 
 mod mem;
+mod reserve;
 mod rocks;
 
 pub use mem::MemKv;
@@ -109,6 +110,15 @@ impl Batch {
         self.changes.is_empty()
     }
 
+    /// Bytes of all keys and values.
+    fn size(&self) -> u64 {
+        let size = |change: &Change| match change {
+            Change::Put(_, key, value) => key.len() + value.len(),
+            Change::Delete(_, key) => key.len(),
+        };
+        self.changes.iter().map(size).sum::<usize>() as u64
+    }
+
     /// The changes in order.
     pub fn changes(&self) -> &[Change] {
         &self.changes
@@ -130,7 +140,14 @@ pub trait Kv: Send + Sync + 'static {
     /// power only after some later durable write.
     fn write(&self, batch: Batch) -> Result<()>;
 
-    /// Applies a batch and waits until it, and all before it, is on the disk.
+    /// Applies a batch that removes things, or without which nothing can be removed: it is written also when the
+    /// disk is too full for others.
+    fn write_freeing(&self, batch: Batch) -> Result<()> {
+        self.write(batch)
+    }
+
+    /// Applies a batch and waits until it, and all before it, is on the disk. Written also when the disk is too
+    /// full for others, since a store can't be opened or closed without.
     fn write_durable(&self, batch: Batch) -> Result<()>;
 
     /// True if a write may take long.

@@ -3,6 +3,7 @@
 //! that wakes up while nothing happens.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rocksdb::{
@@ -10,6 +11,7 @@ use rocksdb::{
     ErrorKind, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 
+use super::reserve::Reserve;
 use super::{Batch, Cf, Change, Kv, Visit};
 use crate::error::{Result, StoreError};
 use crate::fsx;
@@ -31,93 +33,177 @@ const TABLE_ROOM: u64 = 16 << 20;
 /// How long a write waits for tables to be written while there is room.
 const STALL: Duration = Duration::from_secs(30);
 
+/// How long it is waited for readers to leave a database that must be opened anew.
+const LEAVE: Duration = Duration::from_secs(2);
+
 /// A RocksDB database.
 pub struct RocksKv {
-    db: DB,
+    /// Nothing only if it had to be closed and could not be opened again; the next to ask for it tries again.
+    db: RwLock<Option<Arc<DB>>>,
     dir: PathBuf,
+    reserve: Reserve,
+}
+
+/// Which writes may use the last room on a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Right {
+    Ordinary,
+    Reserve,
 }
 
 impl RocksKv {
     /// Opens or creates the database in `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
-        let cache = Cache::new_lru_cache(BLOCK_CACHE);
-        let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(cf, &cache)));
-        let db = DB::open_cf_descriptors(&database_options()?, dir, families)?;
-        let kv = Self { db, dir: dir.to_owned() };
+        let reserve = Reserve::new(dir);
+        reserve.open_up(0)?;
+        let kv = Self { db: RwLock::new(Some(Arc::new(open(dir)?))), dir: dir.to_owned(), reserve };
         if logs(dir)? > LOGS {
             kv.flush()?;
         }
+        kv.reserve.fill()?;
         Ok(kv)
+    }
+
+    fn db(&self) -> Result<Arc<DB>> {
+        if let Some(db) = &*self.db.read().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(Arc::clone(db));
+        }
+        let mut current = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        match &*current {
+            Some(db) => Ok(Arc::clone(db)),
+            None => Ok(Arc::clone(current.insert(Arc::new(open(&self.dir)?)))),
+        }
+    }
+
+    /// Opens the database anew after `failed` refused to write: RocksDB takes no writes after an error, and
+    /// resumes by itself only when as much as all its write buffers is free. False if readers kept it open.
+    fn reopen(&self, failed: Arc<DB>) -> Result<bool> {
+        let mut current = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        if !current.as_ref().is_some_and(|db| Arc::ptr_eq(db, &failed)) {
+            return Ok(true);
+        }
+        drop(failed);
+        let began = Instant::now();
+        let Some(mut db) = current.take() else { return Ok(true) };
+        loop {
+            match Arc::try_unwrap(db) {
+                Ok(alone) => {
+                    drop(alone);
+                    break;
+                }
+                // A reader may itself be waiting for a write.
+                Err(shared) if began.elapsed() > LEAVE => {
+                    *current = Some(shared);
+                    return Ok(false);
+                }
+                Err(shared) => db = shared,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        *current = Some(Arc::new(open(&self.dir)?));
+        Ok(true)
     }
 
     /// Writes tables of what is in memory, if there is room for them.
     fn flush(&self) -> Result<()> {
-        if !self.has_room()? {
+        if !self.has_table_room()? {
             return Ok(());
         }
+        let db = self.db()?;
         for cf in Cf::ALL {
-            self.db.flush_cf(self.family(cf)?)?;
+            db.flush_cf(family(&db, cf)?)?;
         }
         Ok(())
     }
 
-    fn family(&self, cf: Cf) -> Result<&ColumnFamily> {
-        self.db
-            .cf_handle(cf.name())
-            .ok_or_else(|| StoreError::Kv(format!("column family {} is missing", cf.name())))
-    }
-
-    fn write_with(&self, mut batch: Batch, sync: bool) -> Result<()> {
+    fn write_with(&self, mut batch: Batch, sync: bool, right: Right) -> Result<()> {
         // A table in memory takes neighbours much faster than what is strewn about. Of changes to one key the last counts.
         batch.changes.sort_by(|a, b| a.place().cmp(&b.place()));
+        let size = batch.size();
         let mut options = WriteOptions::default();
         options.set_sync(sync);
         // RocksDB itself would wait on a full disk until somebody makes room, however long that takes.
         options.set_no_slowdown(true);
         let began = Instant::now();
+        let mut reopened = false;
         loop {
-            match self.db.write_opt(self.native(&batch)?, &options) {
+            // Asked before, since an error of the log makes the database useless until it is opened anew.
+            if !self.has_room(size, right)? {
+                return Err(self.full());
+            }
+            let db = self.db()?;
+            match db.write_opt(native(&db, &batch)?, &options) {
                 Err(error) if error.kind() == ErrorKind::Incomplete => {
-                    if !self.has_room()? {
-                        return Err(StoreError::io("write tables in", &self.dir, rustix::io::Errno::NOSPC));
+                    if !self.has_table_room()? {
+                        return Err(self.full());
                     }
                     if began.elapsed() > STALL {
                         return Err(error.into());
                     }
                     std::thread::sleep(Duration::from_millis(1));
                 }
+                Err(error) if error.kind() == ErrorKind::IOError && !reopened => {
+                    tracing::warn!(%error, "the database is opened anew");
+                    reopened = self.has_room(size, right)? && self.reopen(db)?;
+                    if !reopened {
+                        return Err(error.into());
+                    }
+                }
                 written => return Ok(written?),
             }
         }
     }
 
-    fn native(&self, batch: &Batch) -> Result<WriteBatch> {
-        let mut native = WriteBatch::default();
-        for change in &batch.changes {
-            match change {
-                Change::Put(cf, key, value) => native.put_cf(self.family(*cf)?, key, value),
-                Change::Delete(cf, key) => native.delete_cf(self.family(*cf)?, key),
+    fn has_room(&self, size: u64, right: Right) -> Result<bool> {
+        match right {
+            Right::Ordinary => self.reserve.has_room(size),
+            Right::Reserve => {
+                self.reserve.open_up(size)?;
+                self.reserve.has_any_room(size)
             }
         }
-        Ok(native)
     }
 
-    /// Deletions that are in memory and in no table yet.
-    fn deletions_in_memory(&self, cf: Cf) -> Result<u64> {
-        let family = self.family(cf)?;
-        let mut count = 0;
-        for name in [
-            rocksdb::properties::NUM_DELETES_ACTIVE_MEM_TABLE,
-            rocksdb::properties::NUM_DELETES_IMM_MEM_TABLES,
-        ] {
-            count += self.db.property_int_value_cf(family, name)?.unwrap_or(0);
-        }
-        Ok(count)
+    fn full(&self) -> StoreError {
+        StoreError::io("write in", &self.dir, rustix::io::Errno::NOSPC)
     }
 
-    fn has_room(&self) -> Result<bool> {
+    fn has_table_room(&self) -> Result<bool> {
         Ok(fsx::free_space(&self.dir)? >= TABLE_ROOM)
     }
+}
+
+fn open(dir: &Path) -> Result<DB> {
+    let cache = Cache::new_lru_cache(BLOCK_CACHE);
+    let families = Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(cf, &cache)));
+    Ok(DB::open_cf_descriptors(&database_options()?, dir, families)?)
+}
+
+fn family(db: &DB, cf: Cf) -> Result<&ColumnFamily> {
+    db.cf_handle(cf.name()).ok_or_else(|| StoreError::Kv(format!("column family {} is missing", cf.name())))
+}
+
+fn native(db: &DB, batch: &Batch) -> Result<WriteBatch> {
+    let mut native = WriteBatch::default();
+    for change in &batch.changes {
+        match change {
+            Change::Put(cf, key, value) => native.put_cf(family(db, *cf)?, key, value),
+            Change::Delete(cf, key) => native.delete_cf(family(db, *cf)?, key),
+        }
+    }
+    Ok(native)
+}
+
+/// Deletions that are in memory and in no table yet.
+fn deletions_in_memory(db: &DB, cf: Cf) -> Result<u64> {
+    let family = family(db, cf)?;
+    let mut count = 0;
+    for name in
+        [rocksdb::properties::NUM_DELETES_ACTIVE_MEM_TABLE, rocksdb::properties::NUM_DELETES_IMM_MEM_TABLES]
+    {
+        count += db.property_int_value_cf(family, name)?.unwrap_or(0);
+    }
+    Ok(count)
 }
 
 fn logs(dir: &Path) -> Result<usize> {
@@ -167,51 +253,59 @@ fn family_options(cf: Cf, cache: &Cache) -> Options {
 
 impl Kv for RocksKv {
     fn get(&self, cf: Cf, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        Ok(self.db.get_cf(self.family(cf)?, key)?)
+        let db = self.db()?;
+        Ok(db.get_cf(family(&db, cf)?, key)?)
     }
 
     fn multi_get(&self, cf: Cf, keys: &[&[u8]]) -> Result<Vec<Option<Vec<u8>>>> {
-        let family = self.family(cf)?;
-        let found = self.db.multi_get_cf(keys.iter().map(|key| (family, key)));
+        let db = self.db()?;
+        let family = family(&db, cf)?;
+        let found = db.multi_get_cf(keys.iter().map(|key| (family, key)));
         found.into_iter().map(|value| value.map_err(StoreError::from)).collect()
     }
 
     fn write(&self, batch: Batch) -> Result<()> {
-        self.write_with(batch, false)
+        self.write_with(batch, false, Right::Ordinary)
+    }
+
+    fn write_freeing(&self, batch: Batch) -> Result<()> {
+        self.write_with(batch, false, Right::Reserve)
     }
 
     fn write_durable(&self, batch: Batch) -> Result<()> {
-        self.write_with(batch, true)
+        self.write_with(batch, true, Right::Reserve)
     }
 
     fn reclaim(&self) -> Result<()> {
-        if !self.has_room()? {
+        if !self.has_table_room()? {
             return Ok(());
         }
+        let db = self.db()?;
         for cf in Cf::ALL {
-            if self.deletions_in_memory(cf)? >= DELETIONS {
-                self.db.flush_cf(self.family(cf)?)?;
+            if deletions_in_memory(&db, cf)? >= DELETIONS {
+                db.flush_cf(family(&db, cf)?)?;
             }
         }
-        let tables = self.db.live_files()?;
+        let tables = db.live_files()?;
         for cf in Cf::ALL {
             let own = tables.iter().filter(|table| table.column_family_name == cf.name());
             let (all, deleted) = own.fold((0, 0), |(all, deleted), table| {
                 (all + table.num_entries, deleted + table.num_deletions)
             });
             if deleted >= DELETIONS && deleted >= all / DELETED_PART {
-                self.db.compact_range_cf(self.family(cf)?, None::<&[u8]>, None::<&[u8]>);
+                db.compact_range_cf(family(&db, cf)?, None::<&[u8]>, None::<&[u8]>);
             }
         }
         Ok(())
     }
 
     fn settle(&self) -> Result<()> {
+        self.reserve.fill()?;
+        let db = self.db()?;
         let mut held = 0;
         for cf in Cf::ALL {
-            let size = self
-                .db
-                .property_int_value_cf(self.family(cf)?, rocksdb::properties::CUR_SIZE_ALL_MEM_TABLES)?;
+            let size =
+                db.property_int_value_cf(family(&db, cf)?, rocksdb::properties::CUR_SIZE_ALL_MEM_TABLES)?;
             held += size.unwrap_or(0);
         }
         if held > SETTLE { self.flush() } else { Ok(()) }
@@ -223,8 +317,9 @@ impl Kv for RocksKv {
         if let Some(end) = upper_bound(prefix) {
             options.set_iterate_upper_bound(end);
         }
+        let db = self.db()?;
         let mode = IteratorMode::From(prefix, Direction::Forward);
-        for entry in self.db.iterator_cf_opt(self.family(cf)?, options, mode) {
+        for entry in db.iterator_cf_opt(family(&db, cf)?, options, mode) {
             let (key, value) = entry?;
             if !visit(&key, &value)? {
                 break;

@@ -7,7 +7,7 @@ use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo};
 use kiln_proto::rpc::Status;
 use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 
-use super::{History, descriptor};
+use super::{History, Packed};
 use crate::error::BuildError;
 use crate::progress::ProgressLog;
 use crate::provenance::Claim;
@@ -71,15 +71,16 @@ impl Recording {
             let mut result = BuildResultInfo::default();
             for Claim { platform, attestation, full } in outcome.claims {
                 let Some(full) = full else { continue };
-                let bytes = full.to_string().into_bytes();
-                let mut described = descriptor(IN_TOTO, &bytes);
+                // Memory is all that it is written to.
+                let Ok(full) = Packed::new(full.to_string().as_bytes()) else { continue };
+                let mut described = full.descriptor(IN_TOTO);
                 described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
                 let into = match platform.is_empty() {
                     true => &mut result,
                     false => record.results.entry(platform).or_default(),
                 };
                 into.attestations.push(described);
-                claimed.push(bytes);
+                claimed.push(full);
             }
             record.result = Some(result);
         }
@@ -108,7 +109,7 @@ fn store(
     history: &History,
     record: BuildHistoryRecord,
     progress: &ProgressLog,
-    claimed: Vec<Vec<u8>>,
+    claimed: Vec<Packed>,
     error: Option<&BuildError>,
 ) {
     let (id, created) = (record.r#ref.clone(), record.created_at);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_proto::control::BuildHistoryEventType;
 
-use super::{CONTENT, Finished, History, RECORDS, descriptor, storage};
+use super::{Content, Finished, History, RECORDS, storage};
 use crate::error::BuildError;
 use crate::traces::{self, Wanted};
 
@@ -40,10 +40,11 @@ impl History {
             return Ok(());
         };
         let log = self.replay(id)?.unwrap_or_default();
-        let bytes = traces::encode(&record, &log, wanted.as_ref());
-        let trace = descriptor(TRACE_TYPE, &bytes);
-        self.values.put(CONTENT, &trace.digest, &bytes).map_err(storage)?;
-        record.trace = Some(trace);
+        let mut trace = Content::new().map_err(storage)?;
+        traces::write(&mut trace, &record, &log, wanted.as_ref()).map_err(storage)?;
+        let trace = trace.finish().map_err(storage)?;
+        trace.store(&self.values)?;
+        record.trace = Some(trace.descriptor(TRACE_TYPE));
         record.generation += 1;
         self.values.put(RECORDS, id, &prost::Message::encode_to_vec(&record)).map_err(storage)?;
         finished.insert(id.to_owned(), Finished::of(&record));

@@ -4,6 +4,7 @@
 mod stub;
 
 use std::collections::HashMap;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -130,22 +131,26 @@ impl Drop for Wanted {
 }
 
 /// The spans of a build that has ended: its own, one for each time that a vertex ran, and those that its client
-/// reported. One JSON object after the other.
-pub(crate) fn encode(
+/// reported. One JSON object on each line.
+pub(crate) fn write(
+    out: &mut impl Write,
     record: &BuildHistoryRecord,
     log: &[StatusResponse],
     wanted: Option<&Wanted>,
-) -> Vec<u8> {
+) -> io::Result<()> {
     let (trace, parent) = match wanted {
         Some(wanted) => (wanted.parent.trace, Some(wanted.parent.span)),
         None => (rand::random(), None),
     };
     let build = Stub::build(trace, parent, record);
-    let mut spans = vec![build.encode()];
-    spans.extend(Stub::vertices(&build, log).iter().map(Stub::encode));
-    spans.extend(wanted.map(Wanted::spans).unwrap_or_default());
-    spans.push(String::new());
-    spans.join("\n").into_bytes()
+    writeln!(out, "{}", build.encode())?;
+    for vertex in Stub::vertices(&build, log) {
+        writeln!(out, "{}", vertex.encode())?;
+    }
+    for reported in wanted.map(Wanted::spans).unwrap_or_default() {
+        writeln!(out, "{reported}")?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -187,8 +192,9 @@ mod tests {
         traces.lock().clean();
         assert_eq!(traces.lock().traces.len(), 1);
         assert_eq!(wanted.spans().len(), 1);
-        let text =
-            String::from_utf8(encode(&BuildHistoryRecord::default(), &[], Some(&wanted))).expect("text");
+        let mut text = Vec::new();
+        write(&mut text, &BuildHistoryRecord::default(), &[], Some(&wanted)).expect("memory");
+        let text = String::from_utf8(text).expect("text");
         assert_eq!(text.matches("\"TraceID\":\"4a2cd8e337e673d578ca0b5db34f271c\"").count(), 3);
     }
 }
