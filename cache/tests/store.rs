@@ -304,11 +304,12 @@ fn fill_disk_up_to(room: u64) {
     while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
     assert!(!store.usage(&[], None).unwrap().is_empty());
     let kept = before.id().to_owned();
+    drop(before);
     let store = match room % (400 << 10) {
         0 => store,
         // Also by who opens the store only now.
         _ => {
-            drop((before, store));
+            drop(store);
             while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
             open(&root)
         }

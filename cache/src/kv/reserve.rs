@@ -15,6 +15,8 @@ const NAME: &str = "RESERVE";
 const SIZE: u64 = 4 << 20;
 /// Bytes that must be free besides before the room is taken.
 const SPARE: u64 = 24 << 20;
+/// A smaller reserve than this is given up as a whole.
+const LEAST: u64 = 256 << 10;
 /// Bytes that must be free for a small write to be sure not to fail.
 const FLOOR: u64 = 512 << 10;
 
@@ -42,16 +44,20 @@ impl Reserve {
         Ok(())
     }
 
-    /// Gives the room to whoever may write when nothing else may, if it is needed for `bytes`.
+    /// Gives room to whoever may write when nothing else may, if it is needed for `bytes`: half of what there is each
+    /// time, since others may be writing until there is nothing left again.
     pub(super) fn open_up(&self, bytes: u64) -> Result<()> {
-        if fsx::free_space(&self.dir)? >= FLOOR + bytes {
-            return Ok(());
-        }
         let path = self.dir.join(NAME);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(StoreError::io("remove", &path, e)),
-            _ => Ok(()),
+        while fsx::free_space(&self.dir)? < FLOOR + bytes {
+            let kept = fsx::occupied(&path) / 2;
+            let given = match kept {
+                0 => return Ok(()),
+                ..LEAST => std::fs::remove_file(&path),
+                _ => File::options().write(true).open(&path).and_then(|file| file.set_len(kept)),
+            };
+            given.map_err(|e| StoreError::io("shrink", &path, e))?;
         }
+        Ok(())
     }
 
     /// True if `bytes` can be written without what belongs to the reserve.

@@ -3,7 +3,7 @@
 //! that wakes up while nothing happens.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rocksdb::{
@@ -33,6 +33,9 @@ const TABLE_ROOM: u64 = 16 << 20;
 /// How long a write waits for tables to be written while there is room.
 const STALL: Duration = Duration::from_secs(30);
 
+/// How long a write waits on a full disk, and how long none waits again after one has waited in vain.
+const ROOM: Duration = Duration::from_secs(1);
+const STILL_FULL: Duration = Duration::from_secs(10);
 /// How long it is waited for readers to leave a database that must be opened anew.
 const LEAVE: Duration = Duration::from_secs(2);
 
@@ -42,6 +45,8 @@ pub struct RocksKv {
     db: RwLock<Option<Arc<DB>>>,
     dir: PathBuf,
     reserve: Reserve,
+    /// When it was last waited in vain for room.
+    full: Mutex<Option<Instant>>,
 }
 
 /// Which writes may use the last room on a disk.
@@ -56,7 +61,12 @@ impl RocksKv {
     pub fn open(dir: &Path) -> Result<Self> {
         let reserve = Reserve::new(dir);
         reserve.open_up(0)?;
-        let kv = Self { db: RwLock::new(Some(Arc::new(open(dir)?))), dir: dir.to_owned(), reserve };
+        let kv = Self {
+            db: RwLock::new(Some(Arc::new(open(dir)?))),
+            dir: dir.to_owned(),
+            reserve,
+            full: Mutex::default(),
+        };
         if logs(dir)? > LOGS {
             kv.flush()?;
         }
@@ -128,7 +138,7 @@ impl RocksKv {
         let mut reopened = false;
         loop {
             // Asked before, since an error of the log makes the database useless until it is opened anew.
-            if !self.has_room(size, right)? {
+            if !self.has_room(size, right)? && !self.wait_for_room(size, right)? {
                 return Err(self.full());
             }
             let db = self.db()?;
@@ -162,6 +172,23 @@ impl RocksKv {
                 self.reserve.has_any_room(size)
             }
         }
+    }
+
+    /// What a failed step has left is being removed, perhaps: true if there is room in a moment.
+    fn wait_for_room(&self, size: u64, right: Right) -> Result<bool> {
+        let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        if full.is_some_and(|at| at.elapsed() < STILL_FULL) {
+            return Ok(false);
+        }
+        let began = Instant::now();
+        while began.elapsed() < ROOM {
+            std::thread::sleep(Duration::from_millis(10));
+            if self.has_room(size, right)? {
+                return Ok(true);
+            }
+        }
+        *full = Some(Instant::now());
+        Ok(false)
     }
 
     fn full(&self) -> StoreError {
@@ -269,7 +296,10 @@ impl Kv for RocksKv {
     }
 
     fn write_freeing(&self, batch: Batch) -> Result<()> {
-        self.write_with(batch, false, Right::Reserve)
+        self.write_with(batch, false, Right::Reserve)?;
+        // Now there is something to wait for.
+        *self.full.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
     }
 
     fn write_durable(&self, batch: Batch) -> Result<()> {

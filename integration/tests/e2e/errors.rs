@@ -220,3 +220,32 @@ fn a_full_disk_while_unpacking_is_an_error_that_loses_nothing() {
     assert_eq!(kiln.build(small.path(), &[]).ok().cached(), 1, "also for a new daemon");
     kiln.stop();
 }
+
+#[test]
+fn a_full_disk_can_be_pruned_also_by_a_daemon_that_starts_on_it() {
+    let registry = Registry::with_busybox();
+    let disk = SmallDisk::new("96m");
+    let mut kiln = Kiln::with_root(&disk.0.path().join("state"), &registry.address);
+    kiln.configure("[worker.oci]\n  gc = false\n");
+    let large = Context::new("FROM busybox\nRUN dd if=/dev/zero of=/zeros bs=1M count=30\n");
+    kiln.build(large.path(), &[]).ok();
+    let fill = || {
+        let mut file = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(disk.0.path().join("filler"))
+            .expect("a file");
+        while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+    };
+    fill();
+    let other = Context::new("FROM busybox\nRUN dd if=/dev/zero of=/other bs=1M count=8\n");
+    kiln.build(other.path(), &[]).fails(&["No space left on device"]);
+    assert!(kiln.run(&["du"]).ok().stdout.contains("Total:"));
+    kiln.stop();
+    // The trash of the failed build is free by now.
+    fill();
+    assert!(kiln.run(&["du"]).ok().stdout.contains("Total:"));
+    kiln.run(&["prune", "--all"]).ok();
+    kiln.build(other.path(), &[]).ok();
+    kiln.stop();
+}
