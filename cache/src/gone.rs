@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use crate::codec;
 use crate::error::Result;
 use crate::evictions;
-use crate::keys::{Encoded, EncodedOp, KeyStore, today};
+use crate::keys::{Encoded, EncodedOp, KeyStore, MISSING_RESULT, today};
 use crate::kv::{Batch, Cf, Kv};
 use crate::store::Store;
 
@@ -58,7 +58,7 @@ impl Store {
 /// known why the snapshot went, the key stays: by it a build learns that.
 fn names_gone(kv: &dyn Kv, value: &[u8]) -> Result<bool> {
     let Ok(record) = codec::decode::<Encoded>("key", b"", value) else { return Ok(true) };
-    for id in record.results.iter().filter(|id| !id.is_empty()) {
+    for id in record.results.iter().filter(|id| !id.is_empty() && *id != MISSING_RESULT) {
         if kv.get(Cf::Snapshots, id.as_bytes())?.is_none() {
             return Ok(evictions::find(kv, id)?.is_none());
         }

@@ -8,10 +8,14 @@ use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::kv::{Batch, Cf, Kv};
 
+/// Stands for a result that nobody made: an imported cache may have only some outputs of a vertex.
+pub const MISSING_RESULT: &str = "-";
+
 /// What an earlier build left under a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRecord {
-    /// Names of the results, one for each output; the empty string stands for scratch.
+    /// Names of the results, one for each output; the empty string stands for scratch, [`MISSING_RESULT`] for one that
+    /// is not known.
     pub results: Vec<String>,
     /// Display name of the vertex that made them.
     pub name: Arc<str>,

@@ -29,13 +29,14 @@ mod values;
 pub mod contenthash;
 pub mod kv;
 pub mod layerview;
+pub mod remote;
 
 pub use blobs::{BlobInfo, BlobRef, BlobWriter, Blobs};
 pub use error::{Result, StoreError};
 pub use evictions::Eviction;
 pub use filter::Filter;
 pub use gc::{GcPolicy, PruneOptions};
-pub use keys::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord};
+pub use keys::{KeyChange, KeyRecord, KeyStorage, KeyStore, MISSING_RESULT, OpRecord};
 pub use kv::Kv;
 pub use mutable::{MutableDir, MutableDirs, MutableKind};
 pub use scratch::ScratchDir;

@@ -2,7 +2,9 @@
 
 use bytes::BytesMut;
 use kiln_proto::content::content_client::ContentClient;
-use kiln_proto::content::{WriteAction, WriteContentRequest, WriteContentResponse};
+use kiln_proto::content::{
+    ReadContentRequest, ReadContentResponse, WriteAction, WriteContentRequest, WriteContentResponse,
+};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -12,6 +14,7 @@ use crate::error::SessionError;
 use crate::session::Session;
 use crate::{MAX_MESSAGE_SIZE, headers};
 
+const READ: &str = "/containerd.services.content.v1.Content/Read";
 const WRITE: &str = "/containerd.services.content.v1.Content/Write";
 /// Bytes of a blob put into one message; clients take at most 4 MiB.
 const CHUNK: usize = 1 << 20;
@@ -42,6 +45,27 @@ impl NewBlob<'_> {
     }
 }
 
+/// A blob that a client sends. Nobody has checked it against its digest.
+pub struct BlobReader {
+    digest: String,
+    answers: Streaming<ReadContentResponse>,
+}
+
+impl BlobReader {
+    /// The next piece; `None` at the end.
+    ///
+    /// # Errors
+    /// [`SessionError::is_not_found`] if there is no such blob; else what failed on either side.
+    pub async fn chunk(&mut self) -> Result<Option<Vec<u8>>, SessionError> {
+        let answer = self.answers.message().await.map_err(|status| unread(&self.digest, status))?;
+        Ok(answer.map(|answer| answer.data))
+    }
+}
+
+fn unread(digest: &str, status: Status) -> SessionError {
+    SessionError::call(format!("read {digest} from the client's content store"), status)
+}
+
 impl Session {
     /// Writes a blob into the client's content store `store`. What it has already is not sent.
     ///
@@ -60,6 +84,24 @@ impl Session {
                 SessionError::call(format!("write {} into the client's content store", blob.digest), status)
             }),
         }
+    }
+
+    /// Starts reading a blob of the client's content store `store`.
+    ///
+    /// # Errors
+    /// [`SessionError::is_not_found`] if the client offers no such store; else what failed on either side.
+    pub async fn read_blob(&self, store: &str, digest: &str) -> Result<BlobReader, SessionError> {
+        self.require(READ)?;
+        let mut request = Request::new(ReadContentRequest { digest: digest.to_owned(), offset: 0, size: 0 });
+        let answers = match headers::put(request.metadata_mut(), headers::STORE_ID, store) {
+            Ok(_) => {
+                let client = ContentClient::new(self.channel());
+                client.max_decoding_message_size(MAX_MESSAGE_SIZE).read(request).await
+            }
+            Err(status) => Err(status),
+        };
+        let answers = answers.map_err(|status| unread(digest, status))?.into_inner();
+        Ok(BlobReader { digest: digest.to_owned(), answers })
     }
 
     async fn try_write_blob(

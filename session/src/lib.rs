@@ -17,7 +17,7 @@ mod pipe;
 mod session;
 mod transfer;
 
-pub use content::NewBlob;
+pub use content::{BlobReader, NewBlob};
 pub use error::SessionError;
 pub use id::new_id;
 pub use manager::SessionManager;

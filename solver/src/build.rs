@@ -9,6 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::SolveError;
 use crate::explain::VertexExplanation;
+use crate::export::{self, ExportVertex};
+use crate::import::ImportedCache;
 use crate::op::OpFactory;
 use crate::owner::{self, Edge, Event};
 use crate::prepare::prepare;
@@ -34,6 +36,7 @@ struct Inner<R> {
     events: mpsc::UnboundedSender<Event<R>>,
     factory: Arc<dyn OpFactory<R>>,
     next_request: AtomicU64,
+    shared: Arc<Shared<R>>,
 }
 
 impl<R> Drop for Inner<R> {
@@ -51,8 +54,8 @@ impl<R> Clone for Build<R> {
 impl<R: Clone + Send + Sync + 'static> Build<R> {
     pub(crate) fn start(shared: Arc<Shared<R>>, options: BuildOptions<R>) -> Self {
         let BuildOptions { factory, progress } = options;
-        let events = owner::start(shared, progress);
-        Self { inner: Arc::new(Inner { events, factory, next_request: AtomicU64::new(0) }) }
+        let events = owner::start(shared.clone(), progress);
+        Self { inner: Arc::new(Inner { events, factory, next_request: AtomicU64::new(0), shared }) }
     }
 
     /// Loads a definition and builds its result; `None` for the empty definition (scratch).
@@ -68,6 +71,12 @@ impl<R: Clone + Send + Sync + 'static> Build<R> {
         self.send(Event::Load { prepared, reply })?;
         let edge = answer.await.map_err(|_| SolveError::canceled())??;
         Ok(LoadedHandle { build: self.clone(), edge })
+    }
+
+    /// Has what is solved from now on looked up in `cache`, too.
+    pub fn import(&self, cache: Arc<dyn ImportedCache<R>>) {
+        // A build that has ended looks nothing up.
+        let _ = self.send(Event::Import { cache });
     }
 
     /// What was decided about each vertex so far, and from which keys; inputs come first.
@@ -117,6 +126,20 @@ impl<R: Clone + Send + Sync + 'static> LoadedHandle<R> {
         let result = answer.await.map_err(|_| SolveError::canceled())?;
         guard.id = None;
         result.map(Some)
+    }
+
+    /// What a cache elsewhere can be told of the result and of all that it was made from: the last vertex is the one
+    /// that made it. Nothing for scratch.
+    pub async fn describe(&self) -> Vec<ExportVertex<R>> {
+        let Some(edge) = self.edge else { return Vec::new() };
+        let (reply, answer) = oneshot::channel();
+        if self.build.send(Event::Describe { edge, reply }).is_err() {
+            return Vec::new();
+        }
+        match answer.await {
+            Ok(described) => export::complete(&self.build.inner.shared, described).await,
+            Err(_) => Vec::new(),
+        }
     }
 
     /// True for the empty definition, whose result is scratch.

@@ -7,6 +7,8 @@
 mod build;
 mod error;
 pub mod explain;
+pub mod export;
+pub mod import;
 mod keys;
 mod limit;
 pub mod op;

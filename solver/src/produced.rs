@@ -3,14 +3,15 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use kiln_cache::{KeyChange, KeyRecord};
+use kiln_cache::{KeyChange, KeyRecord, MISSING_RESULT};
 use tokio::sync::OnceCell;
 
 use crate::op::{Key, OpError};
 use crate::solver::Shared;
 
 pub(crate) struct Produced<R> {
-    pub(crate) outputs: Vec<R>,
+    /// Only what came from an imported cache has outputs missing.
+    pub(crate) outputs: Vec<Option<R>>,
     /// One for each output, once any was asked for.
     digests: OnceLock<Box<[OnceCell<Key>]>>,
     recorded: Mutex<Recorded>,
@@ -25,12 +26,27 @@ struct Recorded {
 impl<R: Clone + Send + Sync + 'static> Produced<R> {
     /// Results that a run just made; nothing is stored yet.
     pub(crate) fn executed(outputs: Vec<R>, record: KeyRecord) -> Self {
+        Self::new(outputs.into_iter().map(Some).collect(), record, Vec::new())
+    }
+
+    /// Results of an imported cache; nothing is stored yet.
+    pub(crate) fn imported(outputs: Vec<Option<R>>, record: KeyRecord) -> Self {
         Self::new(outputs, record, Vec::new())
+    }
+
+    /// One of the outputs.
+    pub(crate) fn output(&self, output: u32) -> Option<&R> {
+        self.outputs.get(output as usize)?.as_ref()
+    }
+
+    /// True if there is such an output but for where this came from: it is to be made.
+    pub(crate) fn lacks(&self, output: u32) -> bool {
+        self.output(output).is_none() && self.outputs.iter().any(Option::is_none)
     }
 
     /// Results of an earlier build, found under `key`. Where that is the definition key, the content key is taken to be
     /// stored, too; whoever came another way may have found that missing.
-    pub(crate) fn opened(outputs: Vec<R>, record: KeyRecord, key: &Key, by_definition: bool) -> Self {
+    pub(crate) fn opened(outputs: Vec<Option<R>>, record: KeyRecord, key: &Key, by_definition: bool) -> Self {
         let keys = [Some(*key), record.content_key.map(Key::from).filter(|_| by_definition)]
             .into_iter()
             .flatten()
@@ -38,7 +54,7 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
         Self::new(outputs, record, keys)
     }
 
-    fn new(outputs: Vec<R>, record: KeyRecord, keys: Vec<Key>) -> Self {
+    fn new(outputs: Vec<Option<R>>, record: KeyRecord, keys: Vec<Key>) -> Self {
         Self {
             outputs,
             digests: OnceLock::new(),
@@ -81,7 +97,8 @@ impl<R: Clone + Send + Sync + 'static> Produced<R> {
     /// The digest of an output, computed once for all who ask.
     pub(crate) async fn output_digest(&self, shared: &Shared<R>, output: usize) -> Result<Key, OpError> {
         let digests = self.digests.get_or_init(|| self.outputs.iter().map(|_| OnceCell::new()).collect());
-        let (Some(cell), Some(result)) = (digests.get(output), self.outputs.get(output)) else {
+        let result = self.outputs.get(output).and_then(Option::as_ref);
+        let (Some(cell), Some(result)) = (digests.get(output), result) else {
             return Err(no_such_output(output, self.outputs.len(), &self.name()));
         };
         cell.get_or_try_init(|| shared.results.output_digest(result)).await.copied()
@@ -112,10 +129,25 @@ pub(crate) async fn open<R: Clone + Send + Sync + 'static>(
 ) -> Result<Opened<R>, OpError> {
     let mut outputs = Vec::with_capacity(record.results.len());
     for id in &record.results {
+        if id == MISSING_RESULT {
+            outputs.push(None);
+            continue;
+        }
         match shared.results.load(id).await? {
-            Some(result) => outputs.push(result),
+            Some(result) => outputs.push(Some(result)),
             None => return Ok(Opened::Gone(record.results)),
         }
     }
     Ok(Opened::Found(Produced::opened(outputs, record, key, by_definition)))
+}
+
+/// True if a record, for where it came from, may not have all outputs.
+pub(crate) fn is_partial(record: &KeyRecord) -> bool {
+    record.results.iter().any(|id| id == MISSING_RESULT)
+}
+
+/// True if a partial record lacks one of these outputs.
+pub(crate) fn record_lacks(record: &KeyRecord, outputs: impl IntoIterator<Item = u32>) -> bool {
+    let known = |output: u32| record.results.get(output as usize).is_some_and(|id| id != MISSING_RESULT);
+    !outputs.into_iter().all(known)
 }

@@ -10,6 +10,7 @@ mod locks;
 mod mount;
 pub mod ops;
 pub mod registry;
+pub mod remotecache;
 pub mod sandbox;
 pub mod view;
 mod worker;

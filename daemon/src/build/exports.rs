@@ -1,41 +1,70 @@
-//! The exporters of a request: one step of progress for each, their answers merged into the
-//! response.
+//! The exporters of a request and the caches that it is to be written to: one step of progress for each, their answers
+//! merged into the response.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
-use crate::engine::{Built, EngineBuild, ExportSource, PlannedExport};
+use crate::engine::{Built, CachePlan, CacheSource, EngineBuild, ExportSource, PlannedExport};
 use crate::error::BuildError;
 use crate::gateway::{BuildResult, LazyRef, Refs, text_digest};
 use crate::jobs::Job;
 use crate::progress::Step;
 use crate::provenance::Claim;
 
-/// Runs all exporters of a build, one after the other.
+/// Runs all exporters of a build, one after the other, then writes the caches.
 pub(super) async fn run(
     build: &EngineBuild,
     job: &Job,
-    planned: &[PlannedExport],
+    (planned, caches): (&[PlannedExport], &CachePlan),
     session: &str,
     result: &BuildResult,
     claims: &[Claim],
     response: &mut HashMap<String, String>,
 ) -> Result<(), BuildError> {
-    if planned.is_empty() {
-        return Ok(());
+    let told = if caches.is_empty() { None } else { Some(described(&result.refs).await) };
+    if !planned.is_empty() {
+        let inline = told.as_ref().filter(|_| caches.inline);
+        let source = ExportSource::new(built(&result.refs).await?, result.metadata.clone(), claims, inline)?;
+        for (index, export) in planned.iter().enumerate() {
+            let digest = text_digest(&format!("{session}-export-{index}"));
+            let step = Step::start(job.progress.clone(), &digest, export.title());
+            let answer = build.export(export, &source, step.progress()).await;
+            step.end(answer.as_ref().err().map(|error| error.message.as_str()));
+            response.extend(answer?);
+        }
     }
-    let source = ExportSource::new(built(&result.refs).await?, result.metadata.clone(), claims)?;
-    for (index, export) in planned.iter().enumerate() {
-        let digest = text_digest(&format!("{session}-export-{index}"));
-        let step = Step::start(job.progress.clone(), &digest, export.title());
-        let answer = build.export(export, &source, step.progress()).await;
+    let told: Vec<CacheSource> = told.into_iter().flat_map(BTreeMap::into_values).collect();
+    for (index, cache) in caches.remote.iter().enumerate() {
+        let digest = text_digest(&format!("{session}-cache-{index}"));
+        let step = Step::start(job.progress.clone(), &digest, cache.title());
+        let answer = build.export_cache(cache, &told, step.progress()).await;
         step.end(answer.as_ref().err().map(|error| error.message.as_str()));
-        response.extend(answer?);
+        match answer {
+            Ok(answer) => response.extend(answer),
+            Err(error) if cache.ignore_error => {
+                tracing::debug!(build = job.id, %error, "a cache was not written");
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }
 
+/// What caches are told of the results.
+async fn described(refs: &Refs) -> BTreeMap<String, CacheSource> {
+    let all: Vec<(String, Arc<LazyRef>)> = match refs {
+        Refs::Single(reference) => reference.iter().map(|r| (String::new(), r.clone())).collect(),
+        Refs::Map(refs) => refs.iter().filter_map(|(name, r)| Some((name.clone(), r.clone()?))).collect(),
+    };
+    let mut described = BTreeMap::new();
+    for (name, reference) in all {
+        described.insert(name, reference.describe().await);
+    }
+    described
+}
+
 async fn built(refs: &Refs) -> Result<Built, BuildError> {
-    let get = |reference: Option<std::sync::Arc<LazyRef>>| async move {
+    let get = |reference: Option<Arc<LazyRef>>| async move {
         match reference {
             Some(reference) => reference.get().await,
             None => Ok(None),

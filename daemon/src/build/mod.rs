@@ -16,12 +16,10 @@ use kiln_session::Session;
 use tokio::sync::oneshot;
 
 use crate::daemon::Daemon;
-use crate::engine::{self, BuildScope, EngineBuild, PlannedExport};
+use crate::engine::{self, BuildScope, CachePlan, EngineBuild, PlannedExport};
 use crate::error::BuildError;
-use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
-use crate::jobs::Job;
+use crate::gateway::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs};
 use crate::policy::SourcePolicy;
-use crate::progress::Step;
 use crate::provenance::{self, Solved};
 use crate::traces::TraceParent;
 use running::Running;
@@ -83,8 +81,8 @@ async fn run(
     let (guard, job) = (running.guard(), running.guard().job());
     // Within the job: a client that asks for its status hears at once that it has ended.
     request::check(request, &daemon.config)?;
-    report_cache_imports(job, request);
     let planned = engine::plan(&request.exporters)?;
+    let caches = CachePlan::new(request.cache.as_ref().map_or(&[][..], |cache| &cache.exports))?;
     let provenance = provenance::Options::of(&request.frontend_attrs)?;
     let wanted = provenance.as_ref().map(|options| provenance::Build {
         options,
@@ -105,7 +103,8 @@ async fn run(
         Bridge::new(build.clone(), job.progress.clone(), job.cancel.clone(), request, policy);
     let published = guard.publish(bridge.clone());
     // Boxed: the compiler has a limit for futures within futures.
-    let outcome = produce(running, build, request, &planned, wanted, (&bridge, returned)).boxed().await;
+    let outcome =
+        produce(running, build, request, (&planned, &caches), wanted, (&bridge, returned)).boxed().await;
     drop(published);
     bridge.release_containers().await;
     outcome
@@ -116,7 +115,7 @@ async fn produce(
     running: &Running,
     build: &Arc<EngineBuild>,
     request: &SolveRequest,
-    planned: &[PlannedExport],
+    planned: (&[PlannedExport], &CachePlan),
     wanted: Option<provenance::Build<'_>>,
     (bridge, returned): (&Arc<Bridge>, oneshot::Receiver<Result<BuildResult, BuildError>>),
 ) -> Result<SolveResponse, BuildError> {
@@ -130,6 +129,7 @@ async fn produce(
         };
         bridge.run_frontend(frontend).await?
     } else if let Some(definition) = definition {
+        bridge.import(request.cache.iter().flat_map(|cache| &cache.imports).map(CacheEntry::from)).await;
         BuildResult { refs: Refs::Single(bridge.solve(definition).await?), ..BuildResult::default() }
     } else {
         // The client is the frontend; it ends by returning a result.
@@ -154,17 +154,4 @@ async fn produce(
     claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
     running.claims.get_or_init(|| claims);
     Ok(SolveResponse { exporter_response: response })
-}
-
-/// A cache that cannot be imported never fails a build; it is shown.
-fn report_cache_imports(job: &Job, request: &SolveRequest) {
-    for import in request.cache.iter().flat_map(|cache| &cache.imports) {
-        let name = match import.attrs.get("ref") {
-            Some(reference) => reference.clone(),
-            None => import.r#type.clone(),
-        };
-        let name = format!("importing cache manifest from {name}");
-        let step = Step::start(job.progress.clone(), &crate::gateway::text_digest(&name), &name);
-        step.end(Some(&format!("unsupported: cache import of type {}", import.r#type)));
-    }
 }

@@ -49,9 +49,6 @@ pub(super) fn check(request: &SolveRequest, config: &Config) -> Result<(), Build
     if request.proxy_network {
         return Err(BuildError::unsupported("proxy network"));
     }
-    if let Some(export) = request.cache.iter().flat_map(|cache| &cache.exports).next() {
-        return Err(BuildError::unsupported(format_args!("cache export of type {}", export.r#type)));
-    }
     provenance::check(&request.frontend_attrs, &request.frontend_attrs)
 }
 

@@ -2,9 +2,11 @@
 //! when it has ended. What they send to the client goes through the client's session.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kiln_cache::Ref;
 use kiln_proto::control;
+use kiln_session::Session;
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::export::{
     ExportContext, ExportError, ExportInput, Exporter, Kind, NoOutput, Output, SessionOutput,
@@ -12,7 +14,7 @@ use kiln_worker::export::{
 use kiln_worker::image::Access;
 use tonic::Code;
 
-use super::EngineBuild;
+use super::{CacheSource, EngineBuild};
 use crate::error::BuildError;
 use crate::provenance::Claim;
 
@@ -29,7 +31,7 @@ impl PlannedExport {
     }
 }
 
-fn failed(error: ExportError) -> BuildError {
+pub(super) fn failed(error: ExportError) -> BuildError {
     let code = match &error {
         ExportError::Attribute(_) => Code::InvalidArgument,
         ExportError::Internal(_) => Code::Internal,
@@ -68,6 +70,7 @@ impl ExportSource {
         built: Built,
         metadata: BTreeMap<String, Vec<u8>>,
         claims: &[Claim],
+        caches: Option<&BTreeMap<String, CacheSource>>,
     ) -> Result<Self, BuildError> {
         let input = match built {
             Built::Single(result) => ExportInput::single(result, metadata),
@@ -77,6 +80,11 @@ impl ExportSource {
         for target in &mut input.targets {
             let of = claims.iter().filter(|claim| !input.is_map || claim.platform == target.id);
             target.attestations = of.map(|claim| claim.attestation.clone()).collect();
+            let cache = |caches: &BTreeMap<String, CacheSource>| match input.is_map {
+                true => caches.get(&target.id).cloned(),
+                false => caches.values().next().cloned(),
+            };
+            target.cache = caches.and_then(cache);
         }
         Ok(Self(input))
     }
@@ -90,15 +98,7 @@ impl EngineBuild {
         source: &ExportSource,
         progress: &VertexProgress,
     ) -> Result<BTreeMap<String, String>, BuildError> {
-        let worker = self.worker.worker();
-        let context = ExportContext {
-            images: worker.images().clone(),
-            store: worker.store().clone(),
-            access: Access {
-                credentials: self.worker.credentials().clone(),
-                progress: Some(progress.clone()),
-            },
-        };
+        let context = self.export_context(progress);
         let output: Box<dyn Output> = match planned.exporter.attributes().kind {
             Kind::Image => Box::new(NoOutput),
             _ => Box::new(self.client(planned.index).await?),
@@ -106,12 +106,26 @@ impl EngineBuild {
         planned.exporter.export(&context, &source.0, &*output).await.map_err(failed)
     }
 
+    pub(super) fn export_context(&self, progress: &VertexProgress) -> ExportContext {
+        let worker = self.worker.worker();
+        let credentials = self.worker.credentials().clone();
+        ExportContext {
+            images: worker.images().clone(),
+            store: worker.store().clone(),
+            access: Access { credentials, progress: Some(progress.clone()) },
+        }
+    }
+
     async fn client(&self, exporter: usize) -> Result<SessionOutput, BuildError> {
         if self.session.is_empty() {
             return Err(BuildError::build("this output goes to the client, which attached no session"));
         }
+        Ok(SessionOutput { session: self.attached().await?, exporter })
+    }
+
+    /// The client's session.
+    pub(super) async fn attached(&self) -> Result<Arc<Session>, BuildError> {
         let session = self.engine.sessions.get(&self.session).await;
-        let session = session.map_err(|error| BuildError::new(Code::NotFound, error.to_string()))?;
-        Ok(SessionOutput { session, exporter })
+        session.map_err(|error| BuildError::new(Code::NotFound, error.to_string()))
     }
 }

@@ -1,7 +1,8 @@
 //! The machine under the services: store, solver, worker and sessions put together. The only module
 //! that calls those crates' operative parts, one file for each: `worker` (sources, views), `export`,
-//! `credentials`, `storage` (usage, garbage), `failure` (their errors).
+//! `cache` (caches elsewhere), `credentials`, `storage` (usage, garbage), `failure` (their errors).
 
+mod cache;
 mod credentials;
 mod export;
 mod failure;
@@ -24,6 +25,7 @@ use kiln_solver::progress::VertexProgress;
 use kiln_solver::{BuildOptions, LoadedHandle, Solver, SolverOptions};
 use tonic::Code;
 
+pub(crate) use cache::{CachePlan, CacheSource, import_id};
 pub(crate) use export::{Built, ExportSource, PlannedExport, plan};
 use kiln_worker::ops::{Container, ContainerRequest};
 pub(crate) use kiln_worker::ops::{GitObjects, ResolvedGit};
@@ -267,6 +269,11 @@ impl Target {
     /// What it was made from.
     pub(crate) fn definition(&self) -> &pb::Definition {
         &self.definition
+    }
+
+    /// What a cache elsewhere can be told of it and of all that it was made from.
+    pub(crate) async fn describe(&self) -> CacheSource {
+        self.handle.describe().await
     }
 
     /// Builds it.

@@ -2,6 +2,7 @@
 //! them, resolves images, and at last returns a result. Frontends inside the daemon call
 //! [`Bridge`] directly, others through the gRPC service in `service`.
 
+mod caches;
 pub(crate) mod caps;
 mod containers;
 mod processes;
@@ -22,6 +23,7 @@ use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
+pub(crate) use caches::CacheEntry;
 pub(crate) use refs::{BuildResult, LazyRef, Offered, Refs};
 pub(crate) use service::GatewayService;
 
@@ -44,6 +46,8 @@ pub(crate) struct Bridge {
     policy: SourcePolicy,
     refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
+    /// Caches that were to be imported, by their ids; whether they were told of.
+    imports: DashMap<String, Arc<OnceCell<()>>>,
     asked: Mutex<Vec<Arc<Asked>>>,
     /// What the client asked of the build itself.
     root: FrontendRequest,
@@ -108,6 +112,7 @@ impl Bridge {
             policy,
             refs: DashMap::new(),
             images: DashMap::new(),
+            imports: DashMap::new(),
             asked: Mutex::default(),
             containers: DashMap::new(),
             returned: Mutex::new(Some(sender)),
@@ -172,6 +177,7 @@ impl Bridge {
         mut request: FrontendRequest,
     ) -> Result<BuildResult, BuildError> {
         provenance::check(&request.opts, &self.root.opts)?;
+        self.import(caches::of_frontend(&request.opts)?).await;
         // In a box, or the call's type grows beyond what the compiler takes.
         let result = Box::pin(frontends::run(self, &mut request)).await?;
         let results = result.refs.all().into_iter().cloned().collect();

@@ -8,7 +8,7 @@ use kiln_cache::Ref;
 use kiln_proto::{gateway, pb};
 use tokio::sync::OnceCell;
 
-use crate::engine::{EngineBuild, Target};
+use crate::engine::{CacheSource, EngineBuild, Target};
 use crate::error::BuildError;
 
 /// Something that can be built, and is, at most once.
@@ -32,6 +32,11 @@ impl LazyRef {
     /// What it is made from.
     pub(crate) fn definition(&self) -> &pb::Definition {
         self.target.definition()
+    }
+
+    /// What a cache elsewhere can be told of it and of all that it was made from.
+    pub(crate) async fn describe(&self) -> CacheSource {
+        self.target.describe().await
     }
 
     /// Builds it, unless that has been done. A failure is remembered; being dropped is not.

@@ -22,7 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::containers::no_container;
 use super::source_meta::log_name;
-use super::{Bridge, BuildResult, FrontendRequest, Refs, as_solve_error, caps, processes};
+use super::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, as_solve_error, caps, processes};
 use crate::engine::{files, op_error};
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
@@ -87,6 +87,7 @@ impl LlbBridge for GatewayService {
 
     async fn solve(&self, request: Request<SolveRequest>) -> Result<Response<SolveResponse>, Status> {
         self.call(request, |bridge, request| async move {
+            bridge.import(CacheEntry::all(&request)).await;
             let result = if !request.frontend.is_empty() {
                 if !request.source_policies.is_empty() {
                     return Err(BuildError::unsupported("source policies of a frontend"));

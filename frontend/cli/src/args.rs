@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::caches::CacheArgs;
 use crate::progress::units;
 use crate::tls::TlsArgs;
 use crate::workers::WorkersArgs;
@@ -191,6 +192,8 @@ pub(crate) struct BuildArgs {
     pub(crate) attests: AttestArgs,
     #[command(flatten)]
     pub(crate) absent: Absent,
+    #[command(flatten)]
+    pub(crate) caches: CacheArgs,
 }
 
 #[derive(Debug, Args)]
@@ -221,10 +224,6 @@ pub(crate) struct AttestArgs {
 /// Flags that people pass by habit or script and that Kiln does not do: refused by name instead of as unknown.
 #[derive(Debug, Args)]
 pub(crate) struct Absent {
-    #[arg(long = "cache-from", hide = true)]
-    pub(crate) cache_from: Vec<String>,
-    #[arg(long = "cache-to", hide = true)]
-    pub(crate) cache_to: Vec<String>,
     #[arg(long, hide = true)]
     pub(crate) load: bool,
 }
@@ -232,13 +231,9 @@ pub(crate) struct Absent {
 impl Absent {
     /// The first flag that was given and is not supported.
     pub(crate) fn given(&self) -> Option<&'static str> {
-        [
-            (!self.cache_from.is_empty(), "--cache-from"),
-            (!self.cache_to.is_empty(), "--cache-to"),
-            (self.load, "--load (use -o type=docker,dest=FILE)"),
-        ]
-        .into_iter()
-        .find_map(|(given, name)| given.then_some(name))
+        [(self.load, "--load (use -o type=docker,dest=FILE)")]
+            .into_iter()
+            .find_map(|(given, name)| given.then_some(name))
     }
 }
 
@@ -262,6 +257,8 @@ pub(crate) struct SolveArgs {
     /// Run every step anew
     #[arg(long)]
     pub(crate) no_cache: bool,
+    #[command(flatten)]
+    pub(crate) caches: CacheArgs,
     /// How progress is shown
     #[arg(long, value_enum, env = "BUILDKIT_PROGRESS", default_value = "auto")]
     pub(crate) progress: ProgressMode,
@@ -505,9 +502,9 @@ mod tests {
 
     #[test]
     fn flags_of_buildx_are_refused_by_name() {
-        let parsed = Cli::try_parse_from(["kiln", "build", "--cache-to", "type=inline", "."]).unwrap();
+        let parsed = Cli::try_parse_from(["kiln", "build", "--load", "."]).unwrap();
         let Command::Build(build) = parsed.command else { panic!() };
-        assert_eq!(build.absent.given(), Some("--cache-to"));
+        assert!(build.absent.given().is_some());
         let parsed = Cli::try_parse_from(["kiln", "build", "--provenance", "."]).unwrap();
         let Command::Build(build) = parsed.command else { panic!() };
         assert_eq!(build.absent.given(), None);

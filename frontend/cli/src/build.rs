@@ -5,12 +5,13 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_proto::control::{CacheOptions, SolveRequest};
+use kiln_proto::control::SolveRequest;
 use kiln_session::client::Attachables;
 use serde_json::Value;
 
 use crate::args::{BuildArgs, Connection};
 use crate::auth::DockerConfig;
+use crate::caches::Caches;
 use crate::contexts::{self, NamedContext};
 use crate::error::CliError;
 use crate::inputs::Inputs;
@@ -43,6 +44,7 @@ pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliEr
         plan.args.explain && !matches!(response, Err(CliError::Interrupted(_) | CliError::Connect(_)));
     let finished = response.and_then(|response| {
         layout::record(&outputs, &response)?;
+        plan.caches.record(&response)?;
         finish(&response, &plan.args)
     });
     if plan.args.explain && matches!(finished, Err(CliError::Interrupted(_))) && !reference.is_empty() {
@@ -61,6 +63,7 @@ pub(crate) struct Plan {
     pub(crate) args: BuildArgs,
     inputs: Inputs,
     named: Vec<NamedContext>,
+    caches: Caches,
 }
 
 impl Plan {
@@ -70,7 +73,8 @@ impl Plan {
         }
         let named = contexts::parse(&args.build_contexts)?;
         let inputs = Inputs::find(&args.context, args.file.as_deref())?;
-        Ok(Self { args, inputs, named })
+        let caches = Caches::parse(&args.caches)?;
+        Ok(Self { args, inputs, named, caches })
     }
 
     /// One attempt at building it.
@@ -81,7 +85,7 @@ impl Plan {
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        outputs::attach(outputs, &mut attachables);
+        outputs::attach(outputs, &self.caches, &mut attachables);
         let mut entitlements = args.allow.clone();
         if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host")
         {
@@ -93,7 +97,7 @@ impl Plan {
             frontend_attrs: self.attrs()?,
             exporters: outputs::exporters(outputs),
             entitlements,
-            cache: Some(CacheOptions::default()),
+            cache: Some(self.caches.options()),
             ..Default::default()
         };
         Ok(Job { request, attachables, shared_key: self.shared_key() })
@@ -165,6 +169,7 @@ impl Plan {
         if let Some(parent) = &args.cgroup_parent {
             set("cgroup-parent", parent.clone());
         }
+        attrs.extend(self.caches.attr());
         attrs.extend(attest::attrs(&args.attests)?);
         Ok(attrs)
     }
@@ -304,8 +309,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_is_refused_by_name() {
-        let refused = plan(&["--cache-from", "x", "/"]).err().expect("refused");
-        assert!(refused.to_string().contains("unsupported: --cache-from"));
+        let refused = plan(&["--load", "/"]).err().expect("refused");
+        assert!(refused.to_string().contains("unsupported: --load"));
         let plan = plan(&["--add-host", "h", "/"]).unwrap();
         assert!(plan.attrs().unwrap_err().to_string().contains("--add-host"));
     }

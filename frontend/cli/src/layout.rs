@@ -30,7 +30,35 @@ pub(crate) fn record(outputs: &[OutputSpec], response: &Response) -> Result<(), 
     })
 }
 
+/// The digest of what has this tag in a layout.
+pub(crate) fn tagged(layout: &Path, tag: &str) -> Option<String> {
+    let index: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json")).ok()?).ok()?;
+    let entries = index["manifests"].as_array()?;
+    let found = entries.iter().rev().find(|entry| entry["annotations"][REF_NAME] == tag)?;
+    Some(found["digest"].as_str()?.to_owned())
+}
+
+/// Gives a tag of a layout to what has this descriptor.
+pub(crate) fn tag(layout: &Path, descriptor: &Value, tag: &str) -> io::Result<()> {
+    update_as(layout, descriptor, vec![json!({REF_NAME: tag})])
+}
+
 fn update(layout: &Path, descriptor: &Value, names: &[&str]) -> io::Result<()> {
+    update_as(layout, descriptor, annotations(names))
+}
+
+/// What says that an image has these names.
+fn annotations(names: &[&str]) -> Vec<Value> {
+    let unnamed = [json!({REF_NAME: "latest"})];
+    let named = names.iter().map(|name| {
+        let reference = Reference::parse(name).ok();
+        let tag = reference.as_ref().and_then(|reference| reference.tag().or(reference.digest()));
+        json!({NAME: name, REF_NAME: tag.unwrap_or(name)})
+    });
+    if names.is_empty() { unnamed.into() } else { named.collect() }
+}
+
+fn update_as(layout: &Path, descriptor: &Value, named: Vec<Value>) -> io::Result<()> {
     let lock_path = layout.join("index.json.lock");
     let lock = File::create(&lock_path)?;
     flock(&lock, FlockOperation::LockExclusive)?;
@@ -40,7 +68,7 @@ fn update(layout: &Path, descriptor: &Value, names: &[&str]) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => json!({"schemaVersion": 2}),
         Err(error) => return Err(error),
     };
-    enter(&mut index, descriptor, names)?;
+    enter(&mut index, descriptor, named)?;
     std::fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
     let temporary = layout.join("index.json.new");
     std::fs::write(&temporary, serde_json::to_vec(&index)?)?;
@@ -49,18 +77,11 @@ fn update(layout: &Path, descriptor: &Value, names: &[&str]) -> io::Result<()> {
 }
 
 /// Puts the image under each of its names, where it takes the place of what had that name.
-fn enter(index: &mut Value, descriptor: &Value, names: &[&str]) -> io::Result<()> {
+fn enter(index: &mut Value, descriptor: &Value, named: Vec<Value>) -> io::Result<()> {
     let wrong = || io::Error::new(io::ErrorKind::InvalidData, "index.json is no image index");
     let index = index.as_object_mut().ok_or_else(wrong)?;
     index.entry("mediaType").or_insert_with(|| json!("application/vnd.oci.image.index.v1+json"));
     let manifests = index.entry("manifests").or_insert_with(|| json!([])).as_array_mut().ok_or_else(wrong)?;
-    let unnamed = [json!({REF_NAME: "latest"})];
-    let named = names.iter().map(|name| {
-        let reference = Reference::parse(name).ok();
-        let tag = reference.as_ref().and_then(|reference| reference.tag().or(reference.digest()));
-        json!({NAME: name, REF_NAME: tag.unwrap_or(name)})
-    });
-    let named: Vec<Value> = if names.is_empty() { unnamed.into() } else { named.collect() };
     for name in named {
         manifests.retain(|entry| {
             let same = |key| entry["annotations"].get(key) == name.get(key);

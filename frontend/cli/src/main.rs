@@ -10,6 +10,7 @@ mod auth;
 mod build;
 mod buildctl;
 mod buildkitd;
+mod caches;
 mod connect;
 mod contexts;
 mod csv;

@@ -12,6 +12,7 @@ use kiln_proto::reference::Reference;
 use kiln_session::client::{Attachables, ContentDir, ExportTarget, Output};
 use tokio::io::AsyncWrite;
 
+use crate::caches::Caches;
 use crate::csv;
 use crate::error::CliError;
 
@@ -198,11 +199,11 @@ pub(crate) fn layouts(outputs: &[OutputSpec]) -> impl Iterator<Item = &Path> {
     })
 }
 
-/// Offers the daemon what the outputs go into.
-pub(crate) fn attach(outputs: &[OutputSpec], attachables: &mut Attachables) {
+/// Offers the daemon what the outputs go into, and caches.
+pub(crate) fn attach(outputs: &[OutputSpec], caches: &Caches, attachables: &mut Attachables) {
     attachables.export(targets(outputs));
-    let stores: Vec<ContentDir> =
-        layouts(outputs).map(|path| ContentDir { name: STORE.into(), path: path.to_owned() }).collect();
+    let layouts = layouts(outputs).map(|path| ContentDir { name: STORE.into(), path: path.to_owned() });
+    let stores: Vec<ContentDir> = layouts.chain(caches.stores().iter().cloned()).collect();
     if !stores.is_empty() {
         attachables.content(stores);
     }

@@ -10,6 +10,7 @@ use prost::Message;
 
 use crate::args::{Connection, SolveArgs};
 use crate::auth::DockerConfig;
+use crate::caches::Caches;
 use crate::error::CliError;
 use crate::progress::Display;
 use crate::run::{self, Job};
@@ -29,6 +30,7 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
     if args.no_cache {
         ignore_cache(&mut definition);
     }
+    let caches = Caches::parse(&args.caches)?;
     let outputs = outputs::complete(outputs::parse(&args.outputs)?, false, &[], &[])?;
     let display = Display::new(args.progress, false)?;
     let response = run::solve(connection, display, || {
@@ -39,18 +41,20 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        outputs::attach(&outputs, &mut attachables);
+        outputs::attach(&outputs, &caches, &mut attachables);
         let request = SolveRequest {
             r#ref: kiln_session::new_id(),
             definition: Some(definition.clone()),
             exporters: outputs::exporters(&outputs),
             entitlements: args.allow.clone(),
             frontend_attrs: HashMap::new(),
+            cache: Some(caches.options()),
             ..Default::default()
         };
         Ok(Job { request, attachables, shared_key: String::new() })
     })?;
     layout::record(&outputs, &response)?;
+    caches.record(&response)?;
     args.metadata_file.as_ref().map_or(Ok(()), |path| build::metadata_file(path, &response))
 }
 

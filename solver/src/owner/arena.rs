@@ -191,6 +191,9 @@ pub(super) struct Tried {
     pub(super) definition: bool,
     pub(super) content: bool,
     pub(super) output: bool,
+    /// In imported caches, by what corresponds to the definition or content key.
+    pub(super) imported_definition: bool,
+    pub(super) imported_content: bool,
 }
 
 impl Tried {

@@ -28,6 +28,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         self.requests.insert(id, Request { edge, reply });
         self.requested.entry(edge.vertex).or_default().push(id);
         self.want(edge.vertex);
+        self.complete(edge);
         self.ask_maps(edge.vertex);
         if self.graph[edge.vertex].is_settled() {
             self.answer_requests(edge.vertex);
@@ -49,7 +50,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             let vertex = &self.graph[place];
             let output = edge.output as usize;
             let answer = match &vertex.step {
-                Step::Done(produced) => produced.outputs.get(output).cloned().ok_or_else(|| {
+                Step::Done(produced) => produced.output(edge.output).cloned().ok_or_else(|| {
                     vertex.error(no_such_output(output, produced.outputs.len(), &vertex.state.name))
                 }),
                 Step::Failed(error) => Err(SolveError::clone(error)),
@@ -158,7 +159,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         vertex.inputs_wanted = true;
         vertex.inputs_missing = missing as u32;
         for input in 0..count {
-            self.want(self.graph[place].inputs[input].vertex);
+            let edge = self.graph[place].inputs[input];
+            self.want(edge.vertex);
+            self.complete(edge);
         }
         for input in 0..count {
             let edge = self.graph[place].inputs[input];
@@ -193,7 +196,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let edge = vertex.inputs[input];
         let below = &self.graph[edge.vertex];
         let (Some(produced), Some(map)) = (below.produced(), vertex.map()) else { return };
-        let Some(result) = produced.outputs.get(edge.output as usize) else {
+        let Some(result) = produced.output(edge.output) else {
+            if produced.lacks(edge.output) {
+                return self.complete(edge);
+            }
             let error = no_such_output(edge.output as usize, produced.outputs.len(), &below.state.name);
             return self.fail_op(place, error);
         };

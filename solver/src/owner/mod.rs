@@ -12,6 +12,7 @@
 mod arena;
 mod demand;
 mod graph;
+mod imports;
 mod probe;
 mod report;
 
@@ -28,6 +29,8 @@ use tokio::task::JoinSet;
 
 use crate::error::SolveError;
 use crate::explain::{self, InputExplanation, KeyKind, VertexExplanation};
+use crate::export::Described;
+use crate::import::ImportedCache;
 use crate::op::{CacheMap, Key, OpError};
 use crate::prepare::Prepared;
 use crate::produced::Opened;
@@ -35,6 +38,7 @@ use crate::progress::ProgressSink;
 use crate::solver::Shared;
 use crate::work::{Outcome, Work};
 use arena::{Arena, Definition, OutputDigest, Step, Vertex};
+use imports::Imports;
 
 /// After this many events in a row the loop lets other tasks run.
 const EVENTS_PER_TURN: usize = 128;
@@ -53,6 +57,8 @@ pub(crate) struct Edge {
 pub(crate) enum Event<R> {
     /// A definition arrived.
     Load { prepared: Prepared<R>, reply: oneshot::Sender<Result<Option<Edge>, SolveError>> },
+    /// A cache from elsewhere is to be looked into.
+    Import { cache: Arc<dyn ImportedCache<R>> },
     /// A result is wanted.
     Request { id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>> },
     /// It is no longer wanted.
@@ -71,6 +77,8 @@ pub(crate) enum Event<R> {
     Worked { vertex: NodeIndex, epoch: u64, outcome: Outcome<R> },
     /// The decisions so far are asked for.
     Explain { reply: oneshot::Sender<Vec<VertexExplanation>> },
+    /// What a cache is to be told of a result and all below it is asked for.
+    Describe { edge: Edge, reply: oneshot::Sender<Described<R>> },
     /// What has been made or found so far is asked for.
     Results { reply: oneshot::Sender<HashMap<Arc<str>, Vec<R>>> },
     /// Nobody is left who could ask for anything.
@@ -82,6 +90,7 @@ pub(crate) enum Event<R> {
 pub(crate) struct RecordFound {
     kind: KeyKind,
     key: Key,
+    imported: bool,
 }
 
 struct Request<R> {
@@ -108,6 +117,8 @@ struct Owner<R> {
     opening: usize,
     /// Work to be joined again by vertices that are ready, or will be when it is clear what is above them.
     held: Vec<Arc<Work<R>>>,
+    /// Caches from elsewhere, if there are any.
+    imports: Option<Box<Imports<R>>>,
     /// Events that arose in the loop itself.
     local: VecDeque<Event<R>>,
     events: mpsc::UnboundedSender<Event<R>>,
@@ -133,6 +144,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(
         unranked: Vec::new(),
         opening: 0,
         held: Vec::new(),
+        imports: None,
         local: VecDeque::new(),
         events: events.clone(),
         tasks: JoinSet::new(),
@@ -191,6 +203,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             Event::Load { prepared, reply } => {
                 let _ = reply.send(self.load(prepared));
             }
+            Event::Import { cache } => self.imports.get_or_insert_default().add(cache),
             Event::Request { id, edge, reply } => self.request(id, edge, reply),
             Event::Withdraw { id } => self.withdraw(id),
             Event::Mapped { vertex, map } => {
@@ -208,9 +221,16 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             Event::Explain { reply } => {
                 let _ = reply.send(self.explain());
             }
+            Event::Describe { edge, reply } => {
+                let _ = reply.send(self.describe(edge));
+            }
             Event::Results { reply } => {
                 let made = self.graph.vertices().iter().filter_map(|vertex| match &vertex.step {
-                    Step::Done(produced) => Some((vertex.state.digest.clone(), produced.outputs.clone())),
+                    Step::Done(produced) => {
+                        // Places count, so what comes after a missing one is left out.
+                        let outputs = produced.outputs.iter().map_while(Clone::clone).collect();
+                        Some((vertex.state.digest.clone(), outputs))
+                    }
                     _ => None,
                 });
                 let _ = reply.send(made.collect());

@@ -52,6 +52,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             self.graph[place].tried.set(KeyKind::Definition);
         }
+        if self.imports.is_some() && self.try_imports(place, KeyKind::Definition) {
+            return;
+        }
         if !self.graph[place].inputs_wanted {
             self.want_inputs(place);
         }
@@ -65,6 +68,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             && !content.fresh
             && self.look_up(place, KeyKind::Content, content.key)
         {
+            return;
+        }
+        if self.imports.is_some() && self.try_imports(place, KeyKind::Content) {
             return;
         }
         let vertex = &self.graph[place];
@@ -150,6 +156,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             return true;
         }
         match self.shared.keys.get(key.as_bytes()) {
+            Ok(Some(record)) if self.is_lacking(place, &record) => false,
             Ok(Some(record)) => {
                 self.note(place, kind, key, Found::Record);
                 let below = self.release_inputs(place);
@@ -160,7 +167,12 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 let shared = self.shared.clone();
                 let opened = self.spawn_unless_ready(async move {
                     let result = guarded(open(&shared, &key, record, kind == KeyKind::Definition)).await;
-                    Event::Opened { vertex: place, epoch, found: RecordFound { kind, key }, result }
+                    Event::Opened {
+                        vertex: place,
+                        epoch,
+                        found: RecordFound { kind, key, imported: false },
+                        result,
+                    }
                 });
                 self.local.extend(opened);
                 true
@@ -174,7 +186,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         }
     }
 
-    fn note(&mut self, place: NodeIndex, kind: KeyKind, key: Key, found: Found) {
+    pub(super) fn note(&mut self, place: NodeIndex, kind: KeyKind, key: Key, found: Found) {
         let lookups = &mut self.graph[place].lookups;
         lookups.reserve_exact(1);
         lookups.push(Lookup { kind, key, found });
@@ -197,6 +209,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 self.report_cached(place, SystemTime::now());
                 return self.finish(place, Arc::new(produced));
             }
+            Ok(Opened::Gone(_)) if found.imported => {}
             Ok(Opened::Gone(results)) => {
                 match self.shared.keys.remove(found.key.as_bytes(), &results) {
                     Ok(true) => {}

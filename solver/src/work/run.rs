@@ -14,7 +14,7 @@ use super::after::Unkeyed;
 use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
 use crate::op::{OpClass, OpContext, OpError};
-use crate::produced::{Opened, Produced, open};
+use crate::produced::{Opened, Produced, is_partial, no_such_output, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
 use crate::solver::Shared;
 
@@ -71,6 +71,8 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
     for key in &job.shared_by {
         if shared.recorder.may_have_come(key, job.looked_up)
             && let Ok(Some(record)) = shared.keys.get(key.as_bytes())
+            // Somebody asks for what an imported cache did not have.
+            && !is_partial(&record)
             && let Ok(Opened::Found(produced)) = guarded(open(shared, key, record, false)).await
         {
             return End::new(Ok(Arc::new(produced)), true);
@@ -98,8 +100,12 @@ async fn execute<R: Clone + Send + Sync + 'static>(
         progress: VertexProgress::new(board.vertex().clone(), sink),
         ignore_cache: job.ignore_cache,
     };
-    let inputs =
-        job.inputs.iter().map(|input| input.produced.outputs[input.output as usize].clone()).collect();
+    let input = |input: &JobInput<R>| {
+        let (produced, output) = (&input.produced, input.output);
+        let missing = || no_such_output(output as usize, produced.outputs.len(), &produced.name());
+        produced.output(output).cloned().ok_or_else(missing)
+    };
+    let inputs = job.inputs.iter().map(input).collect::<Result<Vec<R>, OpError>>()?;
     let outputs = guarded(job.op.execute(&context, inputs)).await?;
     drop(permit);
     let duration = began.elapsed();

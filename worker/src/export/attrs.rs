@@ -95,7 +95,7 @@ fn epoch(value: &str) -> Result<Option<i64>, ExportError> {
 
 impl Attributes {
     /// In what form layers are wanted.
-    pub(super) fn blob_options(&self) -> BlobOptions {
+    pub fn blob_options(&self) -> BlobOptions {
         BlobOptions {
             compression: self.compression,
             level: self.level,

@@ -9,6 +9,8 @@ use serde_json::{Map, Value, json};
 use super::ExportError;
 use crate::image::EMPTY_DIFF_ID;
 
+/// Where the records of a cache are.
+pub(crate) const CACHE: &str = "moby.buildkit.cache.v0";
 const COMMENT: &str = "buildkit.exporter.image.v0";
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -47,6 +49,8 @@ pub(super) fn patch(
         },
         None => default_config(platform),
     };
+    // Those of the base image say nothing about this one.
+    image.remove(CACHE);
     let history = match image.remove("history") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(entries)) => entries
@@ -211,7 +215,18 @@ fn fill_times(history: &mut [Map<String, Value>]) {
     }
 }
 
-pub(super) fn rfc3339(time: SystemTime) -> String {
+/// The config with records of a cache in it.
+pub(super) fn with_cache(config: &[u8], records: &[u8]) -> Result<Vec<u8>, ExportError> {
+    use base64::Engine;
+    let bad = |error: serde_json::Error| ExportError::Internal(format!("image config: {error}"));
+    let mut image: Map<String, Value> = serde_json::from_slice(config).map_err(bad)?;
+    let records = base64::engine::general_purpose::STANDARD.encode(records);
+    image.insert(CACHE.to_string(), Value::String(records));
+    image.sort_keys();
+    serde_json::to_vec(&image).map_err(bad)
+}
+
+pub(crate) fn rfc3339(time: SystemTime) -> String {
     Timestamp::try_from(time).map(|t| t.to_string()).unwrap_or_default()
 }
 

@@ -155,12 +155,19 @@ fn turn(reference: &Reference, digest: &str) -> String {
 }
 
 async fn push_document(repository: &Repository, document: &Document) -> Result<(), RegistryError> {
-    let source = Some(BlobSource::Bytes(&document.bytes));
-    repository.push_blob(&document.digest, document.bytes.len() as u64, source, &[], &|_| {}).await?;
+    push_bytes(repository, &document.digest, &document.bytes).await
+}
+
+pub(crate) async fn push_bytes(
+    repository: &Repository,
+    digest: &str,
+    bytes: &[u8],
+) -> Result<(), RegistryError> {
+    repository.push_blob(digest, bytes.len() as u64, Some(BlobSource::Bytes(bytes)), &[], &|_| {}).await?;
     Ok(())
 }
 
-async fn push_layer(
+pub(crate) async fn push_layer(
     context: &ExportContext,
     repository: &Repository,
     reference: &Reference,

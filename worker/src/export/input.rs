@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kiln_cache::Ref;
 use kiln_proto::{pb, platform};
+use kiln_solver::export::ExportVertex;
 use serde::Deserialize;
 
 use super::{Attestation, ExportError};
@@ -34,6 +35,8 @@ pub struct ExportTarget {
     pub base_config: Option<Vec<u8>>,
     /// What is claimed of it.
     pub attestations: Vec<Attestation>,
+    /// What its image tells builders who use it as a cache, if that is wanted.
+    pub cache: Option<Vec<ExportVertex<Ref>>>,
 }
 
 #[derive(Deserialize)]
@@ -111,7 +114,7 @@ fn target(
 ) -> ExportTarget {
     let get = |key: &str| metadata.get(&format!("{key}/{id}")).or_else(|| metadata.get(key)).cloned();
     let (config, base_config) = (get(CONFIG), get(BASE_CONFIG));
-    ExportTarget { config, base_config, id, platform, result, attestations: Vec::new() }
+    ExportTarget { config, base_config, id, platform, result, attestations: Vec::new(), cache: None }
 }
 
 fn platforms(metadata: &BTreeMap<String, Vec<u8>>) -> Result<Vec<(String, pb::Platform)>, ExportError> {

@@ -22,6 +22,7 @@ use super::input::{ExportInput, ExportTarget};
 use super::{ExportContext, ExportError};
 use crate::image::LayerContent;
 use crate::registry::{INDEX_DOCKER, INDEX_OCI, MANIFEST_DOCKER, MANIFEST_OCI};
+use crate::remotecache::inline;
 
 const CONFIG_OCI: &str = "application/vnd.oci.image.config.v1+json";
 /// A config that says nothing.
@@ -215,12 +216,20 @@ async fn assemble_platform(
         &facts,
         attributes.epoch,
     )?;
+    let mut config = patched.bytes;
+    if let Some(cache) = &target.cache {
+        let in_image = snapshots.iter().zip(&contents).zip(&patched.kept).filter(|(_, kept)| **kept);
+        let in_image: Vec<_> = in_image.map(|((snapshot, layer), _)| (snapshot, layer)).collect();
+        if let Some(records) = inline::records(context, cache, &in_image, options)? {
+            config = config::with_cache(&config, &records)?;
+        }
+    }
     let layers: Vec<LayerContent> =
         contents.into_iter().zip(&patched.kept).filter(|(_, kept)| **kept).map(|(layer, _)| layer).collect();
     let oci = attributes.oci_types;
     let (manifest_type, config_type) =
         if oci { (MANIFEST_OCI, CONFIG_OCI) } else { (MANIFEST_DOCKER, CONFIG_DOCKER) };
-    let config = Document::new(config_type, patched.bytes);
+    let config = Document::new(config_type, config);
     let none = BTreeMap::new();
     let entries = layers
         .iter()
