@@ -293,9 +293,9 @@ fn parse_digest(text: &str) -> Result<RecordDigest, RemoteError> {
 fn in_order(what: &'static str, count: usize, below: impl Fn(usize) -> Vec<u32>) -> Result<(), RemoteError> {
     let mut waiting = vec![0u32; count];
     let mut above: Vec<Vec<u32>> = vec![Vec::new(); count];
-    for at in 0..count {
+    for (at, waiting) in waiting.iter_mut().enumerate() {
         for lower in below(at) {
-            waiting[at] += 1;
+            *waiting += 1;
             above[lower as usize].push(at as u32);
         }
     }

@@ -39,12 +39,15 @@ pub(crate) struct Described<R> {
     pub(crate) sources: Vec<Sources<R>>,
 }
 
+/// A record of an imported cache.
+pub(crate) type Importable<R> = (Arc<dyn ImportedCache<R>>, u32);
+
 /// Where results of a vertex may be.
 pub(crate) struct Sources<R> {
     pub(crate) produced: Option<Arc<Produced<R>>>,
     pub(crate) keys: Vec<Key>,
     /// For some outputs, records of imported caches.
-    pub(crate) imported: HashMap<u32, Vec<(Arc<dyn ImportedCache<R>>, u32)>>,
+    pub(crate) imported: HashMap<u32, Vec<Importable<R>>>,
 }
 
 /// Completes a description with what earlier builds and imported caches have.

@@ -52,7 +52,7 @@ impl Reserve {
             let kept = fsx::occupied(&path) / 2;
             let given = match kept {
                 0 => return Ok(()),
-                ..LEAST => std::fs::remove_file(&path),
+                1..LEAST => std::fs::remove_file(&path),
                 _ => File::options().write(true).open(&path).and_then(|file| file.set_len(kept)),
             };
             given.map_err(|e| StoreError::io("shrink", &path, e))?;

@@ -15,7 +15,7 @@ use rustc_hash::FxBuildHasher;
 use super::arena::{Definition, InputPart, Step, Tried, Vertex};
 use super::{Edge, Event, Owner, RecordFound};
 use crate::explain::{Found, KeyKind};
-use crate::export::{Described, ExportInput, ExportVertex, Sources};
+use crate::export::{Described, ExportInput, ExportVertex, Importable, Sources};
 use crate::import::{self, ImportedCache, record_digest};
 use crate::op::{Key, OpError};
 use crate::produced::{Opened, Produced, is_partial, record_lacks};
@@ -268,7 +268,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
         let mut described = Described { vertices: Vec::new(), sources: Vec::new() };
         for place in order {
             let vertex = &self.graph[place];
-            let mut found: HashMap<u32, Vec<(Arc<dyn ImportedCache<R>>, u32)>> = HashMap::new();
+            let mut found: HashMap<u32, Vec<Importable<R>>> = HashMap::new();
             if let (Some(imports), Some(kind)) = (&mut imports, self.lineage_kind(place)) {
                 for output in &outputs[&place] {
                     let lineage = self.lineage(imports, Edge { vertex: place, output: *output }, kind);
@@ -322,7 +322,7 @@ fn selector<R>(vertex: &Vertex<R>, input: usize) -> Option<&str> {
 
 /// The first result that can be had, for each output; `None` if one has none.
 async fn take<R: Send + 'static>(
-    found: Vec<(u32, Vec<(Arc<dyn ImportedCache<R>>, u32)>)>,
+    found: Vec<(u32, Vec<Importable<R>>)>,
 ) -> Result<Option<Vec<Option<R>>>, OpError> {
     let mut outputs: Vec<Option<R>> = Vec::new();
     for (output, records) in found {
