@@ -18,6 +18,7 @@ mod history;
 mod http;
 mod metadata;
 mod outputs;
+mod own_image;
 mod provenance;
 mod solve;
 mod source_meta;
