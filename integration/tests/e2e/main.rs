@@ -19,6 +19,7 @@ mod http;
 mod metadata;
 mod outputs;
 mod provenance;
+mod remote_cache;
 mod solve;
 mod source_meta;
 mod usage;
