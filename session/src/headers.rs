@@ -27,11 +27,9 @@ pub(crate) const UPLOAD_HOST: &str = "urlhost";
 pub(crate) fn put(map: &mut MetadataMap, key: &str, value: &str) -> Result<(), Status> {
     let key: AsciiMetadataKey =
         key.parse().map_err(|_| Status::invalid_argument(format!("invalid metadata key {key:?}")))?;
-    let value: AsciiMetadataValue = value.parse().map_err(|_| {
-        Status::invalid_argument(format!(
-            "metadata key {key} contains value with non-printable ASCII characters: {value:?}"
-        ))
-    })?;
+    let value: AsciiMetadataValue = value
+        .parse()
+        .map_err(|_| Status::invalid_argument(format!("invalid value of metadata key {key}: {value:?}")))?;
     map.append(key, value);
     Ok(())
 }

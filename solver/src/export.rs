@@ -4,10 +4,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::import::{ImportedCache, RecordDigest};
-use crate::op::Key;
+use crate::import::{self, ImportedCache, RecordDigest};
+use crate::keys::Part;
+use crate::op::{ContentQuery, Key};
 use crate::produced::{Opened, Produced, open};
 use crate::solver::Shared;
+use crate::work::guarded;
 
 /// A vertex and what is known of it; vertices that it was made from come before it.
 #[derive(Debug, Clone)]
@@ -46,6 +48,8 @@ pub(crate) type Importable<R> = (Arc<dyn ImportedCache<R>>, u32);
 pub(crate) struct Sources<R> {
     pub(crate) produced: Option<Arc<Produced<R>>>,
     pub(crate) keys: Vec<Key>,
+    /// Inputs that may be recognised by content which nobody has looked at in this build.
+    pub(crate) unread: Vec<(usize, ContentQuery)>,
     /// For some outputs, records of imported caches.
     pub(crate) imported: HashMap<u32, Vec<Importable<R>>>,
 }
@@ -56,7 +60,21 @@ pub(crate) async fn complete<R: Clone + Send + Sync + 'static>(
     described: Described<R>,
 ) -> Vec<ExportVertex<R>> {
     let Described { mut vertices, sources } = described;
-    for (vertex, sources) in vertices.iter_mut().zip(sources) {
+    for (at, sources) in sources.into_iter().enumerate() {
+        let (below, rest) = vertices.split_at_mut(at);
+        let Some(vertex) = rest.first_mut() else { break };
+        // A build that was answered from above tells the same as the one that made it.
+        for (input, query) in &sources.unread {
+            let input = &mut vertex.inputs[*input];
+            let outputs = below.get(input.vertex).into_iter().flat_map(|below| &below.outputs);
+            let result = outputs.filter(|(output, _)| *output == input.output).find_map(|(_, r)| r.as_ref());
+            if input.contents.is_empty()
+                && let Some(result) = result.filter(|result| shared.results.is_here(result))
+                && let Ok(digest) = guarded(shared.results.content_digest(result, query)).await
+            {
+                input.contents.extend(import::content(&Part::Query(digest), None));
+            }
+        }
         for (output, result) in &mut vertex.outputs {
             *result = sources.produced.as_ref().and_then(|produced| produced.output(*output).cloned());
         }

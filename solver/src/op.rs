@@ -169,6 +169,10 @@ pub trait ResultStore<R>: Send + Sync + 'static {
     fn id(&self, result: &R) -> String;
     /// A handle to a result of an earlier build; `None` when it is gone (the record is then dropped).
     fn load<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<R>, OpError>>;
+    /// True if its content can be read without fetching it first.
+    fn is_here(&self, _result: &R) -> bool {
+        true
+    }
     /// Digest of the part of a result that `query` selects (see wire/llb: content hash; blake3 form).
     fn content_digest<'a>(
         &'a self,

@@ -356,6 +356,10 @@ impl ResultStore<Ref> for Worker {
         Box::pin(std::future::ready(found))
     }
 
+    fn is_here(&self, result: &Ref) -> bool {
+        result.as_ref().is_none_or(SnapshotRef::is_materialized)
+    }
+
     fn content_digest<'a>(
         &'a self,
         result: &'a Ref,

@@ -120,7 +120,8 @@ async fn produce(
     (bridge, returned): (&Arc<Bridge>, oneshot::Receiver<Result<BuildResult, BuildError>>),
 ) -> Result<SolveResponse, BuildError> {
     let (guard, job) = (running.guard(), running.guard().job());
-    let definition = request.definition.clone().filter(|definition| !definition.def.is_empty());
+    // An empty one is scratch; without any, the client is the frontend.
+    let definition = request.definition.clone();
     let result = if !request.frontend.is_empty() {
         let frontend = FrontendRequest {
             name: request.frontend.clone(),

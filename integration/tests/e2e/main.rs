@@ -20,6 +20,7 @@ mod metadata;
 mod outputs;
 mod own_image;
 mod provenance;
+mod remote_cache;
 mod solve;
 mod source_meta;
 mod usage;

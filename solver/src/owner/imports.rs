@@ -309,7 +309,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             });
             found.values_mut().for_each(|found| found.retain(|(cache, record)| cache.has_result(*record)));
             let produced = vertex.produced().cloned();
-            described.sources.push(Sources { produced, keys, imported: found });
+            let unread = |at: usize| {
+                let known = matches!(vertex.parts[at], InputPart::Digest(_));
+                let query = vertex.map()?.inputs.get(at)?.content.clone();
+                Some((at, query.filter(|_| !known)?))
+            };
+            let unread = (0..vertex.inputs.len()).filter_map(unread).collect();
+            described.sources.push(Sources { produced, keys, unread, imported: found });
         }
         self.imports = imports;
         described
