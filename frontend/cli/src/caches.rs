@@ -167,10 +167,8 @@ mod tests {
         assert_eq!(second.attrs["ref"], "d");
         let (key, value) = caches.attr().unwrap();
         assert_eq!(key, "cache-imports");
-        assert_eq!(
-            value,
-            r#"[{"Attrs":{"ref":"a/b:c"},"Type":"registry"},{"Attrs":{"ref":"d"},"Type":"registry"}]"#
-        );
+        let expected = json!([{"Type": "registry", "Attrs": {"ref": "a/b:c"}}, {"Type": "registry", "Attrs": {"ref": "d"}}]);
+        assert_eq!(serde_json::from_str::<Value>(&value).unwrap(), expected);
         assert_eq!(caches.options.exports.len(), 2);
         assert!(!caches.options.exports[1].attrs.contains_key("tag"), "that is the client's affair");
         assert_eq!(caches.stores[0].name, "local:/x");
