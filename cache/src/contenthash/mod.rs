@@ -149,8 +149,11 @@ fn update(hasher: &mut blake3::Hasher, part: &[u8]) {
 
 /// Runs `work` on each item, on several threads if there is enough of it, and gives the first error.
 fn in_parallel<T: Sync>(items: &[T], worthwhile: bool, work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if worthwhile { cores.min(items.len()) } else { 1 };
+    // Asking for the cores reads files; most trees are too small for that.
+    let threads = match worthwhile {
+        true => std::thread::available_parallelism().map_or(1, usize::from).min(items.len()),
+        false => 1,
+    };
     if threads <= 1 {
         return items.iter().try_for_each(work);
     }

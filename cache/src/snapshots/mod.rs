@@ -8,10 +8,11 @@ mod opaque;
 pub(crate) mod record;
 
 use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use record::{LayerBlob, LazyLayer, RecordType, SnapshotMeta};
 
@@ -34,7 +35,8 @@ pub struct Snapshots {
 pub struct Staged {
     scratch: ScratchDir,
     fs: PathBuf,
-    work: PathBuf,
+    /// Made when it is first asked for: most layers are written without an overlay.
+    work: OnceLock<PathBuf>,
     parent: Option<SnapshotRef>,
 }
 
@@ -45,8 +47,21 @@ impl Staged {
     }
 
     /// An empty directory beside it for the overlay's own use.
-    pub fn work(&self) -> &Path {
-        &self.work
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub fn work(&self) -> Result<&Path> {
+        if let Some(made) = self.work.get() {
+            return Ok(made);
+        }
+        let dir = self.scratch.path().join("work");
+        match std::fs::create_dir(&dir) {
+            Ok(()) => {}
+            // Another thread was quicker.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(StoreError::io("create directory", &dir, error)),
+        }
+        Ok(self.work.get_or_init(|| dir))
     }
 
     /// What the layer will stand on.
@@ -85,12 +100,10 @@ impl Snapshots {
     /// Starts a layer on `parent`. Its root directory looks like the parent's.
     pub fn stage(&self, parent: Option<&SnapshotRef>) -> Result<Staged> {
         let scratch = ScratchDir::new(&self.shared)?;
-        let (fs, work) = (scratch.path().join("fs"), scratch.path().join("work"));
-        for dir in [&fs, &work] {
-            std::fs::create_dir(dir).map_err(|e| StoreError::io("create directory", dir, e))?;
-        }
+        let fs = scratch.path().join("fs");
+        std::fs::create_dir(&fs).map_err(|e| StoreError::io("create directory", &fs, e))?;
         copy_root_attributes(parent, &fs)?;
-        Ok(Staged { scratch, fs, work, parent: parent.cloned() })
+        Ok(Staged { scratch, fs, work: OnceLock::new(), parent: parent.cloned() })
     }
 
     /// Turns a staged directory into a snapshot. No mount may have it as upper directory any more. What opaque
@@ -247,7 +260,9 @@ impl Snapshots {
     /// Moves a staged directory to its final place.
     fn install(&self, staged: Staged, id: &str) -> Result<()> {
         // Removing directories may wait for the file system's journal; that is not for a commit.
-        self.shared.discard(&staged.work);
+        if let Some(work) = staged.work.get() {
+            self.shared.discard(work);
+        }
         staged.scratch.move_to(&self.shared.root.join("snapshots").join(id))
     }
 

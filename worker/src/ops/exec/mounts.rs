@@ -133,7 +133,8 @@ impl Prepared {
             return Ok(());
         }
         let staged = layers.snapshots().stage(input.as_ref()).map_err(|err| failed(&err))?;
-        let (upper, work) = (staged.fs().to_owned(), staged.work().to_owned());
+        let work = staged.work().map_err(|err| failed(&err))?.to_owned();
+        let upper = staged.fs().to_owned();
         let inner = selector.as_deref().and_then(|path| path.strip_prefix("/").ok()).unwrap_or(Path::new(""));
         self.written.push(Written {
             dest: dest.clone(),

@@ -116,7 +116,7 @@ impl<'a> Engine<'a> {
             Some(Action::Symlink(action)) => actions::symlink(root, action, owner),
             Some(Action::Rm(action)) => actions::rm(root, action),
             Some(Action::Copy(action)) => {
-                let Some(source) = view(step.source) else {
+                let Some(source) = step.source.and_then(view) else {
                     return Err(FileError::Text("copy has no source".into()));
                 };
                 copy::copy(source, root, action, owner, self.cancel)
@@ -136,13 +136,17 @@ impl<'a> Engine<'a> {
         let parent = self.resolve(operand);
         let staged = self.layers.snapshots().stage(parent.as_ref()).map_err(text)?;
         let below = self.layers.chain(&parent).map_err(text)?;
-        let view = View::writable(below, staged.fs(), staged.work()).map_err(text)?;
+        let view = match below.is_empty() {
+            true => View::directory(staged.fs(), below),
+            false => View::writable(below, staged.fs(), staged.work().map_err(text)?),
+        };
+        let view = view.map_err(text)?;
         Ok(Live { view, staged })
     }
 
     /// Opens read-only views of what an action reads. Those of actions before stay for the next ones.
     fn open(&mut self, step: &Step) -> Result<(), FileError> {
-        let operands = || [Some(step.source), step.user, step.group].into_iter().flatten();
+        let operands = || [step.source, step.user, step.group].into_iter().flatten();
         if self.views.len() >= VIEWS {
             self.views.retain(|view, _| operands().any(|operand| operand == *view));
         }

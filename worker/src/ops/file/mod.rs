@@ -70,7 +70,7 @@ impl FileOp {
 impl Actions {
     fn describe(&self, key: &mut KeyBuilder<'_>) {
         for (action, step) in self.actions.iter().zip(&self.plan.steps) {
-            let (Operand::Input(_), Some(Action::Copy(copy))) = (step.source, &action.action) else {
+            let (Some(Operand::Input(_)), Some(Action::Copy(copy))) = (step.source, &action.action) else {
                 describe::action(key, action);
                 continue;
             };
@@ -100,7 +100,7 @@ impl Actions {
                     });
                 }
             }
-            if let (Operand::Input(index), Some(Action::Copy(copy))) = (step.source, &action.action) {
+            if let (Some(Operand::Input(index)), Some(Action::Copy(copy))) = (step.source, &action.action) {
                 reads[index].push(content_path(copy));
             }
         }

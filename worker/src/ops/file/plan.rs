@@ -18,7 +18,8 @@ pub(crate) enum Operand {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Step {
     pub(crate) base: Operand,
-    pub(crate) source: Operand,
+    /// What a copy copies from.
+    pub(crate) source: Option<Operand>,
     pub(crate) user: Option<Operand>,
     pub(crate) group: Option<Operand>,
     /// The next action that builds on this one goes on in the same layer, and nobody else sees this result.
@@ -52,8 +53,8 @@ impl Plan {
             steps.push(Step {
                 base: operand(action.input)?,
                 source: match action.action {
-                    Some(Action::Copy(_)) => operand(action.secondary_input)?,
-                    _ => Operand::Scratch,
+                    Some(Action::Copy(_)) => Some(operand(action.secondary_input)?),
+                    _ => None,
                 },
                 user: user.map(operand).transpose()?,
                 group: group.map(operand).transpose()?,
@@ -82,7 +83,7 @@ impl Plan {
 }
 
 fn operands(step: &Step) -> impl Iterator<Item = Operand> {
-    [Some(step.base), Some(step.source), step.user, step.group].into_iter().flatten()
+    [Some(step.base), step.source, step.user, step.group].into_iter().flatten()
 }
 
 /// Inputs of the named user and group of an action, if it has any.
@@ -195,7 +196,7 @@ mod tests {
     fn a_result_that_is_also_a_source_is_a_layer() {
         let plan = plan(vec![mkdir(-1, -1), copy(-1, 0, 0)], 0).expect("valid");
         assert!(!plan.steps[0].folded);
-        assert_eq!(plan.steps[1].source, Operand::Action(0));
+        assert_eq!(plan.steps[1].source, Some(Operand::Action(0)));
     }
 
     #[test]
