@@ -74,3 +74,36 @@ fn a_client_that_is_killed_takes_its_work_along_but_not_the_work_of_others() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("54321"), "every asker gets the logs");
     kiln.stop();
 }
+
+#[test]
+fn a_daemon_of_another_process_namespace_leaves_steps_alone() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let context = Context::new("FROM busybox\nRUN sleep 86420\n");
+    let mut child = kiln
+        .command(&["build", context.path().to_str().expect("UTF-8")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("start kiln");
+    wait_until("the step's process", Duration::from_secs(20), || processes_with("86420") == 1);
+
+    // A build starts its daemon, which ends with the namespace.
+    let other = Kiln::new(&registry);
+    let context = Context::new("FROM busybox\nRUN test $(ls -d /proc/[0-9]* | wc -l) -lt 20\n");
+    let build = other.command(&["build", "--progress", "plain", context.path().to_str().expect("UTF-8")]);
+    let output = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
+        .arg(build.get_program())
+        .args(build.get_args())
+        .envs(build.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .output()
+        .expect("run unshare");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(processes_with("86420"), 1, "the step still runs");
+    assert!(child.try_wait().expect("wait").is_none());
+    child.kill().expect("kill -9 of the client");
+    child.wait().expect("wait");
+    kiln.stop();
+}

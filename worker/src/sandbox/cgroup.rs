@@ -4,8 +4,8 @@
 //! version 1 controller is joined only for a limit, because moving processes there is slow. Device rules are set
 //! once: on a version 1 group the zygote itself lives in, or on the version 2 parent of all confined sandboxes.
 //!
-//! Directories are named after the daemon (`kiln-<pid>-<start time>`), so that what a killed one left behind is
-//! recognised and removed.
+//! Directories are named after the daemon (see `owner`), so that what a killed one left behind is recognised and
+//! removed.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -19,9 +19,8 @@ use rustix::fs::{Mode, OFlags};
 use super::devices;
 use super::limits::{Setting, wanted};
 use super::mounts::CgroupView;
+use super::owner::Owner;
 use super::plan::CgroupPlan;
-
-const PREFIX: &str = "kiln-";
 
 /// How often, and with which pause, the removal of busy groups is tried at the end.
 const CLOSE_TRIES: u32 = 500;
@@ -116,8 +115,8 @@ impl Placement {
 #[derive(Debug)]
 pub(super) struct Cgroups {
     layout: Layout,
-    /// `kiln-<pid>-<start time>`.
-    name: String,
+    /// The daemon that they are for.
+    owner: Owner,
     /// Version 1 device rules hold for this process and its children.
     devices_v1: Option<Hierarchy>,
     /// Version 2 directories that have the device rules.
@@ -134,10 +133,9 @@ impl Cgroups {
     pub(super) fn open(daemon: u32) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let layout = Layout::parse(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
-        let name = format!("{PREFIX}{daemon}-{}", start_time(daemon).unwrap_or(0));
         let mut this = Self {
             layout,
-            name,
+            owner: Owner::new(daemon),
             devices_v1: None,
             confined_v2: HashSet::new(),
             parents: Vec::new(),
@@ -150,8 +148,8 @@ impl Cgroups {
 
     fn confine_v1(&mut self) -> io::Result<Option<Hierarchy>> {
         let Some(devices) = self.layout.v1.get("devices").cloned() else { return Ok(None) };
-        let dir = devices.own.join(&self.name);
-        make(&dir)?;
+        let dir = devices.own.join(self.owner.name());
+        self.owner.make(&dir)?;
         self.parents.push(dir.clone());
         fs::write(dir.join("devices.deny"), "a")?;
         for line in devices::v1_lines(devices::CONFINED) {
@@ -224,11 +222,11 @@ impl Cgroups {
             let hierarchy = self.layout.v1[controller].clone();
             let dir = match &plan.path {
                 Some(path) => hierarchy.mount.join(relative(path)),
-                None => hierarchy.own.join(&self.name).join(id),
+                None => hierarchy.own.join(self.owner.name()).join(id),
             };
             if done.insert(dir.clone()) {
                 for parent in missing_parents(&dir, &hierarchy.mount) {
-                    make(&parent)?;
+                    self.owner.make(&parent)?;
                     inherit_cpuset(&parent)?;
                     if plan.path.is_none() && parent != dir {
                         self.parents.push(parent.clone());
@@ -271,7 +269,7 @@ impl Cgroups {
         if let Some(path) = &plan.path {
             let dir = v2.mount.join(relative(path));
             for parent in missing_parents(&dir, &v2.mount) {
-                make(&parent)?;
+                self.owner.make(&parent)?;
             }
             enable(&dir, &v2.mount, &controllers)?;
             let has_rules = rules && self.attach(&dir).is_ok();
@@ -282,7 +280,7 @@ impl Cgroups {
         let mut result = Err(io::Error::other("no place for a cgroup"));
         let kind = if rules { "confined" } else { "open" };
         for base in [v2.own.clone(), v2.mount.clone()] {
-            let parent = base.join(&self.name).join(kind);
+            let parent = base.join(self.owner.name()).join(kind);
             let dir = parent.join(id);
             result = self.v2_beneath(&base, &parent, &dir, &controllers, rules);
             if let Ok(has_rules) = result {
@@ -305,14 +303,14 @@ impl Cgroups {
         rules: bool,
     ) -> io::Result<bool> {
         for missing in missing_parents(parent, base) {
-            make(&missing)?;
+            self.owner.make(&missing)?;
             self.parents.push(missing);
         }
         let has_rules = rules && (self.confined_v2.contains(parent) || self.attach(parent).is_ok());
         if has_rules {
             self.confined_v2.insert(parent.to_owned());
         }
-        make(dir)?;
+        self.owner.make(dir)?;
         enable(dir, base, controllers)?;
         Ok(has_rules)
     }
@@ -336,7 +334,7 @@ impl Cgroups {
             let group = match joined.iter().find(|t| t.starts_with(&hierarchy.mount)) {
                 Some(tasks) => tasks.parent().unwrap_or(&hierarchy.own).to_owned(),
                 None if controller == "devices" && self.devices_v1.is_some() => {
-                    hierarchy.own.join(&self.name)
+                    hierarchy.own.join(self.owner.name())
                 }
                 None => hierarchy.own.clone(),
             };
@@ -406,28 +404,9 @@ impl Cgroups {
         places.sort_unstable();
         places.dedup();
         for place in places {
-            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
-                let name = entry.file_name();
-                let Some(owner) = name.to_str().and_then(parse_name) else { continue };
-                if start_time(owner.0) != Some(owner.1) {
-                    remove_tree(&entry.path());
-                }
-            }
+            self.owner.sweep(place, remove_tree);
         }
     }
-}
-
-/// Daemon process id and its start time, of a directory name.
-fn parse_name(name: &str) -> Option<(u32, u64)> {
-    let (pid, start) = name.strip_prefix(PREFIX)?.split_once('-')?;
-    Some((pid.parse().ok()?, start.parse().ok()?))
-}
-
-/// When a process started, in clock ticks since boot; tells a process id from its next use.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may contain anything.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// Kills what is in a group tree (version 2) and removes its directories, deepest first.
@@ -450,13 +429,6 @@ fn remove_tree(top: &Path) {
 
 fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
-}
-
-fn make(dir: &Path) -> io::Result<()> {
-    match fs::create_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        other => other.map_err(|e| io::Error::new(e.kind(), format!("cgroup {}: {e}", dir.display()))),
-    }
 }
 
 /// The directories from below `base` to `dir` that do not exist, outermost first.
@@ -535,13 +507,5 @@ mod tests {
         assert_eq!(inner.v1["devices"].own, Path::new("/sys/fs/cgroup/devices/y"));
 
         assert_eq!(Layout::parse("1 1 0:1 / / rw - ext4 /dev/vda rw\nnonsense\n", "x\n"), Layout::default());
-    }
-
-    #[test]
-    fn names_tell_whose_group_it_is() {
-        assert_eq!(parse_name("kiln-12-345"), Some((12, 345)));
-        assert_eq!(parse_name("kiln-x-1"), None);
-        assert_eq!(parse_name("other"), None);
-        assert!(start_time(std::process::id()).is_some());
     }
 }

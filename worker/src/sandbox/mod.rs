@@ -17,6 +17,7 @@ mod limits;
 mod mounts;
 mod nofile;
 mod oci;
+mod owner;
 mod plan;
 mod runner;
 pub mod seccomp;
