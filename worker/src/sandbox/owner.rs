@@ -134,12 +134,12 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let at = |name: &str| place.path().join(name);
         let mut here = Owner::new(std::process::id());
-        here.make(&at(&here.name().to_owned())).unwrap();
+        here.make(&at(here.name())).unwrap();
         // As far as this process can tell, a process with such an id never was; elsewhere it may be.
         let there = Id { pid: u32::MAX, start: 1, namespace: here.id.namespace + 1 };
         let mut there =
             Owner { name: format!("kiln-{}-1-{}", there.pid, there.namespace), id: there, locks: Vec::new() };
-        there.make(&at(&there.name().to_owned())).unwrap();
+        there.make(&at(there.name())).unwrap();
         let dead = at(&format!("kiln-{}-1-{}", u32::MAX, here.id.namespace));
         for dir in [&dead, &at("kiln-other"), &at("other")] {
             fs::create_dir(dir).unwrap();
