@@ -256,6 +256,9 @@ impl<'a> Comparison<'a> {
         let whole =
             |part: &Changed<'_>| values.get(part.name.rsplit_once(' ')?.0).filter(|whole| whole.is_bare());
         let mut changed: Vec<_> = values.values().filter(|part| part.old != part.new).cloned().collect();
+        if changed.is_empty() {
+            return self.order(at, old, before).into_iter().collect();
+        }
         // Details count with their whole only, and one that is new or gone is told in one line.
         changed
             .retain(|part| whole(part).is_none_or(|whole| whole.old != whole.new && !whole.is_one_sided()));
@@ -280,6 +283,20 @@ impl<'a> Comparison<'a> {
         }
         let told = changed.iter().take(REASONS);
         told.map(|changed| part(changed.name, &changed.old, &changed.new)).collect()
+    }
+
+    /// Parts that are all as they were, in another order.
+    fn order(&self, at: usize, old: &Graph, before: usize) -> Option<Reason> {
+        let (former, now): (Vec<_>, Vec<_>) = (
+            old.parts(before).map(|(name, _)| name).collect(),
+            self.new.parts(at).map(|(name, _)| name).collect(),
+        );
+        let first = former.iter().zip(&now).position(|(former, now)| former != now)?;
+        let last = former.iter().zip(&now).rposition(|(former, now)| former != now)?;
+        let told =
+            |names: &[&str]| names[first..=last].iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+        let (before, after) = (told(&former), told(&now));
+        Some(Reason { name: "order".to_owned(), before, after, ..reason("part") })
     }
 
     /// Compares an input that was known in the earlier build.

@@ -438,6 +438,15 @@ const CASES: &[Case] = &[
         ],
     },
     Case {
+        name: "the order of variables",
+        change: |context| edit(context, "ARG VERSION=1\nENV MODE=a", "ENV MODE=a\nARG VERSION=1"),
+        args: &[],
+        says: &[
+            "[stage-1 5/7] RUN --mount=type=bind,source=bound,target=/bound --mount=type=cache,target=/c --mount=type=tmpfs,target=/t echo 1: order: \"env VERSION, env MODE\" became \"env MODE, env VERSION\"",
+            "[stage-1 7/7] RUN echo last: order: \"env VERSION, env MODE\" became \"env MODE, env VERSION\"",
+        ],
+    },
+    Case {
         name: "a new instruction",
         change: |context| edit(context, "COPY dir", "RUN echo new\nCOPY dir"),
         args: &[],
