@@ -1,5 +1,7 @@
 //! Compiles `protos/` with a pure Rust compiler, so that no system `protoc` is needed.
 
+use prost::Message;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = "protos";
     println!("cargo:rerun-if-changed={root}");
@@ -21,6 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "opentelemetry/proto/collector/trace/v1/trace_service.proto",
     ];
     let descriptors = protox::compile(entries, [root])?;
+    let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     // LLB is addressed by the digest of its bytes, so its maps must encode in one order.
     tonic_prost_build::configure()
         .btree_map(".pb")

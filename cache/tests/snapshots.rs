@@ -108,6 +108,28 @@ fn handles_to_one_snapshot_are_one() {
 }
 
 #[test]
+fn what_is_held_to_be_looked_into_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let snapshots = store.snapshots();
+    let base = layer(&store, None, |_| {});
+    let staged = snapshots.stage(Some(&base)).unwrap();
+    write(staged.fs(), "seen", "by some");
+    let held = snapshots.hold(staged, &SnapshotMeta::new("held"));
+    assert_eq!(std::fs::read_to_string(held.dir().join("seen")).unwrap(), "by some");
+    assert_eq!(ids(&held.layers()), [base.id(), held.id()]);
+    assert!(held.is_materialized());
+    assert!(snapshots.get(held.id()).unwrap().is_none(), "nobody is told of it");
+    let on_top = snapshots.stage(Some(&held)).unwrap();
+    assert!(matches!(snapshots.commit(on_top, SnapshotMeta::new("")), Err(StoreError::Invalid(_))));
+    let merged = snapshots.merge(&[base.clone(), held.clone()], SnapshotMeta::new(""));
+    assert!(matches!(merged, Err(StoreError::Invalid(_))));
+    drop(held);
+    assert!(is_empty_dir(&dir.path().join("staging")));
+    eventually("emptying the trash", || is_empty_dir(&dir.path().join("trash")));
+}
+
+#[test]
 fn merging_puts_later_inputs_on_top() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());

@@ -2,9 +2,14 @@
 //! whose value is JSON, not protobuf (wire: control-and-session "Error encoding"); those that came
 //! from elsewhere are handed on as they are.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use kiln_cache::Ref;
 use kiln_proto::{pb, rpc};
+use kiln_solver::op::Remains;
 use prost::Message;
 use prost_types::Any;
 use serde_json::{Value, json};
@@ -20,12 +25,25 @@ pub struct BuildError {
     pub message: String,
     /// Typed details.
     pub details: Vec<Any>,
+    /// The vertex that it is about, for whoever wants to look into that.
+    pub(crate) failed: Option<Arc<FailedVertex>>,
+}
+
+/// A vertex that failed.
+#[derive(Debug, PartialEq)]
+pub(crate) struct FailedVertex {
+    pub(crate) op: pb::Op,
+    /// What its definition says of it to people.
+    pub(crate) description: BTreeMap<String, String>,
+    /// The failing action of a file operation.
+    pub(crate) file_action: Option<usize>,
+    pub(crate) remains: Option<Arc<Remains<Ref>>>,
 }
 
 impl BuildError {
     /// An error of a code.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), details: Vec::new() }
+        Self { code, message: message.into(), details: Vec::new(), failed: None }
     }
 
     /// A failure of the build itself: code Unknown, as buildkitd answers.
@@ -67,7 +85,8 @@ impl BuildError {
 
     /// From `google.rpc.Status`, e.g. what a client's frontend returned.
     pub fn from_rpc(status: rpc::Status) -> Self {
-        Self { code: Code::from_i32(status.code), message: status.message, details: status.details }
+        let code = Code::from_i32(status.code);
+        Self { details: status.details, ..Self::new(code, status.message) }
     }
 }
 
@@ -84,7 +103,7 @@ impl From<BuildError> for Status {
 impl From<Status> for BuildError {
     fn from(status: Status) -> Self {
         let details = rpc::Status::decode(status.details()).map(|full| full.details).unwrap_or_default();
-        Self { code: status.code(), message: status.message().to_owned(), details }
+        Self { details, ..Self::new(status.code(), status.message()) }
     }
 }
 
@@ -130,14 +149,9 @@ pub(crate) fn subrequest_detail(name: &str) -> Any {
     detail("errdefs.Subrequest", &json!({ "name": name }))
 }
 
-/// Marks an error of a gateway call; `file_action` is the failing action of a file operation.
-pub(crate) fn solve_detail(file_action: Option<usize>) -> Any {
-    let value = match file_action {
-        None => json!({}),
-        Some(0) => json!({ "file": {} }),
-        Some(index) => json!({ "file": { "index": index.to_string() } }),
-    };
-    detail("errdefs.Solve", &value)
+/// Marks an error of a gateway call, and says what there is to look into.
+pub(crate) fn solve_detail(value: &Value) -> Any {
+    detail("errdefs.Solve", value)
 }
 
 /// The lines of a source file that an error is about; clients print them.
@@ -261,12 +275,5 @@ mod tests {
             })
         );
         assert!(source_details(&sources, "sha256:bb").is_empty());
-    }
-
-    #[test]
-    fn zero_values_are_left_out_of_protojson() {
-        assert_eq!(json_of(&solve_detail(Some(0))), json!({ "file": {} }));
-        assert_eq!(json_of(&solve_detail(Some(2))), json!({ "file": { "index": "2" } }));
-        assert_eq!(json_of(&solve_detail(None)), json!({}));
     }
 }

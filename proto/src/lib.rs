@@ -145,7 +145,11 @@ pub use generated::opentelemetry::proto as otlp;
 pub use generated::pb;
 pub use generated::stack;
 
+/// All descriptions of messages and services, as a `google.protobuf.FileDescriptorSet`.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
 pub mod gomode;
+pub mod json;
 pub mod llb;
 pub mod parallel;
 pub mod pattern;

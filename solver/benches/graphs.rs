@@ -11,7 +11,8 @@ use futures::future::BoxFuture;
 use kiln_cache::{Store, StoreOptions};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
-    CacheMap, ContentQuery, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, Parts, ResultStore,
+    CacheMap, ContentQuery, Failure, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex, Parts,
+    ResultStore,
 };
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
@@ -165,7 +166,7 @@ impl Op<u32> for Fake {
         Some(CacheMap { digest: self.digest, inputs: Vec::new(), persistent: true, parts: Parts::default() })
     }
 
-    fn execute<'a>(&'a self, _: &'a OpContext, _: Vec<u32>) -> BoxFuture<'a, Result<Vec<u32>, OpError>> {
+    fn execute<'a>(&'a self, _: &'a OpContext, _: Vec<u32>) -> BoxFuture<'a, Result<Vec<u32>, Failure<u32>>> {
         std::future::ready(Ok(vec![1])).boxed()
     }
 

@@ -60,12 +60,12 @@ impl<R: Clone + Send + Sync + 'static> Build<R> {
 
     /// Loads a definition and builds its result; `None` for the empty definition (scratch).
     /// Dropping the future gives up what only it wanted.
-    pub async fn solve(&self, definition: &pb::Definition) -> Result<Option<R>, SolveError> {
+    pub async fn solve(&self, definition: &pb::Definition) -> Result<Option<R>, SolveError<R>> {
         self.load(definition).await?.result().await
     }
 
     /// Checks a definition, adds it to the build's graph and announces its vertices; builds nothing.
-    pub async fn load(&self, definition: &pb::Definition) -> Result<LoadedHandle<R>, SolveError> {
+    pub async fn load(&self, definition: &pb::Definition) -> Result<LoadedHandle<R>, SolveError<R>> {
         let prepared = prepare(definition, &*self.inner.factory)?;
         let (reply, answer) = oneshot::channel();
         self.send(Event::Load { prepared, reply })?;
@@ -97,7 +97,7 @@ impl<R: Clone + Send + Sync + 'static> Build<R> {
         }
     }
 
-    fn send(&self, event: Event<R>) -> Result<(), SolveError> {
+    fn send(&self, event: Event<R>) -> Result<(), SolveError<R>> {
         self.inner.events.send(event).map_err(|_| SolveError::canceled())
     }
 }
@@ -117,7 +117,7 @@ impl<R> Clone for LoadedHandle<R> {
 impl<R: Clone + Send + Sync + 'static> LoadedHandle<R> {
     /// Builds the result, or waits for it, or answers what is known; `None` is scratch. Dropping
     /// the future gives up what only it wanted. May be asked again at any time.
-    pub async fn result(&self) -> Result<Option<R>, SolveError> {
+    pub async fn result(&self) -> Result<Option<R>, SolveError<R>> {
         let Some(edge) = self.edge else { return Ok(None) };
         let id = self.build.inner.next_request.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();

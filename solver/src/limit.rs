@@ -1,5 +1,6 @@
 //! Who may run next. A limit on parallel work shared by all builds: free slots go to the build
-//! that holds the fewest, and within it to the work with the longest path still ahead.
+//! that holds the fewest, and within it to the work with the longest path still ahead. Work that several builds ask
+//! for stands in the queue of each.
 
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,45 +18,39 @@ struct State {
     /// `None`: no limit.
     free: Option<usize>,
     builds: HashMap<u64, Queue>,
-    /// Counts grants and arrivals, to break ties by age.
+    /// Work that has not got its slot yet.
+    turns: HashMap<u64, Waiting>,
+    /// Counts grants and arrivals, to break ties by age; names turns and asks.
     clock: u64,
 }
 
 #[derive(Default)]
 struct Queue {
     held: usize,
-    waiting: BinaryHeap<Waiter>,
+    places: BinaryHeap<Place>,
     last_grant: u64,
 }
 
-struct Waiter {
+/// Where work stands in the queue of one build. It is out of date when its ask has left or the work has its slot.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
     priority: Duration,
-    arrived: u64,
-    grant: oneshot::Sender<Permit>,
+    /// The older one goes first.
+    ask: std::cmp::Reverse<u64>,
+    turn: u64,
 }
 
-impl Ord for Waiter {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.priority.cmp(&other.priority).then(other.arrived.cmp(&self.arrived))
-    }
+#[derive(Default)]
+struct Waiting {
+    /// By the number of the ask: the build, and how urgent it is there.
+    asks: Vec<(u64, u64, Duration)>,
+    /// Set once the work is ready to run.
+    grant: Option<oneshot::Sender<Permit>>,
 }
-
-impl PartialOrd for Waiter {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Waiter {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Waiter {}
 
 /// A slot; dropping it hands it on.
 pub(crate) struct Permit {
+    /// `None` if there is nothing to hand on.
     limiter: Option<Limiter>,
     build: u64,
 }
@@ -68,10 +63,72 @@ impl Drop for Permit {
     }
 }
 
+/// Work that will want a slot. Dropping it leaves all queues.
+pub(crate) struct Turn {
+    limiter: Limiter,
+    id: u64,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.limiter.lock().turns.remove(&self.id);
+    }
+}
+
+/// That a build wants the work done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ask(u64);
+
+impl Turn {
+    /// Has the work stand in the queue of `build` as well.
+    pub(crate) fn ask(&self, build: u64, priority: Duration) -> Ask {
+        let mut state = self.limiter.lock();
+        let ask = state.tick();
+        let Some(waiting) = state.turns.get_mut(&self.id) else { return Ask(ask) };
+        waiting.asks.push((ask, build, priority));
+        if waiting.grant.is_some() {
+            state.queue(self.id, ask, build, priority);
+        }
+        Ask(ask)
+    }
+
+    /// Takes that back.
+    pub(crate) fn leave(&self, Ask(ask): Ask) {
+        if let Some(waiting) = self.limiter.lock().turns.get_mut(&self.id) {
+            waiting.asks.retain(|(id, ..)| *id != ask);
+        }
+    }
+
+    /// Waits for a slot, which counts for the build through which it came. To be called once.
+    pub(crate) async fn acquire(&self) -> Permit {
+        let answer = {
+            let mut state = self.limiter.lock();
+            let asks = state.turns.get(&self.id).map(|waiting| waiting.asks.clone()).unwrap_or_default();
+            match (state.free, asks.first()) {
+                (Some(1..), Some(&(_, build, _))) => return state.take(&self.limiter, self.id, build),
+                // Nobody is left who asks, and the work is about to be given up.
+                (None, _) | (_, None) => return Permit { limiter: None, build: 0 },
+                (Some(0), Some(_)) => {}
+            }
+            let (grant, answer) = oneshot::channel();
+            if let Some(waiting) = state.turns.get_mut(&self.id) {
+                waiting.grant = Some(grant);
+            }
+            for (ask, build, priority) in asks {
+                state.queue(self.id, ask, build, priority);
+            }
+            answer
+        };
+        // It leaves the queues only with a permit, so the sender can't be lost.
+        answer.await.unwrap_or(Permit { limiter: None, build: 0 })
+    }
+}
+
 impl Limiter {
     /// At most `max` slots at once; 0 means no limit.
     pub(crate) fn new(max: usize) -> Self {
-        let state = State { free: (max > 0).then_some(max), builds: HashMap::new(), clock: 0 };
+        let state =
+            State { free: (max > 0).then_some(max), builds: HashMap::new(), turns: HashMap::new(), clock: 0 };
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -80,53 +137,29 @@ impl Limiter {
         self.lock().free.is_some()
     }
 
-    /// Waits for a slot on behalf of `build`. Dropping the future leaves the queue.
-    pub(crate) async fn acquire(&self, build: u64, priority: Duration) -> Permit {
-        let answer = {
-            let mut state = self.lock();
-            state.clock += 1;
-            let now = state.clock;
-            match &mut state.free {
-                None => return Permit { limiter: None, build },
-                Some(0) => {}
-                Some(free) => {
-                    *free -= 1;
-                    let queue = state.builds.entry(build).or_default();
-                    queue.held += 1;
-                    queue.last_grant = now;
-                    return Permit { limiter: Some(self.clone()), build };
-                }
-            }
-            let (grant, answer) = oneshot::channel();
-            let waiter = Waiter { priority, arrived: now, grant };
-            state.builds.entry(build).or_default().waiting.push(waiter);
-            answer
-        };
-        // A waiter leaves the queue only with a permit, so the sender can't be lost.
-        answer.await.unwrap_or(Permit { limiter: None, build })
+    /// Announces work that will want a slot, and who asks for it first; nothing if everyone may always run.
+    pub(crate) fn turn(&self, build: u64, priority: Duration) -> Option<(Turn, Ask)> {
+        let mut state = self.lock();
+        state.free?;
+        let (id, ask) = (state.tick(), state.tick());
+        state.turns.insert(id, Waiting { asks: vec![(ask, build, priority)], grant: None });
+        Some((Turn { limiter: self.clone(), id }, Ask(ask)))
     }
 
     fn release(&self, build: u64) {
         let mut granted = {
             let mut state = self.lock();
-            if let Some(queue) = state.builds.get_mut(&build) {
-                queue.held -= 1;
-            }
+            state.give_back(build);
             state.next(self)
         };
         // Handed over outside the lock: a refused permit comes back through `Drop`. It is taken
         // apart first, or each refusal would nest one call deeper.
-        while let Some((waiter, mut permit)) = granted.take() {
-            let refused = permit.build;
-            if waiter.grant.is_closed() {
-                permit.limiter = None;
+        while let Some((grant, permit)) = granted.take() {
+            if let Err(mut refused) = grant.send(permit) {
+                refused.limiter = None;
                 let mut state = self.lock();
-                if let Some(queue) = state.builds.get_mut(&refused) {
-                    queue.held -= 1;
-                }
+                state.give_back(refused.build);
                 granted = state.next(self);
-            } else {
-                let _ = waiter.grant.send(permit);
             }
         }
     }
@@ -137,29 +170,71 @@ impl Limiter {
 }
 
 impl State {
-    /// Gives one free slot away, to a waiter or back to the pool.
-    fn next(&mut self, limiter: &Limiter) -> Option<(Waiter, Permit)> {
-        let build = self
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn queue(&mut self, turn: u64, ask: u64, build: u64, priority: Duration) {
+        let place = Place { priority, ask: std::cmp::Reverse(ask), turn };
+        self.builds.entry(build).or_default().places.push(place);
+    }
+
+    /// A free slot, at once.
+    fn take(&mut self, limiter: &Limiter, turn: u64, build: u64) -> Permit {
+        self.turns.remove(&turn);
+        if let Some(free) = &mut self.free {
+            *free -= 1;
+        }
+        self.count(limiter, build)
+    }
+
+    fn count(&mut self, limiter: &Limiter, build: u64) -> Permit {
+        let now = self.tick();
+        let queue = self.builds.entry(build).or_default();
+        queue.held += 1;
+        queue.last_grant = now;
+        Permit { limiter: Some(limiter.clone()), build }
+    }
+
+    fn give_back(&mut self, build: u64) {
+        if let Some(queue) = self.builds.get_mut(&build) {
+            queue.held -= 1;
+        }
+    }
+
+    /// Gives one free slot away, to work that waits or back to the pool.
+    fn next(&mut self, limiter: &Limiter) -> Option<(oneshot::Sender<Permit>, Permit)> {
+        while let Some(build) = self
             .builds
             .iter()
-            .filter(|(_, queue)| !queue.waiting.is_empty())
+            .filter(|(_, queue)| !queue.places.is_empty())
             .min_by_key(|(_, queue)| (queue.held, queue.last_grant))
-            .map(|(build, _)| *build);
-        self.builds.retain(|_, queue| queue.held > 0 || !queue.waiting.is_empty());
-        let granted = build.and_then(|build| {
-            self.clock += 1;
-            let queue = self.builds.get_mut(&build)?;
-            let waiter = queue.waiting.pop()?;
-            queue.held += 1;
-            queue.last_grant = self.clock;
-            Some((waiter, Permit { limiter: Some(limiter.clone()), build }))
-        });
-        if granted.is_none()
-            && let Some(free) = &mut self.free
+            .map(|(build, _)| *build)
         {
+            let granted = self.first_of(build);
+            if let Some(grant) = granted {
+                return Some((grant, self.count(limiter, build)));
+            }
+        }
+        self.builds.retain(|_, queue| queue.held > 0);
+        if let Some(free) = &mut self.free {
             *free += 1;
         }
-        granted
+        None
+    }
+
+    /// The most urgent work in the queue of a build.
+    fn first_of(&mut self, build: u64) -> Option<oneshot::Sender<Permit>> {
+        let queue = self.builds.get_mut(&build)?;
+        while let Some(Place { ask, turn, .. }) = queue.places.pop() {
+            let stands = |waiting: &&mut Waiting| waiting.asks.iter().any(|(id, ..)| *id == ask.0);
+            if let Some(grant) = self.turns.get_mut(&turn).filter(stands).and_then(|w| w.grant.take()) {
+                self.turns.remove(&turn);
+                return Some(grant);
+            }
+        }
+        None
     }
 }
 
@@ -167,6 +242,23 @@ impl State {
 mod tests {
     use super::*;
     use futures::FutureExt;
+
+    struct Held {
+        _turn: Option<(Turn, Ask)>,
+        _permit: Option<Permit>,
+    }
+
+    impl Limiter {
+        /// Waits for a slot for work that only one build wants.
+        async fn acquire(&self, build: u64, priority: Duration) -> Held {
+            let turn = self.turn(build, priority);
+            let permit = match &turn {
+                Some((turn, _)) => Some(turn.acquire().await),
+                None => None,
+            };
+            Held { _turn: turn, _permit: permit }
+        }
+    }
 
     const fn secs(s: u64) -> Duration {
         Duration::from_secs(s)
@@ -199,6 +291,44 @@ mod tests {
         drop(first);
         assert!((&mut greedy).now_or_never().is_none());
         assert!((&mut modest).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn work_that_another_build_wants_too_comes_when_it_is_due_for_either() {
+        let limiter = Limiter::new(1);
+        let held = limiter.acquire(1, secs(0)).await;
+        let mut own = Box::pin(limiter.acquire(1, secs(9)));
+        assert!((&mut own).now_or_never().is_none());
+        let (shared, first) = limiter.turn(1, secs(1)).expect("limited");
+        let mut turn = Box::pin(shared.acquire());
+        assert!((&mut turn).now_or_never().is_none());
+        let second = shared.ask(2, secs(0));
+        drop(held);
+        let permit = (&mut turn).now_or_never().expect("build 2 held nothing");
+        assert!((&mut own).now_or_never().is_none());
+        drop(permit);
+        let held = (&mut own).now_or_never().expect("the slot is free");
+        drop(held);
+        shared.leave(first);
+        shared.leave(second);
+        assert!(limiter.acquire(3, secs(0)).now_or_never().is_some(), "no slot is lost");
+    }
+
+    #[tokio::test]
+    async fn who_asks_no_longer_lends_no_place() {
+        let limiter = Limiter::new(1);
+        let held = limiter.acquire(1, secs(0)).await;
+        let mut own = Box::pin(limiter.acquire(1, secs(9)));
+        assert!((&mut own).now_or_never().is_none());
+        let (shared, _) = limiter.turn(1, secs(1)).expect("limited");
+        let mut turn = Box::pin(shared.acquire());
+        assert!((&mut turn).now_or_never().is_none());
+        shared.leave(shared.ask(2, secs(0)));
+        drop(held);
+        assert!((&mut turn).now_or_never().is_none());
+        let held = (&mut own).now_or_never().expect("its build's most urgent");
+        drop(held);
+        assert!((&mut turn).now_or_never().is_some());
     }
 
     #[tokio::test]

@@ -121,6 +121,46 @@ impl OpError {
     }
 }
 
+/// What is there to look into when a vertex failed. A handle to a result keeps that alive, as everywhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remains<R> {
+    /// Of an operation that ran.
+    Run {
+        /// What it was given, place by place.
+        inputs: Vec<R>,
+        /// What it had made of that until it failed, place by place.
+        states: Vec<R>,
+    },
+    /// Its key could not be computed for want of what it reads.
+    Key {
+        /// Where that was not found.
+        input: R,
+        /// Which of the operation's inputs this is.
+        index: usize,
+    },
+}
+
+/// An operation that failed.
+#[derive(Debug)]
+pub struct Failure<R> {
+    /// Why.
+    pub error: OpError,
+    /// What it left, if there is something to see.
+    pub remains: Option<Arc<Remains<R>>>,
+}
+
+impl<R> Clone for Failure<R> {
+    fn clone(&self) -> Self {
+        Self { error: self.error.clone(), remains: self.remains.clone() }
+    }
+}
+
+impl<R> From<OpError> for Failure<R> {
+    fn from(error: OpError) -> Self {
+        Self { error, remains: None }
+    }
+}
+
 /// One operation of the graph, ready to be asked for its key and to run. Dropping a future that
 /// one of these methods returned cancels the work; it must then leave no process, mount or
 /// half record behind.
@@ -140,7 +180,8 @@ pub trait Op<R>: Send + Sync + 'static {
     }
 
     /// Runs the operation. `inputs` has one result per input edge; the answer has one for each output.
-    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<R>) -> BoxFuture<'a, Result<Vec<R>, OpError>>;
+    fn execute<'a>(&'a self, ctx: &'a OpContext, inputs: Vec<R>)
+    -> BoxFuture<'a, Result<Vec<R>, Failure<R>>>;
 
     /// False if what comes of running it never depends on the client that it runs for: then a failure is the same for
     /// all who wait for it, also when that client has left.

@@ -32,10 +32,10 @@ pub(crate) struct PreparedVertex<R> {
 }
 
 /// Blocks for as long as it takes, but no other task of a runtime of several threads.
-pub(crate) fn prepare<R: 'static>(
+pub(crate) fn prepare<R: Send + Sync + 'static>(
     definition: &pb::Definition,
     factory: &dyn OpFactory<R>,
-) -> Result<Prepared<R>, SolveError> {
+) -> Result<Prepared<R>, SolveError<R>> {
     let several = || Handle::try_current().is_ok_and(|h| h.runtime_flavor() == RuntimeFlavor::MultiThread);
     match definition.def.len() >= MANY && several() {
         true => tokio::task::block_in_place(|| prepare_here(definition, factory)),
@@ -43,10 +43,10 @@ pub(crate) fn prepare<R: 'static>(
     }
 }
 
-fn prepare_here<R: 'static>(
+fn prepare_here<R: Send + Sync + 'static>(
     definition: &pb::Definition,
     factory: &dyn OpFactory<R>,
-) -> Result<Prepared<R>, SolveError> {
+) -> Result<Prepared<R>, SolveError<R>> {
     let loaded = llb::load(definition).map_err(|error| {
         let vertex = match &error {
             llb::LoadError::Invalid { digest, .. } => Some(digest.as_str()),
@@ -59,10 +59,10 @@ fn prepare_here<R: 'static>(
     Ok(Prepared { vertices, root: loaded.root })
 }
 
-fn prepare_vertex<R: 'static>(
+fn prepare_vertex<R: Send + Sync + 'static>(
     vertex: llb::LoadedVertex,
     factory: &dyn OpFactory<R>,
-) -> Result<PreparedVertex<R>, SolveError> {
+) -> Result<PreparedVertex<R>, SolveError<R>> {
     let llb::LoadedVertex { digest, op, metadata, inputs, input_digests, name } = vertex;
     let ignore_cache = metadata.ignore_cache;
     let group = metadata.progress_group.clone();

@@ -4,6 +4,7 @@
 //! on top of a parent. A stack is a snapshot made of layers that exist already; it has no
 //! directory of its own. This module mounts nothing.
 
+mod handle;
 mod opaque;
 pub(crate) mod record;
 
@@ -14,9 +15,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use handle::Base;
+pub(crate) use handle::Inner;
+pub use handle::SnapshotRef;
 pub use record::{LayerBlob, LazyLayer, RecordType, SnapshotMeta};
 
-use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::fsx;
 use crate::kv::{Batch, Cf};
@@ -70,28 +73,6 @@ impl Staged {
     }
 }
 
-/// A handle to a snapshot. While one exists, the snapshot and all below it stay.
-#[derive(Clone)]
-pub struct SnapshotRef {
-    inner: Arc<Inner>,
-}
-
-pub(crate) struct Inner {
-    shared: Arc<Shared>,
-    id: String,
-    base: Base,
-    meta: SnapshotMeta,
-    chain_id: Option<String>,
-    filled: AtomicBool,
-    /// Held while the record is changed.
-    change: Mutex<()>,
-}
-
-enum Base {
-    Layer(Option<SnapshotRef>),
-    Stack(Vec<SnapshotRef>),
-}
-
 impl Snapshots {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
@@ -111,6 +92,7 @@ impl Snapshots {
     pub fn commit(&self, staged: Staged, meta: SnapshotMeta) -> Result<SnapshotRef> {
         let parent = staged.parent.clone();
         if let Some(parent) = &parent {
+            parent.check_recorded()?;
             opaque::spell_out(&staged.fs, parent)?;
         }
         let id = fsx::random_id();
@@ -121,6 +103,16 @@ impl Snapshots {
         self.install(staged, &id)?;
         record.epoch = self.shared.epochs.stamp();
         self.create(id, record, Base::Layer(parent))
+    }
+
+    /// A staged directory as a snapshot that nobody is told of: it is there to be looked into, and gone with its last
+    /// handle. Nothing that stays can be made of it. As with [`Self::commit`], no mount may have it any more.
+    pub fn hold(&self, staged: Staged, meta: &SnapshotMeta) -> SnapshotRef {
+        let Staged { scratch, parent, .. } = staged;
+        let mut record = Record::new(meta);
+        record.filled = true;
+        let held = self.inner(&fsx::random_id(), &record, Base::Layer(parent), Some(scratch));
+        SnapshotRef { inner: Arc::new(held) }
     }
 
     /// A snapshot of all layers of `inputs`, those of later inputs on top. One input, or several
@@ -141,6 +133,7 @@ impl Snapshots {
         if let Some(stack) = layers.iter().find(|layer| layer.is_stack()) {
             return Err(StoreError::Invalid(format!("snapshot {} is a stack, not a layer", stack.id())));
         }
+        layers.iter().try_for_each(SnapshotRef::check_recorded)?;
         let mut seen = HashSet::new();
         let mut kept: Vec<_> = layers.iter().rev().filter(|layer| seen.insert(layer.id())).cloned().collect();
         kept.reverse();
@@ -161,6 +154,7 @@ impl Snapshots {
         layer: LazyLayer,
         meta: SnapshotMeta,
     ) -> Result<SnapshotRef> {
+        parent.map_or(Ok(()), SnapshotRef::check_recorded)?;
         let _deciding = lock(&self.shared.chains);
         if let Some(known) = self.by_chain_id(&layer.chain_id)? {
             known.add_sources(layer)?;
@@ -278,7 +272,12 @@ impl Snapshots {
 
     /// Makes the handle of a record, or gives the one that another thread made first.
     fn adopt(&self, id: &str, record: &Record, base: Base) -> SnapshotRef {
-        let made = Inner {
+        let made = self.inner(id, record, base, None);
+        SnapshotRef { inner: self.shared.snapshots.adopt(id, Arc::new(made)) }
+    }
+
+    fn inner(&self, id: &str, record: &Record, base: Base, unrecorded: Option<ScratchDir>) -> Inner {
+        Inner {
             shared: Arc::clone(&self.shared),
             id: id.to_owned(),
             base,
@@ -286,208 +285,8 @@ impl Snapshots {
             chain_id: record.lazy.as_ref().map(|lazy| lazy.chain_id.clone()),
             filled: AtomicBool::new(record.filled),
             change: Mutex::new(()),
-        };
-        SnapshotRef { inner: self.shared.snapshots.adopt(id, Arc::new(made)) }
-    }
-}
-
-impl SnapshotRef {
-    /// The snapshot's name: 25 characters of 0-9 and a-z.
-    pub fn id(&self) -> &str {
-        &self.inner.id
-    }
-
-    /// What a layer stands on; `None` at the bottom, and for a stack.
-    pub fn parent(&self) -> Option<SnapshotRef> {
-        match &self.inner.base {
-            Base::Layer(parent) => parent.clone(),
-            Base::Stack(_) => None,
+            unrecorded,
         }
-    }
-
-    /// All layers, from bottom to top; each has a directory of its own once materialized.
-    pub fn layers(&self) -> Vec<SnapshotRef> {
-        let mut out = Vec::new();
-        let mut next = Some(self.clone());
-        while let Some(current) = next.take() {
-            match &current.inner.base {
-                Base::Stack(layers) => out.extend(layers.iter().rev().cloned()),
-                Base::Layer(parent) => {
-                    next = parent.clone();
-                    out.push(current);
-                }
-            }
-        }
-        // A parent that is a stack may hold a layer that was put on top of it again.
-        let mut seen = HashSet::new();
-        out.retain(|layer| seen.insert(layer.inner.id.clone()));
-        out.reverse();
-        out
-    }
-
-    /// The uppermost layer; a stack of nothing has none.
-    pub fn top_layer(&self) -> Option<SnapshotRef> {
-        match &self.inner.base {
-            Base::Layer(_) => Some(self.clone()),
-            Base::Stack(layers) => layers.last().cloned(),
-        }
-    }
-
-    /// True if the snapshot consists of other snapshots' layers only.
-    pub fn is_stack(&self) -> bool {
-        matches!(self.inner.base, Base::Stack(_))
-    }
-
-    /// The directory of the top layer alone. A stack has none, a lazy layer not yet.
-    pub fn dir(&self) -> PathBuf {
-        self.inner.shared.root.join("snapshots").join(&self.inner.id).join("fs")
-    }
-
-    /// What was said about it when it was made.
-    pub fn meta(&self) -> &SnapshotMeta {
-        &self.inner.meta
-    }
-
-    /// The OCI chain id of an image's layer.
-    pub fn chain_id(&self) -> Option<&str> {
-        self.inner.chain_id.as_deref()
-    }
-
-    /// Where the layer comes from, if it was made by [`Snapshots::lazy_layer`].
-    pub fn lazy(&self) -> Result<Option<LazyLayer>> {
-        match self.inner.chain_id {
-            None => Ok(None),
-            Some(_) => Ok(self.load_record()?.lazy),
-        }
-    }
-
-    /// True if the files of this layer are here; for a stack, those of all its layers.
-    pub fn is_filled(&self) -> bool {
-        match &self.inner.base {
-            Base::Layer(_) => self.inner.filled.load(Ordering::Acquire),
-            Base::Stack(layers) => layers.iter().all(SnapshotRef::is_filled),
-        }
-    }
-
-    /// True if the files of all layers, down to the bottom, are here.
-    pub fn is_materialized(&self) -> bool {
-        self.layers().iter().all(SnapshotRef::is_filled)
-    }
-
-    /// The layer as a blob in one compression (`gzip`, `zstd`, `uncompressed`, …), if it was made
-    /// or pulled in that form. Whether the blob is in the content store is another question.
-    pub fn blob(&self, compression: &str) -> Result<Option<LayerBlob>> {
-        let key = record::value_key(self.id(), &format!("blob/{compression}"));
-        let found = self.inner.shared.kv.get(Cf::Values, &key)?;
-        found.map(|bytes| codec::decode("layer blob", &key, &bytes)).transpose()
-    }
-
-    /// Notes the layer's blob in one compression. The blob stays as long as the snapshot.
-    pub fn set_blob(&self, compression: &str, blob: &LayerBlob) -> Result<()> {
-        let _guard = self.inner.shared.dependent()?;
-        let mut batch = Batch::new();
-        batch.put(
-            Cf::Values,
-            record::value_key(self.id(), &format!("blob/{compression}")),
-            codec::encode(blob),
-        );
-        batch.put(Cf::Refs, record::blob_user_key(&blob.digest, self.id()), []);
-        self.inner.shared.kv.write(batch)
-    }
-
-    /// A small value by name, which goes with the snapshot.
-    pub fn kv(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        self.inner.shared.kv.get(Cf::Values, &record::value_key(self.id(), &format!("kv/{name}")))
-    }
-
-    /// Sets a small value by name.
-    pub fn set_kv(&self, name: &str, value: &[u8]) -> Result<()> {
-        self.inner.shared.check_open()?;
-        let mut batch = Batch::new();
-        batch.put(Cf::Values, record::value_key(self.id(), &format!("kv/{name}")), value);
-        self.inner.shared.kv.write(batch)
-    }
-
-    /// To be called when other layers got links to its files: its size in the ledger is found out anew, so that
-    /// they are not counted twice.
-    pub fn remeasure(&self) -> Result<()> {
-        self.inner.shared.check_open()?;
-        let mut batch = Batch::new();
-        batch.delete(Cf::Values, crate::usage::size_key(self.id()));
-        self.inner.shared.kv.write(batch)
-    }
-
-    pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.inner.shared
-    }
-
-    fn load_record(&self) -> Result<Record> {
-        let record = Record::load(self.inner.shared.kv.as_ref(), self.id())?;
-        record.ok_or_else(|| StoreError::NotFound { what: "snapshot", id: self.id().to_owned() })
-    }
-
-    fn add_sources(&self, layer: LazyLayer) -> Result<()> {
-        let _changing = lock(&self.inner.change);
-        let mut record = self.load_record()?;
-        let Some(lazy) = &mut record.lazy else { return Ok(()) };
-        let mut batch = Batch::new();
-        if lazy.blob.digest != layer.blob.digest {
-            // Two images promise the same files by different blobs. An image may promise what it does not
-            // hold, so before anything was unpacked the one that is asked for now has its say.
-            if self.is_filled() {
-                return Ok(());
-            }
-            batch.delete(Cf::Refs, record::blob_user_key(&lazy.blob.digest, self.id()));
-            *lazy = layer;
-        } else {
-            let before = lazy.sources.len();
-            for source in layer.sources {
-                if !lazy.sources.contains(&source) {
-                    lazy.sources.push(source);
-                }
-            }
-            if lazy.sources.len() == before {
-                return Ok(());
-            }
-        }
-        self.inner.shared.check_open()?;
-        record.save(&mut batch, self.id());
-        self.inner.shared.kv.write(batch)
-    }
-}
-
-impl PartialEq for SnapshotRef {
-    fn eq(&self, other: &Self) -> bool {
-        self.inner.id == other.inner.id
-    }
-}
-
-impl Eq for SnapshotRef {}
-
-impl std::fmt::Debug for SnapshotRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("SnapshotRef").field(&self.inner.id).finish()
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.shared.usage.touch(&self.id);
-        self.shared.snapshots.release(&self.id);
-        // The last handle to a long chain must not drop its parents one inside the other.
-        let mut pending = take_bases(&mut self.base);
-        while let Some(base) = pending.pop() {
-            if let Some(mut inner) = Arc::into_inner(base.inner) {
-                pending.append(&mut take_bases(&mut inner.base));
-            }
-        }
-    }
-}
-
-fn take_bases(base: &mut Base) -> Vec<SnapshotRef> {
-    match base {
-        Base::Layer(parent) => parent.take().into_iter().collect(),
-        Base::Stack(layers) => std::mem::take(layers),
     }
 }
 

@@ -204,6 +204,11 @@ impl EngineBuild {
         }
     }
 
+    /// The worker's id.
+    pub(crate) fn worker_id(&self) -> &str {
+        self.engine.worker_id()
+    }
+
     /// What was decided about each vertex.
     pub(crate) async fn explain(&self) -> Vec<VertexExplanation> {
         self.build.explain().await

@@ -136,7 +136,7 @@ pub(super) struct BuildWorker {
 /// An operation's failure outside of any vertex.
 pub(crate) fn op_error(error: OpError) -> BuildError {
     let code = error.code.map_or(Code::Unknown, Code::from_i32);
-    BuildError { code, message: error.message, details: error.details }
+    BuildError { details: error.details, ..BuildError::new(code, error.message) }
 }
 
 impl BuildWorker {

@@ -49,6 +49,9 @@ impl Bridge {
     }
 
     async fn mounted(&self, mount: &pb::Mount) -> Result<Ref, BuildError> {
+        if let Some(shown) = self.shown(&mount.result_id) {
+            return Ok(Some(shown));
+        }
         let reference = self.reference(&mount.result_id).map_err(|_| {
             let (id, dest) = (&mount.result_id, &mount.dest);
             BuildError::build(format!("failed to find ref {id} for {dest:?} mount"))

@@ -5,6 +5,7 @@
 mod caches;
 pub(crate) mod caps;
 mod containers;
+mod failures;
 mod processes;
 mod refs;
 mod service;
@@ -15,20 +16,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
+use kiln_cache::SnapshotRef;
 use kiln_proto::policy::Policy;
 use kiln_proto::{control, gateway, pb, platform};
 use kiln_worker::ops::Container;
 use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
 
 pub(crate) use caches::CacheEntry;
 pub(crate) use refs::{BuildResult, LazyRef, Offered, Refs};
 pub(crate) use service::GatewayService;
 
 use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
-use crate::error::{BuildError, solve_detail};
+use crate::error::BuildError;
 use crate::frontends;
 use crate::policy::{IMAGE, SourcePolicy};
 use crate::progress::{ProgressLog, Step};
@@ -52,6 +53,8 @@ pub(crate) struct Bridge {
     /// What the client asked of the build itself.
     root: FrontendRequest,
     containers: DashMap<String, Arc<Container>>,
+    /// What failed steps left, by the names that their errors gave it.
+    shown: DashMap<String, SnapshotRef>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
 }
 
@@ -115,6 +118,7 @@ impl Bridge {
             imports: DashMap::new(),
             asked: Mutex::default(),
             containers: DashMap::new(),
+            shown: DashMap::new(),
             returned: Mutex::new(Some(sender)),
         });
         (bridge, receiver)
@@ -390,13 +394,4 @@ impl Bridge {
 pub(crate) fn text_digest(text: &str) -> String {
     use sha2::Digest;
     format!("sha256:{}", hex::encode(sha2::Sha256::digest(text.as_bytes())))
-}
-
-/// Errors of gateway calls carry a detail that says so.
-fn as_solve_error(error: BuildError) -> BuildError {
-    if error.code == Code::Cancelled || error.details.iter().any(|any| any.type_url.contains("errdefs.Solve"))
-    {
-        return error;
-    }
-    error.with(solve_detail(None))
 }

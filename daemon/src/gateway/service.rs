@@ -22,7 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::containers::no_container;
 use super::source_meta::log_name;
-use super::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, as_solve_error, caps, processes};
+use super::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, caps, processes};
 use crate::engine::{files, op_error};
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
@@ -60,10 +60,10 @@ impl GatewayService {
         let bridge = self.bridge(request.metadata()).await?;
         let cancel = bridge.cancel().clone();
         let answer = tokio::select! {
-            answer = run(bridge, request.into_inner()) => answer,
+            answer = run(bridge.clone(), request.into_inner()) => answer,
             () = cancel.cancelled() => Err(BuildError::canceled()),
         };
-        Ok(Response::new(answer.map_err(as_solve_error)?))
+        Ok(Response::new(answer.map_err(|error| bridge.as_solve_error(error))?))
     }
 }
 

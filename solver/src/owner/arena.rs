@@ -12,7 +12,7 @@ use super::report::{MapProgress, Watched};
 use crate::error::SolveError;
 use crate::explain::{Found, KeyKind, Lookup};
 use crate::keys::Part;
-use crate::op::{CacheMap, Key, Op, OpError};
+use crate::op::{CacheMap, Failure, Key, Op};
 use crate::produced::Produced;
 use crate::progress::VertexState;
 use crate::work::Work;
@@ -182,7 +182,7 @@ pub(super) enum Step<R> {
     /// Somebody is at it.
     Working(Watched<R>),
     Done(Arc<Produced<R>>),
-    Failed(Arc<SolveError>),
+    Failed(Arc<SolveError<R>>),
 }
 
 /// Which keys were looked up.
@@ -276,7 +276,7 @@ impl<R> Vertex<R> {
         all
     }
 
-    pub(super) fn error(&self, error: OpError) -> SolveError {
-        SolveError { vertex: Some(self.state.digest.clone()), name: self.state.name.clone(), error }
+    pub(super) fn error(&self, failure: Failure<R>) -> SolveError<R> {
+        SolveError::new(self.state.digest.clone(), self.state.name.clone(), failure)
     }
 }

@@ -13,7 +13,7 @@ use super::report::MapProgress;
 use super::{Edge, Event, Owner, Request};
 use crate::error::SolveError;
 use crate::keys::Part;
-use crate::op::{OpClass, OpContext, OpError};
+use crate::op::{Failure, OpClass, OpContext};
 use crate::produced::{Produced, no_such_output};
 use crate::progress::VertexProgress;
 use crate::record::Entry;
@@ -24,7 +24,7 @@ const UNKNOWN_RUN: Duration = Duration::from_secs(1);
 const UNKNOWN_IO: Duration = Duration::from_millis(100);
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
-    pub(super) fn request(&mut self, id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>>) {
+    pub(super) fn request(&mut self, id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError<R>>>) {
         self.requests.insert(id, Request { edge, reply });
         self.requested.entry(edge.vertex).or_default().push(id);
         self.want(edge.vertex);
@@ -51,7 +51,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             let output = edge.output as usize;
             let answer = match &vertex.step {
                 Step::Done(produced) => produced.output(edge.output).cloned().ok_or_else(|| {
-                    vertex.error(no_such_output(output, produced.outputs.len(), &vertex.state.name))
+                    vertex.error(no_such_output(output, produced.outputs.len(), &vertex.state.name).into())
                 }),
                 Step::Failed(error) => Err(SolveError::clone(error)),
                 Step::Waiting | Step::Opening(_) | Step::Working(..) => Err(SolveError::canceled()),
@@ -270,15 +270,16 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     /// The operation of a vertex failed: reports it on that vertex and fails what needs it.
-    pub(super) fn fail_op(&mut self, place: NodeIndex, error: OpError) {
-        self.report_failed(place, &error.message);
-        let error = Arc::new(self.graph[place].error(error));
+    pub(super) fn fail_op(&mut self, place: NodeIndex, failure: impl Into<Failure<R>>) {
+        let failure = failure.into();
+        self.report_failed(place, &failure.error.message);
+        let error = Arc::new(self.graph[place].error(failure));
         self.fail(place, error);
     }
 
     /// Fails a vertex and all that wait for it; stays so for the rest of the build. Without a
     /// cache map, keys above can't be made either: then all that is above fails.
-    pub(super) fn fail(&mut self, place: NodeIndex, error: Arc<SolveError>) {
+    pub(super) fn fail(&mut self, place: NodeIndex, error: Arc<SolveError<R>>) {
         let unmapped = self.graph[place].map().is_none();
         let mut worklist = vec![place];
         while let Some(place) = worklist.pop() {

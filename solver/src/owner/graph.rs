@@ -16,7 +16,7 @@ use crate::progress::{Event as ProgressEvent, VertexState};
 
 impl<R: Clone + Send + Sync + 'static> Owner<R> {
     /// Adds what is new of a definition and announces it.
-    pub(super) fn load(&mut self, prepared: Prepared<R>) -> Result<Option<Edge>, SolveError> {
+    pub(super) fn load(&mut self, prepared: Prepared<R>) -> Result<Option<Edge>, SolveError<R>> {
         let mut places: Vec<NodeIndex> = Vec::with_capacity(prepared.vertices.len());
         let first = self.by_digest.is_empty();
         if first {

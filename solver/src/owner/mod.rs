@@ -56,11 +56,11 @@ pub(crate) struct Edge {
 /// All that can happen to a build.
 pub(crate) enum Event<R> {
     /// A definition arrived.
-    Load { prepared: Prepared<R>, reply: oneshot::Sender<Result<Option<Edge>, SolveError>> },
+    Load { prepared: Prepared<R>, reply: oneshot::Sender<Result<Option<Edge>, SolveError<R>>> },
     /// A cache from elsewhere is to be looked into.
     Import { cache: Arc<dyn ImportedCache<R>> },
     /// A result is wanted.
-    Request { id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError>> },
+    Request { id: u64, edge: Edge, reply: oneshot::Sender<Result<R, SolveError<R>>> },
     /// It is no longer wanted.
     Withdraw { id: u64 },
     /// An operation said what it depends on.
@@ -95,7 +95,7 @@ pub(crate) struct RecordFound {
 
 struct Request<R> {
     edge: Edge,
-    reply: oneshot::Sender<Result<R, SolveError>>,
+    reply: oneshot::Sender<Result<R, SolveError<R>>>,
 }
 
 struct Owner<R> {

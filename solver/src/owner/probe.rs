@@ -11,7 +11,7 @@ use super::report::{BuildWatcher, Watched};
 use super::{Event, Owner, RecordFound};
 use crate::explain::{Found, KeyKind, Lookup};
 use crate::keys::{OUTPUT_KEY, Part, vertex_key};
-use crate::op::{CacheMap, Key, OpError};
+use crate::op::{CacheMap, Failure, Key, OpError, Remains};
 use crate::produced::{Opened, open};
 use crate::work::{self, Job, JobInput, Outcome, Started, Work, guarded};
 
@@ -238,7 +238,10 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             }
             Err(mut error) => {
                 error.message = format!("failed to compute cache key: {}", error.message);
-                self.fail_op(place, error);
+                let edge = self.graph[place].inputs[input];
+                let read = self.graph[edge.vertex].produced().and_then(|made| made.output(edge.output));
+                let remains = read.map(|read| Arc::new(Remains::Key { input: read.clone(), index: input }));
+                self.fail_op(place, Failure { error, remains });
             }
         }
     }
@@ -345,6 +348,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     }
 
     fn work_on(&mut self, place: NodeIndex, work: Arc<Work<R>>, starter: bool) {
+        let priority = self.priority(place);
         let vertex = &mut self.graph[place];
         let started = Arc::new(OnceLock::new());
         let watcher = BuildWatcher {
@@ -355,7 +359,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             epoch: vertex.epoch,
             started: started.clone(),
         };
-        let asker = work.ask(Arc::new(watcher), self.id, starter);
+        let asker = work.ask(Arc::new(watcher), (self.id, priority), starter);
         self.graph[place].step = Step::Working(Watched { asker, started });
         self.release_inputs(place);
     }
@@ -393,14 +397,14 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 self.finish(place, produced);
             }
             // It may have failed for want of what the other build had; this one tries for itself.
-            Err(error)
-                if (outcome.orphaned && !self.is_own_failure(place, &error))
-                    || (!ours && error.is_transient()) =>
+            Err(failure)
+                if (outcome.orphaned && !self.is_own_failure(place, &failure.error))
+                    || (!ours && failure.error.is_transient()) =>
             {
                 self.start_over(place);
                 self.ready.insert(place);
             }
-            Err(error) => self.fail_op(place, error),
+            Err(failure) => self.fail_op(place, failure),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::op::OpError;
+use crate::op::Failure;
 use crate::produced::Produced;
 use crate::progress::{Event, ProgressSink, VertexLog, VertexStatus};
 
@@ -15,7 +15,7 @@ const REPLAY_EVENTS: usize = 4096;
 
 /// How work ended.
 pub(crate) struct Outcome<R> {
-    pub(crate) result: Result<Arc<Produced<R>>, OpError>,
+    pub(crate) result: Result<Arc<Produced<R>>, Failure<R>>,
     /// A record that appeared meanwhile answered it.
     pub(crate) cached: bool,
     /// Nobody was left of the build that started it: a failure may come from that.

@@ -18,6 +18,7 @@ pub(crate) use after::{After, build_ended};
 pub(crate) use board::{Outcome, Watcher};
 pub(crate) use run::{guarded, guarded_call};
 
+use crate::limit::{Ask, Turn};
 use crate::op::{CacheMap, Key, Op, OpClass};
 use crate::produced::Produced;
 use crate::progress::Event;
@@ -63,6 +64,9 @@ pub(crate) struct Work<R> {
     table: InFlight<R>,
     claims: OnceLock<Vec<[u8; 32]>>,
     task: OnceLock<AbortHandle>,
+    /// If it has to wait for a slot, and its first asker's place in the queue.
+    turn: Option<Arc<Turn>>,
+    first: Option<Ask>,
 }
 
 impl<R> Drop for Work<R> {
@@ -80,12 +84,16 @@ impl<R> Drop for Work<R> {
 pub(crate) struct Asker<R> {
     work: Arc<Work<R>>,
     watcher: u64,
+    place: Option<Ask>,
     ours: bool,
 }
 
 impl<R> Drop for Asker<R> {
     fn drop(&mut self) {
         self.work.board.leave(self.watcher, self.ours);
+        if let (Some(turn), Some(place)) = (&self.work.turn, self.place) {
+            turn.leave(place);
+        }
     }
 }
 
@@ -102,12 +110,21 @@ impl<R> Asker<R> {
 }
 
 impl<R> Work<R> {
-    /// Tells `watcher`, who asks for a build, all that happened so far and all that will. `starter` is who it was
-    /// begun for: that one counted as an asker from then on.
-    pub(crate) fn ask(self: Arc<Self>, watcher: Arc<dyn Watcher<R>>, build: u64, starter: bool) -> Asker<R> {
+    /// Tells `watcher`, who asks for a build where it is so urgent, all that happened so far and all that will.
+    /// `starter` is who it was begun for: that one counted as an asker from then on.
+    pub(crate) fn ask(
+        self: Arc<Self>,
+        watcher: Arc<dyn Watcher<R>>,
+        (build, priority): (u64, Duration),
+        starter: bool,
+    ) -> Asker<R> {
         let ours = build == self.build;
         let watcher = self.board.watch(watcher, ours && !starter);
-        Asker { work: self, watcher, ours }
+        let place = match starter {
+            true => self.first,
+            false => self.turn.as_ref().map(|turn| turn.ask(build, priority)),
+        };
+        Asker { work: self, watcher, place, ours }
     }
 }
 
@@ -182,12 +199,19 @@ pub(crate) enum Started<R> {
 /// Keys are claimed in their byte order. Work that holds some keys and finds a later one taken
 /// follows its holder, so whoever waits holds smaller keys than whom it waits for: no circle.
 pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, job: Job<R>) -> Started<R> {
+    let (turn, first) = match job.op.class() {
+        OpClass::Run => shared.limiter.turn(job.build, job.priority).unzip(),
+        OpClass::Io => (None, None),
+    };
+    let turn = turn.map(Arc::new);
     let work = Arc::new(Work {
         board: Arc::new(Board::new(job.vertex.clone())),
         build: job.build,
         table: shared.in_flight.clone(),
         claims: OnceLock::new(),
         task: OnceLock::new(),
+        turn: turn.clone(),
+        first,
     });
     let mut wanted: Vec<[u8; 32]> = job.shared_by.iter().map(|key| *key.as_bytes()).collect();
     wanted.sort_unstable();
@@ -208,11 +232,11 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, j
 
     let done = Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work) };
     let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
-    let (of_task, board, build) = (shared.clone(), work.board.clone(), job.build);
+    let (of_task, board, asks) = (shared.clone(), work.board.clone(), (job.build, job.priority));
     let mut running = Box::pin(async move {
         match leader {
-            Some(leader) => End::passed_on(run::follow(leader, &board, build).await),
-            None => run::run(&of_task, &board, job).await,
+            Some(leader) => End::passed_on(run::follow(leader, &board, asks).await),
+            None => run::run(&of_task, &board, job, turn).await,
         }
     });
     // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record: the owner has

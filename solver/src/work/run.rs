@@ -4,7 +4,7 @@ use std::any::Any;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::FutureExt;
 use kiln_cache::{KeyChange, KeyRecord, OpRecord};
@@ -13,7 +13,8 @@ use tokio::sync::oneshot;
 use super::after::Unkeyed;
 use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
-use crate::op::{OpClass, OpContext, OpError};
+use crate::limit::Turn;
+use crate::op::{Failure, OpContext, OpError};
 use crate::produced::{Opened, Produced, is_partial, no_such_output, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
 use crate::solver::Shared;
@@ -22,8 +23,8 @@ use crate::solver::Shared;
 const INTERNAL: i32 = 13;
 
 /// Runs foreign code so that a panic in it is an error of its vertex and not a hang of the build.
-pub(crate) async fn guarded<T>(future: impl Future<Output = Result<T, OpError>>) -> Result<T, OpError> {
-    AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)))
+pub(crate) async fn guarded<T, E: From<OpError>>(future: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    AssertUnwindSafe(future).catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic).into()))
 }
 
 /// Like [`guarded`] for what is done at once.
@@ -52,7 +53,7 @@ pub(super) struct End<R> {
 }
 
 impl<R> End<R> {
-    fn new(result: Result<Arc<Produced<R>>, OpError>, cached: bool) -> Self {
+    fn new(result: Result<Arc<Produced<R>>, Failure<R>>, cached: bool) -> Self {
         Self::passed_on(Outcome { result, cached, orphaned: false })
     }
 
@@ -66,6 +67,7 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
+    turn: Option<Arc<Turn>>,
 ) -> End<R> {
     // Other work may have recorded the result between this build's look-up and its claim.
     for key in &job.shared_by {
@@ -78,9 +80,9 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
             return End::new(Ok(Arc::new(produced)), true);
         }
     }
-    match execute(shared, board, job).await {
+    match execute(shared, board, job, turn).await {
         Ok(end) => end,
-        Err(error) => End::new(Err(error), false),
+        Err(failure) => End::new(Err(failure), false),
     }
 }
 
@@ -88,10 +90,11 @@ async fn execute<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
-) -> Result<End<R>, OpError> {
-    let permit = match job.op.class() {
-        OpClass::Run => Some(shared.limiter.acquire(job.build, job.priority).await),
-        OpClass::Io => None,
+    turn: Option<Arc<Turn>>,
+) -> Result<End<R>, Failure<R>> {
+    let permit = match turn {
+        Some(turn) => Some(turn.acquire().await),
+        None => None,
     };
     board.start(SystemTime::now());
     let began = Instant::now();
@@ -137,13 +140,15 @@ impl<R> JobInput<R> {
 pub(super) async fn follow<R: Send + Sync + 'static>(
     leader: Arc<Work<R>>,
     board: &Arc<Board<R>>,
-    build: u64,
+    asks: (u64, Duration),
 ) -> Outcome<R> {
     let (reply, answer) = oneshot::channel();
     let follower = Follower { board: board.clone(), reply: Mutex::new(Some(reply)) };
-    let _asker = leader.ask(Arc::new(follower), build, false);
+    let _asker = leader.ask(Arc::new(follower), asks, false);
     answer.await.unwrap_or_else(|_| Outcome {
-        result: Err(OpError { code: Some(INTERNAL), ..OpError::new("shared work ended without a result") }),
+        result: Err(
+            OpError { code: Some(INTERNAL), ..OpError::new("shared work ended without a result") }.into()
+        ),
         cached: false,
         orphaned: true,
     })

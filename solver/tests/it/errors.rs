@@ -1,6 +1,7 @@
 //! What a client is told when something goes wrong.
 
 use kiln_proto::pb;
+use kiln_solver::op::Remains;
 
 use crate::world::{Graph, World, chain, recipe};
 
@@ -16,6 +17,9 @@ async fn a_failure_names_its_vertex_and_keeps_its_details() {
     assert_eq!(error.vertex.as_deref(), Some(&*record.states("bad")[0].digest));
     assert_eq!(error.error.exit_code, Some(7));
     assert!(!error.is_canceled());
+    let image = build.solve(&chain(&["image"])).await.unwrap().unwrap();
+    let left = Remains::Run { inputs: vec![image], states: vec![] };
+    assert_eq!(error.remains.as_deref(), Some(&left));
     assert_eq!(record.words("bad"), ["announced", "started", &format!("error: {text}")]);
     assert_eq!(record.words("after"), ["announced"]);
     assert_eq!(world.take_runs(), ["image", "bad"]);
@@ -49,6 +53,8 @@ async fn what_is_read_but_not_there_fails_the_reader() {
     let error = build.solve(&graph.finish(&copy)).await.unwrap_err();
     assert_eq!(error.to_string(), "failed to compute cache key: \"/nope\": not found");
     assert_eq!(&*error.name, "copy");
+    let context = build.solve(&chain(&["context"])).await.unwrap().unwrap();
+    assert_eq!(error.remains.as_deref(), Some(&Remains::Key { input: context, index: 1 }));
     assert_eq!(
         record.words("copy"),
         ["announced", "error: failed to compute cache key: \"/nope\": not found"]

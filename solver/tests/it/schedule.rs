@@ -54,6 +54,21 @@ async fn no_more_processes_run_than_allowed_over_all_builds() {
 
 #[tokio::test]
 async fn a_build_of_many_steps_does_not_hold_up_one_of_few() {
+    let own = ["one", "two", "three"];
+    few_steps_beside_many(
+        |world| own.iter().for_each(|name| world.set(name, recipe(name))),
+        &chain(&["image", "one", "two", "three"]),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn steps_that_a_small_build_shares_with_a_large_one_come_when_it_is_the_small_ones_turn() {
+    few_steps_beside_many(|_| {}, &wide(&names(500)[497..])).await;
+}
+
+/// A build of 500 steps has both slots when another one asks for `few`.
+async fn few_steps_beside_many(prepare: impl FnOnce(&World), few: &pb::Definition) {
     let world = World::new();
     let solver = world.limited_solver(2);
     let gate = gate();
@@ -64,11 +79,10 @@ async fn a_build_of_many_steps_does_not_hold_up_one_of_few() {
     let (large, _) = world.build(&solver);
     let large = tokio::spawn(async move { large.solve(&wide(&names(500))).await });
     world.until("the large build has both slots", |running| running.len() == 2).await;
-    for name in ["one", "two", "three"] {
-        world.set(name, recipe(name));
-    }
+    prepare(&world);
     let (small, _) = world.build(&solver);
-    let small = tokio::spawn(async move { small.solve(&chain(&["image", "one", "two", "three"])).await });
+    let few = few.clone();
+    let small = tokio::spawn(async move { small.solve(&few).await });
     // Each slot that gets free lets one more step run. Of the next ones the small build needs three; some may
     // get free before it asks.
     let runs = std::cell::RefCell::new(world.take_runs());

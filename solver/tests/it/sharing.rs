@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use kiln_proto::pb;
 use kiln_solver::op::OpError;
 
-use crate::world::{Graph, World, chain, gate, recipe};
+use crate::world::{Graph, Tree, World, chain, gate, recipe};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixteen_builds_of_one_definition_run_each_vertex_once() {
@@ -96,7 +96,7 @@ async fn builds_of_one_held_step(
     (world, solver, builds)
 }
 
-type Solving = tokio::task::JoinHandle<Result<(), kiln_solver::SolveError>>;
+type Solving = tokio::task::JoinHandle<Result<(), kiln_solver::SolveError<Tree>>>;
 
 #[tokio::test]
 async fn work_goes_on_while_anyone_wants_it() {

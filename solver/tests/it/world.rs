@@ -11,8 +11,8 @@ use kiln_cache::kv::MemKv;
 use kiln_cache::{KeyChange, KeyRecord, KeyStorage, KeyStore, OpRecord};
 use kiln_proto::{llb, pb};
 use kiln_solver::op::{
-    CacheMap, ContentPath, ContentQuery, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory, OpVertex,
-    ResultStore,
+    CacheMap, ContentPath, ContentQuery, Failure, InputMap, Key, Op, OpClass, OpContext, OpError, OpFactory,
+    OpVertex, Remains, ResultStore,
 };
 use kiln_solver::progress::{Event, ProgressSink, VertexState};
 use kiln_solver::{Build, BuildOptions, SolveError, Solver, SolverOptions};
@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 pub(crate) type Files = BTreeMap<String, String>;
 
 /// A fake result: files under a name in the fake store.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Tree {
     pub(crate) id: String,
     pub(crate) files: Arc<Files>,
@@ -238,7 +238,7 @@ impl World {
         self: &Arc<Self>,
         solver: &Solver<Tree>,
         definition: &pb::Definition,
-    ) -> Result<Files, SolveError> {
+    ) -> Result<Files, SolveError<Tree>> {
         let (build, _record) = self.build(solver);
         let result = build.solve(definition).await.map(|tree| (*tree.expect("a result").files).clone());
         drop(build);
@@ -512,7 +512,7 @@ impl Op<Tree> for FakeOp {
         &'a self,
         ctx: &'a OpContext,
         inputs: Vec<Tree>,
-    ) -> BoxFuture<'a, Result<Vec<Tree>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Tree>, Failure<Tree>>> {
         async move {
             let _running = Running::new(&self.world, &self.name);
             for log in &self.recipe.logs {
@@ -526,7 +526,8 @@ impl Op<Tree> for FakeOp {
             }
             assert!(!self.recipe.panics, "boom");
             if let Some(error) = &self.recipe.fails {
-                return Err(error.clone());
+                let remains = Remains::Run { inputs, states: Vec::new() };
+                return Err(Failure { error: error.clone(), remains: Some(Arc::new(remains)) });
             }
             let inputs: Vec<Files> = inputs.iter().map(|tree| (*tree.files).clone()).collect();
             Ok(self

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::{Ref, SnapshotMeta, SnapshotRef};
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
@@ -63,7 +63,7 @@ impl Op<Ref> for DiffOp {
         &'a self,
         ctx: &'a OpContext,
         inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             let side = |index: Option<usize>| index.and_then(|index| inputs.get(index).cloned().flatten());
             let (lower, upper) = (side(self.lower), side(self.upper));

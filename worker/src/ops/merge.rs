@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::{Ref, SnapshotMeta};
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 
 use super::keys::KeyBuilder;
 use crate::worker::Worker;
@@ -47,7 +47,7 @@ impl Op<Ref> for MergeOp {
         &'a self,
         _ctx: &'a OpContext,
         inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             let part = |part: &Option<usize>| part.and_then(|index| inputs.get(index).cloned().flatten());
             let parts: Vec<_> = self.parts.iter().filter_map(part).collect();

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError, OpFactory, OpVertex};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError, OpFactory, OpVertex};
 
 pub(crate) use exec::CacheMountLocks;
 pub use exec::container::{Container, ContainerRequest, MountView, ProcessSpec};
@@ -132,7 +132,7 @@ impl Op<Ref> for Passthrough {
         &'a self,
         _ctx: &'a OpContext,
         inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         let take = |index: &Option<usize>| index.and_then(|index| inputs.get(index).cloned().flatten());
         Box::pin(std::future::ready(Ok(self.outputs.iter().map(take).collect())))
     }

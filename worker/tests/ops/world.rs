@@ -87,7 +87,8 @@ impl World {
         inputs: &[&Ref],
     ) -> Result<Vec<Ref>, OpError> {
         let op = self.worker.factory(context.clone()).op(vertex(op, inputs.len()))?;
-        op.execute(&self.op_context(), inputs.iter().map(|input| (*input).clone()).collect()).await
+        let inputs = inputs.iter().map(|input| (*input).clone()).collect();
+        op.execute(&self.op_context(), inputs).await.map_err(|failure| failure.error)
     }
 
     pub(crate) async fn key(&self, op: pb::op::Op, inputs: usize) -> CacheMap {

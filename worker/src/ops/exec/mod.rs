@@ -20,7 +20,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpContext, OpError, OpVertex};
+use kiln_solver::op::{CacheMap, Failure, Op, OpContext, OpError, OpVertex};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use cache_mounts::{CacheMountLocks, Emptied};
@@ -122,7 +122,7 @@ impl Op<Ref> for ExecOp {
         &'a self,
         ctx: &'a OpContext,
         inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             self.worker.materialize_all(&inputs, &self.step.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
@@ -137,7 +137,8 @@ impl Op<Ref> for ExecOp {
             // A task of its own: when this future is dropped the step's directories must stay until
             // its last process is gone.
             let task = self.worker.steps.spawn(run.finish(inputs));
-            task.await.unwrap_or_else(|err| Err(OpError::new(format!("running the step failed: {err}"))))
+            task.await
+                .unwrap_or_else(|err| Err(OpError::new(format!("running the step failed: {err}")).into()))
         })
     }
 

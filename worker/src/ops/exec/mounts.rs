@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kiln_cache::{Ref, SnapshotMeta, SnapshotRef, Staged};
 use kiln_proto::pb;
-use kiln_solver::op::OpError;
+use kiln_solver::op::{OpError, Remains};
 
 use super::Step;
 use super::cache_mounts::{CacheMount, Wanted};
@@ -46,14 +46,24 @@ fn input(mount: &pb::Mount, inputs: &[Ref]) -> Ref {
     usize::try_from(mount.input).ok().and_then(|index| inputs.get(index).cloned().flatten())
 }
 
-/// What a mount of the operation becomes.
+/// What a mount of the operation stands on, and what becomes of it.
+#[derive(Default)]
+struct Place {
+    input: Ref,
+    /// Where the step writes on top of that.
+    written: Option<Staged>,
+    output: Output,
+}
+
+#[derive(Default)]
 enum Output {
     /// Not a result.
+    #[default]
     None,
     /// The input, as it was.
-    Unchanged(Ref),
+    Unchanged,
     /// What was written on top of the input.
-    Layer(Staged),
+    Layer,
 }
 
 /// Everything that is mounted from the store for one step.
@@ -64,9 +74,8 @@ pub(super) struct Prepared {
     pub(super) tmpfs: Vec<Tmpfs>,
     /// Where the step may leave stubs.
     pub(super) written: Vec<Written>,
-    outputs: Vec<Output>,
-    /// Staged for writing, but no result.
-    discarded: Vec<Staged>,
+    /// By number of the mount.
+    places: Vec<Place>,
     /// What is mounted stays while it is.
     held: Vec<SnapshotRef>,
     _caches: Vec<Arc<CacheMount>>,
@@ -85,34 +94,41 @@ pub(super) fn prepare(
         layered: Vec::new(),
         tmpfs: Vec::new(),
         written: Vec::new(),
-        outputs: Vec::new(),
-        discarded: Vec::new(),
+        places: Vec::new(),
         held: Vec::new(),
         _caches: caches.clone(),
     };
     let mut caches = caches.iter();
     for mount in &step.op.mounts {
         let dest = PathBuf::from(dest(mount, &step.meta.cwd));
-        match mount.mount_type() {
+        let place = match mount.mount_type() {
             pb::MountType::Bind => prepared.bind(layers, mount, dest, input(mount, inputs))?,
             pb::MountType::Cache => {
                 let Some(cache) = caches.next() else {
                     return Err(OpError::new("cache mount was not opened"));
                 };
-                prepared.cache(mount, dest, cache.path(), input(mount, inputs));
+                prepared.cache(mount, dest, cache.path(), input(mount, inputs))
             }
             pb::MountType::Tmpfs => {
                 let size = mount.tmpfs_opt.as_ref().and_then(|options| u64::try_from(options.size).ok());
                 prepared.tmpfs.push(Tmpfs { dest, size: size.filter(|size| *size > 0) });
+                Place::default()
             }
-            pb::MountType::Secret | pb::MountType::Ssh => {}
-        }
+            pb::MountType::Secret | pb::MountType::Ssh => Place::default(),
+        };
+        prepared.places.push(place);
     }
     Ok(prepared)
 }
 
 impl Prepared {
-    fn bind(&mut self, layers: &Layers, mount: &pb::Mount, dest: PathBuf, input: Ref) -> Result<(), OpError> {
+    fn bind(
+        &mut self,
+        layers: &Layers,
+        mount: &pb::Mount,
+        dest: PathBuf,
+        input: Ref,
+    ) -> Result<Place, OpError> {
         let failed = |err: &dyn std::fmt::Display| OpError::new(format!("mount {}: {err}", mount.dest));
         let chain = layers.chain(&input).map_err(|err| failed(&err))?;
         let lowers: Vec<PathBuf> = chain.iter().rev().map(|layer| layer.dir()).collect();
@@ -129,8 +145,8 @@ impl Prepared {
                 false => RootSource::Overlay { lowers, upper: None, work: None },
             };
             self.layered.push(LayeredMount { dest, source, selector, readonly: true });
-            self.outputs.push(if keeps { Output::Unchanged(input) } else { Output::None });
-            return Ok(());
+            let output = if keeps { Output::Unchanged } else { Output::None };
+            return Ok(Place { input, written: None, output });
         }
         let staged = layers.snapshots().stage(input.as_ref()).map_err(|err| failed(&err))?;
         let work = staged.work().map_err(|err| failed(&err))?.to_owned();
@@ -149,21 +165,14 @@ impl Prepared {
             self.layered.push(LayeredMount { dest, source, selector, readonly: false });
         }
         let output = match (keeps, mount.readonly) {
-            (true, true) => {
-                self.discarded.push(staged);
-                Output::Unchanged(input)
-            }
-            (true, false) => Output::Layer(staged),
-            (false, _) => {
-                self.discarded.push(staged);
-                Output::None
-            }
+            (true, true) => Output::Unchanged,
+            (true, false) => Output::Layer,
+            (false, _) => Output::None,
         };
-        self.outputs.push(output);
-        Ok(())
+        Ok(Place { input, written: Some(staged), output })
     }
 
-    fn cache(&mut self, mount: &pb::Mount, dest: PathBuf, path: &Path, input: Ref) {
+    fn cache(&mut self, mount: &pb::Mount, dest: PathBuf, path: &Path, input: Ref) -> Place {
         let selector = Some(clean(&mount.selector)).filter(|path| path != "/").map(PathBuf::from);
         if selector.is_none() {
             self.written.push(Written { dest: dest.clone(), dir: path.to_owned(), lowers: Vec::new() });
@@ -171,7 +180,11 @@ impl Prepared {
         let source = RootSource::Dir(path.to_owned());
         self.layered.push(LayeredMount { dest, source, selector, readonly: mount.readonly });
         // What a cache holds is nobody's result.
-        self.outputs.push(if mount.output == -1 { Output::None } else { Output::Unchanged(input) });
+        Place {
+            input,
+            written: None,
+            output: if mount.output == -1 { Output::None } else { Output::Unchanged },
+        }
     }
 
     /// What is mounted at a place, and which part of it.
@@ -185,18 +198,29 @@ impl Prepared {
 
     /// Commits what was written; the results in the order of the operation's outputs. Blocking.
     pub(super) fn commit(self, layers: &Layers, description: &str) -> Result<Vec<Ref>, OpError> {
-        drop(self.discarded);
         let mut results = Vec::new();
-        for output in self.outputs {
-            match output {
-                Output::None => {}
-                Output::Unchanged(input) => results.push(input),
-                Output::Layer(staged) => {
+        for place in self.places {
+            match (place.output, place.written) {
+                (Output::None, _) => {}
+                (Output::Layer, Some(staged)) => {
                     let made = layers.snapshots().commit(staged, SnapshotMeta::new(description));
                     results.push(Some(made.map_err(|err| OpError::new(err.to_string()))?));
                 }
+                (Output::Unchanged | Output::Layer, _) => results.push(place.input),
             }
         }
         Ok(results)
+    }
+
+    /// What each mount showed, and shows now that the step has failed.
+    pub(super) fn hold(self, layers: &Layers, description: &str) -> Remains<Ref> {
+        let meta = SnapshotMeta::new(description);
+        let look = |Place { input, written, .. }: Place| {
+            let state =
+                written.map(|staged| layers.snapshots().hold(staged, &meta)).or_else(|| input.clone());
+            (input, state)
+        };
+        let (inputs, states) = self.places.into_iter().map(look).unzip();
+        Remains::Run { inputs, states }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::OpError;
+use kiln_solver::op::{Failure, OpError};
 use kiln_solver::progress::VertexProgress;
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +39,7 @@ pub(super) struct Opened {
 
 impl Run {
     /// Runs the step on its inputs; one result for each output.
-    pub(super) async fn finish(self, inputs: Vec<Ref>) -> Result<Vec<Ref>, OpError> {
+    pub(super) async fn finish(self, inputs: Vec<Ref>) -> Result<Vec<Ref>, Failure<Ref>> {
         let wanted = mounts::wanted_caches(&self.step, &inputs);
         let caches =
             cache_mounts::open_all(&self.worker, &wanted, self.emptied.as_ref(), &self.cancel).await?;
@@ -53,11 +53,22 @@ impl Run {
         let (prepared, user) = blocking(prepare).await??;
         let outcome = self.sandbox(&prepared, &opened, &user).await;
         let (layers, step) = (self.worker.layers().clone(), self.step.clone());
+        let cancelled = self.cancel.is_cancelled();
         blocking(move || {
-            let outcome = outcome?;
-            step.judge(&outcome)?;
-            stubs::remove(&outcome.stubs, &prepared.written, step.meta.remove_mount_stubs_recursive);
-            prepared.commit(&layers, &format!("mount / from exec {}", step.command()))
+            let judged = outcome.and_then(|outcome| {
+                stubs::remove(&outcome.stubs, &prepared.written, step.meta.remove_mount_stubs_recursive);
+                step.judge(&outcome)
+            });
+            let description = format!("mount / from exec {}", step.command());
+            match judged {
+                Ok(()) => Ok(prepared.commit(&layers, &description)?),
+                // Nobody looks into what was given up.
+                Err(error) if cancelled => Err(error.into()),
+                Err(error) => {
+                    let remains = Arc::new(prepared.hold(&layers, &description));
+                    Err(Failure { error, remains: Some(remains) })
+                }
+            }
         })
         .await?
     }

@@ -20,11 +20,13 @@ const VIEWS: usize = 64;
 
 /// An action that failed.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub(crate) struct FailedAction {
     /// Which one, by number.
     pub(crate) action: usize,
     /// Why.
     pub(crate) error: FileError,
+    /// What each action had made by then.
+    pub(crate) states: Vec<Ref>,
 }
 
 /// A layer that is being written. The view goes before the staged directory: nothing may
@@ -72,9 +74,11 @@ impl<'a> Engine<'a> {
     }
 
     /// Runs all actions; one result for each output of the operation.
-    pub(crate) fn run(mut self) -> Result<Vec<Ref>, Failure> {
+    pub(crate) fn run(mut self) -> Result<Vec<Ref>, FailedAction> {
         for &index in &self.plan.order {
-            self.step(index).map_err(|error| Failure { action: index, error })?;
+            if let Err(error) = self.step(index) {
+                return Err(FailedAction { action: index, error, states: self.hold() });
+            }
         }
         let done = |index: &usize| match self.made.get(index) {
             Some(Made::Done(result)) => result.clone(),
@@ -91,7 +95,10 @@ impl<'a> Engine<'a> {
         let step = &plan.steps[index];
         self.open(step)?;
         let live = self.base(step.base)?;
-        self.act(index, step, &live)?;
+        if let Err(error) = self.act(index, step, &live) {
+            self.made.insert(index, Made::Live(live));
+            return Err(error);
+        }
         let made = if step.folded {
             Made::Live(live)
         } else {
@@ -103,6 +110,19 @@ impl<'a> Engine<'a> {
         };
         self.made.insert(index, made);
         Ok(())
+    }
+
+    /// What the actions have made so far; what another one went on with is that one's.
+    fn hold(mut self) -> Vec<Ref> {
+        let meta = SnapshotMeta::new(self.description);
+        let mut state = |index: usize| match self.made.remove(&index)? {
+            Made::Done(result) => result,
+            Made::Live(Live { view, staged }) => {
+                drop(view);
+                Some(self.layers.snapshots().hold(staged, &meta))
+            }
+        };
+        (0..self.actions.len()).map(&mut state).collect()
     }
 
     fn act(&self, index: usize, step: &Step, live: &Live) -> Result<(), FileError> {

@@ -24,7 +24,9 @@ use kiln_cache::Ref;
 use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
-use kiln_solver::op::{CacheMap, ContentPath, ContentQuery, InputMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{
+    CacheMap, ContentPath, ContentQuery, Failure, InputMap, Op, OpClass, OpContext, OpError, Remains,
+};
 use tokio_util::sync::CancellationToken;
 
 pub use actions::FileError;
@@ -157,19 +159,24 @@ impl Op<Ref> for FileOp {
         &'a self,
         ctx: &'a OpContext,
         inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             self.worker.materialize_all(&inputs, &self.credentials, &ctx.progress).await?;
             let cancel = CancellationToken::new();
             let _cancelled_when_dropped = cancel.clone().drop_guard();
             let (layers, work, name) = (self.worker.layers().clone(), self.work.clone(), self.name.clone());
-            let run = move || Engine::new(&layers, &work.actions, &work.plan, &inputs, &name, &cancel).run();
+            let run = move || {
+                let engine = Engine::new(&layers, &work.actions, &work.plan, &inputs, &name, &cancel);
+                engine.run().map_err(|failed| Failure {
+                    error: OpError {
+                        file_action: Some(failed.action),
+                        ..OpError::new(failed.error.to_string())
+                    },
+                    remains: Some(Arc::new(Remains::Run { inputs, states: failed.states })),
+                })
+            };
             let result = self.worker.on_files(run).await;
-            let result = result.map_err(|err| OpError::new(format!("file operation failed: {err}")))?;
-            result.map_err(|failure| OpError {
-                file_action: Some(failure.action),
-                ..OpError::new(failure.error.to_string())
-            })
+            result.map_err(|err| OpError::new(format!("file operation failed: {err}")))?
         })
     }
 

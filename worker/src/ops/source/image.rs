@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use kiln_cache::Ref;
 use kiln_proto::reference::Reference;
 use kiln_proto::{pb, platform};
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError, OpVertex};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError, OpVertex};
 use tokio::sync::OnceCell;
 
 use crate::image::{Access, ResolveMode, ResolvedImage, chain_ids};
@@ -116,7 +116,7 @@ impl Op<Ref> for ImageSource {
         &'a self,
         ctx: &'a OpContext,
         _inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move { Ok(vec![self.chain(ctx).await?.clone()]) })
     }
 

@@ -12,7 +12,7 @@ use kiln_cache::{MutableDir, MutableKind, RecordType, Ref, SnapshotMeta};
 use kiln_proto::pb;
 use kiln_session::fsutil::{ReceiveMode, ReceiveOptions};
 use kiln_session::{FileSyncRequest, Session};
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use kiln_solver::progress::StatusHandle;
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::AsFd;
@@ -214,7 +214,7 @@ impl Op<Ref> for LocalSource {
         &'a self,
         ctx: &'a OpContext,
         _inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move { Ok(vec![self.receive(ctx).await?]) })
     }
 

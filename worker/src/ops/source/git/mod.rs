@@ -18,7 +18,7 @@ use dashmap::DashMap;
 use futures::future::BoxFuture;
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use kiln_solver::progress::VertexProgress;
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
@@ -205,7 +205,7 @@ impl Op<Ref> for GitSource {
         &'a self,
         ctx: &'a OpContext,
         _inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             let progress = ctx.progress.clone();
             let run = self.detached(|source, cancel| source.checkout(cancel, progress));

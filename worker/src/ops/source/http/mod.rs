@@ -19,7 +19,7 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
 use kiln_cache::Ref;
 use kiln_proto::pb;
-use kiln_solver::op::{CacheMap, Op, OpClass, OpContext, OpError};
+use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use kiln_solver::progress::VertexProgress;
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_DISPOSITION, ETAG, HeaderMap, HeaderName, HeaderValue,
@@ -370,7 +370,7 @@ impl Op<Ref> for HttpSource {
         &'a self,
         ctx: &'a OpContext,
         _inputs: Vec<Ref>,
-    ) -> BoxFuture<'a, Result<Vec<Ref>, OpError>> {
+    ) -> BoxFuture<'a, Result<Vec<Ref>, Failure<Ref>>> {
         Box::pin(async move {
             let resolved = self.resolve(&ctx.progress).await?;
             if let Some(file) = &resolved.file {
