@@ -308,6 +308,7 @@ impl History {
         let oldest = SystemTime::now().checked_sub(self.config.max_age).unwrap_or(SystemTime::UNIX_EPOCH);
         for (index, (completed, id)) in loose.iter().enumerate() {
             if index >= self.config.max_entries || *completed < oldest {
+                self.explanations.retire(id).map_err(storage)?;
                 self.delete(finished, id)?;
             }
         }
@@ -315,7 +316,6 @@ impl History {
     }
 
     fn delete(&self, finished: &mut HashMap<String, Finished>, id: &str) -> Result<(), BuildError> {
-        self.explanations.forget(id).map_err(storage)?;
         self.untraced.remove(id);
         let record = self.record(id)?;
         self.values.delete(RECORDS, id).map_err(storage)?;
@@ -351,7 +351,10 @@ impl History {
         let finished = self.finished(&mut finished)?;
         if request.delete {
             return match self.record(&request.r#ref)? {
-                Some(_) => self.delete(finished, &request.r#ref),
+                Some(_) => {
+                    self.explanations.forget(&request.r#ref).map_err(storage)?;
+                    self.delete(finished, &request.r#ref)
+                }
                 None if self.active.contains_key(&request.r#ref) => {
                     let text = format!("build {} is still running", request.r#ref);
                     Err(BuildError::new(Code::FailedPrecondition, text))

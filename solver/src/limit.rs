@@ -22,6 +22,8 @@ struct State {
     turns: HashMap<u64, Waiting>,
     /// Counts grants and arrivals, to break ties by age; names turns and asks.
     clock: u64,
+    /// How many builds are just adding work: nobody gets a slot until it is known who is the most urgent.
+    gathering: usize,
 }
 
 #[derive(Default)]
@@ -40,12 +42,10 @@ struct Place {
     turn: u64,
 }
 
-#[derive(Default)]
 struct Waiting {
-    /// By the number of the ask: the build, and how urgent it is there.
-    asks: Vec<(u64, u64, Duration)>,
-    /// Set once the work is ready to run.
-    grant: Option<oneshot::Sender<Permit>>,
+    /// The asks that have not left.
+    asks: Vec<u64>,
+    grant: oneshot::Sender<Permit>,
 }
 
 /// A slot; dropping it hands it on.
@@ -63,10 +63,27 @@ impl Drop for Permit {
     }
 }
 
-/// Work that will want a slot. Dropping it leaves all queues.
+/// Work that wants a slot. Dropping it leaves all queues.
 pub(crate) struct Turn {
     limiter: Limiter,
     id: u64,
+}
+
+/// Where a slot will arrive. It counts for the build through which it came.
+pub(crate) type Granted = oneshot::Receiver<Permit>;
+
+/// Work is being added. Dropping it has free slots given away.
+pub(crate) struct Gathering(Limiter);
+
+impl Drop for Gathering {
+    fn drop(&mut self) {
+        let granted = {
+            let mut state = self.0.lock();
+            state.gathering -= 1;
+            state.fill(&self.0)
+        };
+        self.0.hand_over(granted);
+    }
 }
 
 impl Drop for Turn {
@@ -84,9 +101,8 @@ impl Turn {
     pub(crate) fn ask(&self, build: u64, priority: Duration) -> Ask {
         let mut state = self.limiter.lock();
         let ask = state.tick();
-        let Some(waiting) = state.turns.get_mut(&self.id) else { return Ask(ask) };
-        waiting.asks.push((ask, build, priority));
-        if waiting.grant.is_some() {
+        if let Some(waiting) = state.turns.get_mut(&self.id) {
+            waiting.asks.push(ask);
             state.queue(self.id, ask, build, priority);
         }
         Ask(ask)
@@ -95,40 +111,21 @@ impl Turn {
     /// Takes that back.
     pub(crate) fn leave(&self, Ask(ask): Ask) {
         if let Some(waiting) = self.limiter.lock().turns.get_mut(&self.id) {
-            waiting.asks.retain(|(id, ..)| *id != ask);
+            waiting.asks.retain(|id| *id != ask);
         }
-    }
-
-    /// Waits for a slot, which counts for the build through which it came. To be called once.
-    pub(crate) async fn acquire(&self) -> Permit {
-        let answer = {
-            let mut state = self.limiter.lock();
-            let asks = state.turns.get(&self.id).map(|waiting| waiting.asks.clone()).unwrap_or_default();
-            match (state.free, asks.first()) {
-                (Some(1..), Some(&(_, build, _))) => return state.take(&self.limiter, self.id, build),
-                // Nobody is left who asks, and the work is about to be given up.
-                (None, _) | (_, None) => return Permit { limiter: None, build: 0 },
-                (Some(0), Some(_)) => {}
-            }
-            let (grant, answer) = oneshot::channel();
-            if let Some(waiting) = state.turns.get_mut(&self.id) {
-                waiting.grant = Some(grant);
-            }
-            for (ask, build, priority) in asks {
-                state.queue(self.id, ask, build, priority);
-            }
-            answer
-        };
-        // It leaves the queues only with a permit, so the sender can't be lost.
-        answer.await.unwrap_or(Permit { limiter: None, build: 0 })
     }
 }
 
 impl Limiter {
     /// At most `max` slots at once; 0 means no limit.
     pub(crate) fn new(max: usize) -> Self {
-        let state =
-            State { free: (max > 0).then_some(max), builds: HashMap::new(), turns: HashMap::new(), clock: 0 };
+        let state = State {
+            free: (max > 0).then_some(max),
+            builds: HashMap::new(),
+            turns: HashMap::new(),
+            clock: 0,
+            gathering: 0,
+        };
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -137,29 +134,47 @@ impl Limiter {
         self.lock().free.is_some()
     }
 
-    /// Announces work that will want a slot, and who asks for it first; nothing if everyone may always run.
-    pub(crate) fn turn(&self, build: u64, priority: Duration) -> Option<(Turn, Ask)> {
+    /// To be held while work is added that becomes ready together, and not for long.
+    pub(crate) fn gather(&self) -> Option<Gathering> {
         let mut state = self.lock();
         state.free?;
-        let (id, ask) = (state.tick(), state.tick());
-        state.turns.insert(id, Waiting { asks: vec![(ask, build, priority)], grant: None });
-        Some((Turn { limiter: self.clone(), id }, Ask(ask)))
+        state.gathering += 1;
+        Some(Gathering(self.clone()))
+    }
+
+    /// Has work of `build` wait for a slot; nothing if everyone may always run.
+    pub(crate) fn turn(&self, build: u64, priority: Duration) -> Option<(Turn, Ask, Granted)> {
+        let (grant, answer) = oneshot::channel();
+        let (turn, ask, granted) = {
+            let mut state = self.lock();
+            state.free?;
+            let (id, ask) = (state.tick(), state.tick());
+            state.turns.insert(id, Waiting { asks: vec![ask], grant });
+            state.queue(id, ask, build, priority);
+            (Turn { limiter: self.clone(), id }, Ask(ask), state.fill(self))
+        };
+        self.hand_over(granted);
+        Some((turn, ask, answer))
     }
 
     fn release(&self, build: u64) {
-        let mut granted = {
+        let granted = {
             let mut state = self.lock();
             state.give_back(build);
-            state.next(self)
+            state.fill(self)
         };
-        // Handed over outside the lock: a refused permit comes back through `Drop`. It is taken
-        // apart first, or each refusal would nest one call deeper.
-        while let Some((grant, permit)) = granted.take() {
+        self.hand_over(granted);
+    }
+
+    /// Outside the lock: a refused permit would come back through `Drop`. It is taken apart first, or each refusal
+    /// would nest one call deeper.
+    fn hand_over(&self, mut granted: Vec<(oneshot::Sender<Permit>, Permit)>) {
+        while let Some((grant, permit)) = granted.pop() {
             if let Err(mut refused) = grant.send(permit) {
                 refused.limiter = None;
                 let mut state = self.lock();
                 state.give_back(refused.build);
-                granted = state.next(self);
+                granted.append(&mut state.fill(self));
             }
         }
     }
@@ -180,31 +195,34 @@ impl State {
         self.builds.entry(build).or_default().places.push(place);
     }
 
-    /// A free slot, at once.
-    fn take(&mut self, limiter: &Limiter, turn: u64, build: u64) -> Permit {
-        self.turns.remove(&turn);
-        if let Some(free) = &mut self.free {
-            *free -= 1;
-        }
-        self.count(limiter, build)
-    }
-
-    fn count(&mut self, limiter: &Limiter, build: u64) -> Permit {
-        let now = self.tick();
-        let queue = self.builds.entry(build).or_default();
-        queue.held += 1;
-        queue.last_grant = now;
-        Permit { limiter: Some(limiter.clone()), build }
-    }
-
     fn give_back(&mut self, build: u64) {
         if let Some(queue) = self.builds.get_mut(&build) {
             queue.held -= 1;
         }
+        if let Some(free) = &mut self.free {
+            *free += 1;
+        }
     }
 
-    /// Gives one free slot away, to work that waits or back to the pool.
-    fn next(&mut self, limiter: &Limiter) -> Option<(oneshot::Sender<Permit>, Permit)> {
+    /// Gives free slots away as long as somebody waits.
+    fn fill(&mut self, limiter: &Limiter) -> Vec<(oneshot::Sender<Permit>, Permit)> {
+        let mut granted = Vec::new();
+        while self.gathering == 0
+            && self.free.is_some_and(|free| free > 0)
+            && let Some((build, grant)) = self.next()
+        {
+            let now = self.tick();
+            let queue = self.builds.entry(build).or_default();
+            queue.held += 1;
+            queue.last_grant = now;
+            self.free = self.free.map(|free| free - 1);
+            granted.push((grant, Permit { limiter: Some(limiter.clone()), build }));
+        }
+        granted
+    }
+
+    /// Takes the work whose turn it is, with the build for which that is so, out of the queues.
+    fn next(&mut self) -> Option<(u64, oneshot::Sender<Permit>)> {
         while let Some(build) = self
             .builds
             .iter()
@@ -212,15 +230,11 @@ impl State {
             .min_by_key(|(_, queue)| (queue.held, queue.last_grant))
             .map(|(build, _)| *build)
         {
-            let granted = self.first_of(build);
-            if let Some(grant) = granted {
-                return Some((grant, self.count(limiter, build)));
+            if let Some(grant) = self.first_of(build) {
+                return Some((build, grant));
             }
         }
         self.builds.retain(|_, queue| queue.held > 0);
-        if let Some(free) = &mut self.free {
-            *free += 1;
-        }
         None
     }
 
@@ -228,10 +242,8 @@ impl State {
     fn first_of(&mut self, build: u64) -> Option<oneshot::Sender<Permit>> {
         let queue = self.builds.get_mut(&build)?;
         while let Some(Place { ask, turn, .. }) = queue.places.pop() {
-            let stands = |waiting: &&mut Waiting| waiting.asks.iter().any(|(id, ..)| *id == ask.0);
-            if let Some(grant) = self.turns.get_mut(&turn).filter(stands).and_then(|w| w.grant.take()) {
-                self.turns.remove(&turn);
-                return Some(grant);
+            if self.turns.get(&turn).is_some_and(|waiting| waiting.asks.contains(&ask.0)) {
+                return self.turns.remove(&turn).map(|waiting| waiting.grant);
             }
         }
         None
@@ -243,20 +255,11 @@ mod tests {
     use super::*;
     use futures::FutureExt;
 
-    struct Held {
-        _turn: Option<(Turn, Ask)>,
-        _permit: Option<Permit>,
-    }
-
     impl Limiter {
         /// Waits for a slot for work that only one build wants.
-        async fn acquire(&self, build: u64, priority: Duration) -> Held {
-            let turn = self.turn(build, priority);
-            let permit = match &turn {
-                Some((turn, _)) => Some(turn.acquire().await),
-                None => None,
-            };
-            Held { _turn: turn, _permit: permit }
+        async fn acquire(&self, build: u64, priority: Duration) -> Option<Permit> {
+            let (_turn, _, granted) = self.turn(build, priority)?;
+            granted.await.ok()
         }
     }
 
@@ -280,6 +283,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn work_that_is_ready_together_is_compared_before_a_free_slot_is_given_away() {
+        let limiter = Limiter::new(1);
+        let gathering = limiter.gather();
+        let mut short = Box::pin(limiter.acquire(1, secs(1)));
+        let mut long = Box::pin(limiter.acquire(1, secs(9)));
+        assert!((&mut short).now_or_never().is_none());
+        assert!((&mut long).now_or_never().is_none());
+        drop(gathering);
+        assert!((&mut short).now_or_never().is_none());
+        assert!((&mut long).now_or_never().is_some());
+    }
+
+    #[tokio::test]
     async fn a_slot_goes_to_the_build_that_holds_least() {
         let limiter = Limiter::new(2);
         let first = limiter.acquire(1, secs(0)).await;
@@ -299,8 +315,7 @@ mod tests {
         let held = limiter.acquire(1, secs(0)).await;
         let mut own = Box::pin(limiter.acquire(1, secs(9)));
         assert!((&mut own).now_or_never().is_none());
-        let (shared, first) = limiter.turn(1, secs(1)).expect("limited");
-        let mut turn = Box::pin(shared.acquire());
+        let (shared, first, mut turn) = limiter.turn(1, secs(1)).expect("limited");
         assert!((&mut turn).now_or_never().is_none());
         let second = shared.ask(2, secs(0));
         drop(held);
@@ -320,8 +335,7 @@ mod tests {
         let held = limiter.acquire(1, secs(0)).await;
         let mut own = Box::pin(limiter.acquire(1, secs(9)));
         assert!((&mut own).now_or_never().is_none());
-        let (shared, _) = limiter.turn(1, secs(1)).expect("limited");
-        let mut turn = Box::pin(shared.acquire());
+        let (shared, _, mut turn) = limiter.turn(1, secs(1)).expect("limited");
         assert!((&mut turn).now_or_never().is_none());
         shared.leave(shared.ask(2, secs(0)));
         drop(held);

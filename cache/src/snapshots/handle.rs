@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::record::{self, LayerBlob, LazyLayer, Record, SnapshotMeta};
 use super::lock;
+use super::record::{self, LayerBlob, LazyLayer, Record, SnapshotMeta};
 use crate::codec;
 use crate::error::{Result, StoreError};
 use crate::kv::{Batch, Cf};

@@ -1,11 +1,12 @@
 //! Why steps of finished builds were not cached. When a build has ended, its graph and what was not cached are kept, and
-//! some of the most similar of the last builds; it is compared when somebody asks, with the closest. Kept as long as the history keeps the
-//! build.
+//! some of the most similar of the last builds; it is compared when somebody asks, with the closest. Kept as long as the
+//! history keeps the build; the graph of a project's last build longer, for the next one.
 
 mod graph;
 mod pairing;
 mod pending;
 mod reasons;
+mod retired;
 #[cfg(test)]
 mod tests;
 
@@ -101,6 +102,12 @@ struct Record {
     /// Equal for builds of the same steps on the same sources.
     #[prost(bytes = "vec", tag = "6")]
     steps: Vec<u8>,
+    /// How large its graph is.
+    #[prost(uint32, tag = "7")]
+    vertices: u32,
+    /// It is there for comparison only.
+    #[prost(bool, tag = "8")]
+    retired: bool,
 }
 
 impl Record {
@@ -320,7 +327,7 @@ impl Explanations {
             Some((compared_with, record)) => {
                 let total = vertices.iter().filter(|vertex| reasons::is_persistent(vertex)).count();
                 let total = u32::try_from(total).unwrap_or(u32::MAX);
-                let record = Record { ended: now(), before: Vec::new(), ..record };
+                let record = Record { ended: now(), before: Vec::new(), retired: false, ..record };
                 (Outline { compared_with: vec![compared_with], total, missed }, record)
             }
             None => self.add_graph(vertices, missed, project, steps)?,
@@ -361,6 +368,7 @@ impl Explanations {
             }
         }
         let total = u32::try_from(graph.persistent()).unwrap_or(u32::MAX);
+        let vertices = u32::try_from(graph.len()).unwrap_or(u32::MAX);
         let bytes = graph.encode_to_vec();
         let digest = blake3::hash(&bytes).to_hex().to_string();
         let (compared_with, before): (Vec<_>, Vec<_>) =
@@ -368,7 +376,8 @@ impl Explanations {
         if !before.contains(&digest) {
             self.values.put(GRAPHS, &digest, &bytes)?;
         }
-        let record = Record { ended: now(), graph: digest, sketch, project, before, steps };
+        let record =
+            Record { ended: now(), graph: digest, sketch, project, before, steps, vertices, retired: false };
         Ok((Outline { compared_with, total, missed }, record))
     }
 

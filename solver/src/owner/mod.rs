@@ -157,8 +157,13 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Event<R>>) {
         let shared = self.shared.clone();
         let mut turn = 0;
+        // Vertices that get ready together compete for free slots together.
+        let mut gathering = None;
         loop {
             let full = !self.ready.is_empty() && shared.recorder.is_full();
+            if full || (self.ready.is_empty() && self.local.is_empty()) {
+                gathering = None;
+            }
             let event = match self.local.pop_front() {
                 Some(event) => Some(event),
                 None if full => tokio::select! {
@@ -174,6 +179,9 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
                 Some(event) => self.handle(event),
                 None => {}
             }
+            if gathering.is_none() && !self.ready.is_empty() {
+                gathering = shared.limiter.gather();
+            }
             for _ in 0..VERTICES_PER_EVENT {
                 if shared.recorder.is_full() {
                     break;
@@ -188,6 +196,7 @@ impl<R: Clone + Send + Sync + 'static> Owner<R> {
             while self.tasks.try_join_next().is_some() {}
             turn += 1;
             if turn % EVENTS_PER_TURN == 0 {
+                gathering = None;
                 tokio::task::yield_now().await;
             }
         }

@@ -5,7 +5,7 @@ mod after;
 mod board;
 mod run;
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
@@ -65,7 +65,7 @@ pub(crate) struct Work<R> {
     claims: OnceLock<Vec<[u8; 32]>>,
     task: OnceLock<AbortHandle>,
     /// If it has to wait for a slot, and its first asker's place in the queue.
-    turn: Option<Arc<Turn>>,
+    turn: Mutex<Option<Turn>>,
     first: Option<Ask>,
 }
 
@@ -91,7 +91,9 @@ pub(crate) struct Asker<R> {
 impl<R> Drop for Asker<R> {
     fn drop(&mut self) {
         self.work.board.leave(self.watcher, self.ours);
-        if let (Some(turn), Some(place)) = (&self.work.turn, self.place) {
+        if let Some(place) = self.place
+            && let Some(turn) = &*self.work.turn()
+        {
             turn.leave(place);
         }
     }
@@ -122,9 +124,13 @@ impl<R> Work<R> {
         let watcher = self.board.watch(watcher, ours && !starter);
         let place = match starter {
             true => self.first,
-            false => self.turn.as_ref().map(|turn| turn.ask(build, priority)),
+            false => self.turn().as_ref().map(|turn| turn.ask(build, priority)),
         };
         Asker { work: self, watcher, place, ours }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, Option<Turn>> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -199,18 +205,21 @@ pub(crate) enum Started<R> {
 /// Keys are claimed in their byte order. Work that holds some keys and finds a later one taken
 /// follows its holder, so whoever waits holds smaller keys than whom it waits for: no circle.
 pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, job: Job<R>) -> Started<R> {
-    let (turn, first) = match job.op.class() {
-        OpClass::Run => shared.limiter.turn(job.build, job.priority).unzip(),
-        OpClass::Io => (None, None),
+    let queued = match job.op.class() {
+        OpClass::Run => shared.limiter.turn(job.build, job.priority),
+        OpClass::Io => None,
     };
-    let turn = turn.map(Arc::new);
+    let (turn, first, granted) = match queued {
+        Some((turn, ask, granted)) => (Some(turn), Some(ask), Some(granted)),
+        None => (None, None, None),
+    };
     let work = Arc::new(Work {
         board: Arc::new(Board::new(job.vertex.clone())),
         build: job.build,
         table: shared.in_flight.clone(),
         claims: OnceLock::new(),
         task: OnceLock::new(),
-        turn: turn.clone(),
+        turn: Mutex::new(turn),
         first,
     });
     let mut wanted: Vec<[u8; 32]> = job.shared_by.iter().map(|key| *key.as_bytes()).collect();
@@ -229,6 +238,10 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, j
         }
     }
     let _ = work.claims.set(claims);
+    if leader.is_some() {
+        // It waits for the leader's turn.
+        *work.turn() = None;
+    }
 
     let done = Done { shared: shared.clone(), board: work.board.clone(), work: Arc::downgrade(&work) };
     let at_once = matches!(job.op.class(), OpClass::Io) && leader.is_none();
@@ -236,7 +249,7 @@ pub(crate) fn start<R: Clone + Send + Sync + 'static>(shared: &Arc<Shared<R>>, j
     let mut running = Box::pin(async move {
         match leader {
             Some(leader) => End::passed_on(run::follow(leader, &board, asks).await),
-            None => run::run(&of_task, &board, job, turn).await,
+            None => run::run(&of_task, &board, job, granted).await,
         }
     });
     // What needs no waiting needs no task; and as it is soon done again, nobody waits for its record: the owner has

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::after::Unkeyed;
 use super::board::{Board, Outcome, Watcher};
 use super::{Job, JobInput, Work};
-use crate::limit::Turn;
+use crate::limit::Granted;
 use crate::op::{Failure, OpContext, OpError};
 use crate::produced::{Opened, Produced, is_partial, no_such_output, open};
 use crate::progress::{Event, ProgressSink, VertexProgress};
@@ -67,7 +67,7 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
-    turn: Option<Arc<Turn>>,
+    granted: Option<Granted>,
 ) -> End<R> {
     // Other work may have recorded the result between this build's look-up and its claim.
     for key in &job.shared_by {
@@ -80,7 +80,7 @@ pub(super) async fn run<R: Clone + Send + Sync + 'static>(
             return End::new(Ok(Arc::new(produced)), true);
         }
     }
-    match execute(shared, board, job, turn).await {
+    match execute(shared, board, job, granted).await {
         Ok(end) => end,
         Err(failure) => End::new(Err(failure), false),
     }
@@ -90,10 +90,11 @@ async fn execute<R: Clone + Send + Sync + 'static>(
     shared: &Shared<R>,
     board: &Arc<Board<R>>,
     job: Job<R>,
-    turn: Option<Arc<Turn>>,
+    granted: Option<Granted>,
 ) -> Result<End<R>, Failure<R>> {
-    let permit = match turn {
-        Some(turn) => Some(turn.acquire().await),
+    let permit = match granted {
+        // It leaves the queues only with a permit, or when nobody is left who asks.
+        Some(granted) => granted.await.ok(),
         None => None,
     };
     board.start(SystemTime::now());

@@ -175,3 +175,26 @@ async fn remembered_durations_decide_what_is_long() {
     let last_two = place("quick").max(place("fast"));
     assert!(place("slow") < last_two, "{runs:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_what_gets_ready_together_the_longest_path_gets_the_free_slot() {
+    let world = World::new();
+    let solver = world.limited_solver(1);
+    for name in names(20) {
+        let record = OpRecord { duration: Duration::from_secs(1), follows_outputs: false };
+        let digest = *blake3::hash(name.as_bytes()).as_bytes();
+        world.keys.write(&[KeyChange::Op { digest, record }]).unwrap();
+    }
+    let record = OpRecord { duration: Duration::from_secs(100), follows_outputs: false };
+    world.keys.write(&[KeyChange::Op { digest: *blake3::hash(b"slow").as_bytes(), record }]).unwrap();
+    world.set("base", recipe("base").yields(3));
+    let mut graph = Graph::new();
+    let image = graph.source("image");
+    let base = graph.step("base", &[&image]);
+    let mut all: Vec<String> = names(20);
+    all.insert(10, "slow".into());
+    let steps: Vec<pb::Input> = all.iter().map(|name| graph.step(name, &[&base])).collect();
+    let join = graph.step("join", &steps.iter().collect::<Vec<_>>());
+    world.run(&solver, &graph.finish(&join)).await.unwrap();
+    assert_eq!(world.take_runs()[2], "slow");
+}

@@ -103,6 +103,42 @@ async fn what_is_forgotten_before_it_is_added_is_not_kept() {
     }
 }
 
+#[tokio::test]
+async fn the_last_build_of_a_project_outlives_the_history() {
+    let (_dir, store, explanations) = open(Arc::new(NoFacts));
+    let build = async |id: &str, project: &str, content: &str| {
+        let ended = Ended { project: project.into(), vertices: reading(content) };
+        explanations.add(explanations.expect(id), ended).await;
+        explanations.idle().await;
+    };
+    for (id, project, content) in [("a1", "a", "1"), ("a2", "a", "2"), ("b1", "b", "3")] {
+        build(id, project, content).await;
+    }
+    for id in ["a1", "a2", "b1"] {
+        explanations.retire(id).expect("retire");
+        assert_eq!(explanations.get(id).await.expect_err("gone").to_rpc().code, Code::NotFound as i32);
+    }
+    let known = || {
+        let mut names = store.values().names(RECORDS).expect("names");
+        names.sort();
+        names
+    };
+    assert_eq!(known(), ["a2", "b1"]);
+    build("a3", "a", "4").await;
+    assert_eq!(explanations.get("a3").await.expect("explained").compared_with, "a2");
+    explanations.retire("a3").expect("retire");
+    assert_eq!(known(), ["a3", "b1"]);
+    for n in 0..200 {
+        let id = format!("c{n}");
+        build(&id, &id, &id).await;
+        explanations.retire(&id).expect("retire");
+    }
+    assert_eq!(known().len(), 128);
+    assert!(!known().contains(&"b1".to_owned()), "the oldest went");
+    explanations.drop_loose().expect("drop");
+    assert_eq!(store.values().names(GRAPHS).expect("names").len(), 128);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_comparison_holds_nothing_up() {
     let (facts, open_gate) = Slow::new();
