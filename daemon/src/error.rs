@@ -73,6 +73,11 @@ impl BuildError {
         self
     }
 
+    /// Whether it says which lines of which file it is about.
+    pub(crate) fn is_located(&self) -> bool {
+        self.details.iter().any(|detail| detail.type_url.contains("errdefs.Source"))
+    }
+
     /// Whether the build was stopped, as opposed to having failed.
     pub fn is_canceled(&self) -> bool {
         self.code == Code::Cancelled || self.message.ends_with("context canceled")

@@ -94,3 +94,12 @@ pub fn disk_usage(dir: &Path) -> i64 {
     let text = String::from_utf8_lossy(&out).into_owned();
     text.split_whitespace().next().and_then(|word| word.parse().ok()).expect("a number from du")
 }
+
+/// The digest of what has a tag in an OCI layout.
+pub fn layout_digest(layout: &Path, tag: &str) -> String {
+    let index = std::fs::read(layout.join("index.json")).expect("read the index");
+    let index: Value = serde_json::from_slice(&index).expect("the index is JSON");
+    let named = |entry: &&Value| entry["annotations"]["org.opencontainers.image.ref.name"] == tag;
+    let entry = index["manifests"].as_array().expect("manifests").iter().find(named).expect("the tag");
+    entry["digest"].as_str().expect("a digest").to_owned()
+}

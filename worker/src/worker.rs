@@ -8,18 +8,19 @@ use kiln_cache::contenthash;
 use kiln_cache::{Ref, ScratchDir, SnapshotRef, Snapshots, Store, StoreError};
 use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
+use kiln_proto::reference::Reference;
 use kiln_solver::op::{ContentQuery, Key, OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use tokio_util::task::TaskTracker;
 
 use crate::filework::{FileWork, Panicked};
 use crate::flat;
-use crate::image::{Access, Images};
+use crate::image::{Access, Images, ResolvedImage};
 use crate::lenders::Lenders;
 use crate::ops::run_dir::RunDir;
 use crate::ops::{
-    self, BuildContext, CacheMountLocks, Container, ContainerRequest, Factory, GitObjects, Repositories,
-    ResolvedGit,
+    self, BuildContext, CacheMountLocks, Container, ContainerRequest, Factory, GitObjects, LayoutStore,
+    Repositories, ResolvedGit,
 };
 use crate::registry::Credentials;
 use crate::registry::http::Clients;
@@ -204,6 +205,20 @@ impl Worker {
         objects: bool,
     ) -> Result<(ResolvedGit, Option<GitObjects>), OpError> {
         ops::resolve_git(self, context, source, objects).await
+    }
+
+    /// What a client's content store has under the digest of `reference` for `platform`.
+    ///
+    /// # Errors
+    /// If the client is not there, or has no such image.
+    pub async fn resolve_layout(
+        &self,
+        context: &BuildContext,
+        store: &LayoutStore,
+        reference: &Reference,
+        platform: &pb::Platform,
+    ) -> Result<ResolvedImage, OpError> {
+        store.resolve(self, &context.sessions, reference, platform).await
     }
 
     /// What is known of the file of an http source in a build, and the checksum of it that is asked for. A download

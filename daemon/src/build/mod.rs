@@ -13,12 +13,11 @@ use std::time::SystemTime;
 use futures::FutureExt;
 use kiln_proto::control::{SolveRequest, SolveResponse};
 use kiln_session::Session;
-use tokio::sync::oneshot;
 
 use crate::daemon::Daemon;
 use crate::engine::{self, BuildScope, CachePlan, EngineBuild, PlannedExport};
 use crate::error::BuildError;
-use crate::gateway::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs};
+use crate::gateway::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, Returned};
 use crate::policy::SourcePolicy;
 use crate::provenance::{self, Solved};
 use crate::traces::TraceParent;
@@ -99,8 +98,7 @@ async fn run(
             progress: job.progress.clone(),
         })
     });
-    let (bridge, returned) =
-        Bridge::new(build.clone(), job.progress.clone(), job.cancel.clone(), request, policy);
+    let (bridge, returned) = Bridge::new(daemon, build.clone(), job, request, policy);
     let published = guard.publish(bridge.clone());
     // Boxed: the compiler has a limit for futures within futures.
     let outcome =
@@ -117,7 +115,7 @@ async fn produce(
     request: &SolveRequest,
     planned: (&[PlannedExport], &CachePlan),
     wanted: Option<provenance::Build<'_>>,
-    (bridge, returned): (&Arc<Bridge>, oneshot::Receiver<Result<BuildResult, BuildError>>),
+    (bridge, returned): (&Arc<Bridge>, Returned),
 ) -> Result<SolveResponse, BuildError> {
     let (guard, job) = (running.guard(), running.guard().job());
     // An empty one is scratch; without any, the client is the frontend.

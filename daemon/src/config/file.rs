@@ -82,14 +82,14 @@ pub(super) fn parse(
         history.finish(&mut config.warnings);
     }
     if let Some(mut frontend) = top.section("frontend")? {
-        for name in ["dockerfile.v0", "gateway.v0"] {
-            if let Some(mut section) = frontend.section(name)? {
-                if section.boolean("enabled")? == Some(false) {
-                    return section.unsupported("enabled", Some("false"));
-                }
-                section.refuse(&["allowedRepositories"])?;
-                section.finish(&mut config.warnings);
-            }
+        if let Some(mut section) = frontend.section("dockerfile.v0")? {
+            config.frontends.dockerfile = section.boolean("enabled")?.unwrap_or(true);
+            section.finish(&mut config.warnings);
+        }
+        if let Some(mut section) = frontend.section("gateway.v0")? {
+            config.frontends.gateway = section.boolean("enabled")?.unwrap_or(true);
+            config.frontends.allowed_repositories = section.strings("allowedRepositories")?;
+            section.finish(&mut config.warnings);
         }
         frontend.finish(&mut config.warnings);
     }

@@ -60,6 +60,8 @@ pub struct Config {
     pub history: HistoryConfig,
     /// Directory of JSON files whose fields go into provenance.
     pub provenance_env_dir: Option<PathBuf>,
+    /// Which frontends clients may ask for.
+    pub frontends: FrontendConfig,
 }
 
 impl Default for Config {
@@ -85,6 +87,7 @@ impl Default for Config {
             gc: GcConfig::default(),
             history: HistoryConfig::default(),
             provenance_env_dir: None,
+            frontends: FrontendConfig::default(),
         }
     }
 }
@@ -185,6 +188,23 @@ pub struct GcPolicy {
     pub max_used: Option<DiskSpace>,
     /// Leave this much free on the disk.
     pub min_free: Option<DiskSpace>,
+}
+
+/// Which frontends clients may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrontendConfig {
+    /// The built-in one for Dockerfiles.
+    pub dockerfile: bool,
+    /// Those that are images.
+    pub gateway: bool,
+    /// Names of such images, without tag and digest; empty allows all.
+    pub allowed_repositories: Vec<String>,
+}
+
+impl Default for FrontendConfig {
+    fn default() -> Self {
+        Self { dockerfile: true, gateway: true, allowed_repositories: Vec::new() }
+    }
 }
 
 /// Records of finished builds.

@@ -10,7 +10,7 @@ use kiln_proto::reference::Reference;
 use kiln_solver::export::ExportVertex;
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::export::Exporter;
-use kiln_worker::image::{Access, BlobOptions};
+use kiln_worker::image::{Access, BlobOptions, ClientStore};
 use kiln_worker::remotecache::{Form, Mode, Place, collect, read, write};
 use tonic::Code;
 
@@ -217,7 +217,8 @@ impl EngineBuild {
         if self.session.is_empty() {
             return Err(BuildError::build("local cache exporter/importer requires session"));
         }
-        Ok(Place::Client { session: self.attached().await?, store: format!("local:{store}"), digest })
+        let store = ClientStore::new(self.attached().await?, format!("local:{store}"));
+        Ok(Place::Client { store, digest })
     }
 
     /// Writes what can be told of results; gives the entries of the response.

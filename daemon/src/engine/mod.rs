@@ -228,20 +228,25 @@ impl EngineBuild {
         self.worker.read(result, read).await
     }
 
+    /// A directory with one file, which goes with its last user.
+    pub(crate) async fn hold_file(&self, name: &'static str, data: Vec<u8>) -> Result<Ref, BuildError> {
+        self.worker.hold_file(name, data).await
+    }
+
     /// A container for processes of the client's own.
     pub(crate) async fn container(&self, request: ContainerRequest) -> Result<Container, BuildError> {
         self.worker.container(request).await
     }
 
-    /// Digest and config of an image.
+    /// Digest and config of the image that a source is of.
     pub(crate) async fn resolve_image(
         &self,
-        reference: &str,
+        source: &pb::SourceOp,
         platform: &pb::Platform,
         mode: &str,
         progress: &VertexProgress,
     ) -> Result<ResolvedImage, BuildError> {
-        self.worker.resolve_image(reference, platform, mode, progress).await
+        self.worker.resolve_image(source, platform, mode, progress).await
     }
 
     /// What the ref of a git source stands for, and the commit itself if `objects` are wanted.

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use kiln_cache::{Ref, Store};
+use kiln_cache::{RecordType, Ref, SnapshotMeta, Store};
 use kiln_proto::gateway::{ChecksumRequest, ResolveSourceHttpResponse};
 use kiln_proto::pb;
 use kiln_proto::reference::Reference;
@@ -14,8 +14,8 @@ use kiln_solver::op::{OpError, OpFactory, ResultStore};
 use kiln_solver::progress::VertexProgress;
 use kiln_worker::image::{Access, Images, ResolveMode};
 use kiln_worker::ops::{
-    BuildContext, Container, ContainerRequest, Entitlements, GitObjects, HttpAnswers, Resolutions,
-    ResolvedGit, SessionGroup,
+    BuildContext, Container, ContainerRequest, Entitlements, GitObjects, HttpAnswers, LayoutStore,
+    Resolutions, ResolvedGit, SessionGroup,
 };
 use kiln_worker::registry::{Anonymous, Credentials, Registry};
 use kiln_worker::sandbox::ExecutorChoice;
@@ -24,6 +24,7 @@ use kiln_worker::{Worker, WorkerConfig};
 use tonic::Code;
 
 use super::credentials::ClientCredentials;
+use super::failure::store_error;
 use super::{BuildScope, EngineError};
 use crate::config::{self, Config, NetworkMode};
 use crate::error::BuildError;
@@ -152,32 +153,50 @@ impl BuildWorker {
         self.worker.factory(self.context.clone())
     }
 
-    /// Digest and config of an image.
+    /// Digest and config of the image that a source is of.
     pub(super) async fn resolve_image(
         &self,
-        reference: &str,
+        source: &pb::SourceOp,
         platform: &pb::Platform,
         mode: &str,
         progress: &VertexProgress,
     ) -> Result<ResolvedImage, BuildError> {
+        let invalid = |text: String| BuildError::new(Code::InvalidArgument, text);
         let mode = match mode {
             "" | "default" => ResolveMode::Default,
             "pull" => ResolveMode::ForcePull,
             "local" => ResolveMode::PreferLocal,
-            other => {
-                return Err(BuildError::new(
-                    Code::InvalidArgument,
-                    format!("invalid resolve mode {other:?}"),
-                ));
-            }
+            other => return Err(invalid(format!("invalid resolve mode {other:?}"))),
         };
-        let reference = Reference::parse(reference)
-            .map_err(|error| BuildError::new(Code::InvalidArgument, error.to_string()))?;
-        let access =
-            Access { credentials: self.context.credentials.clone(), progress: Some(progress.clone()) };
-        let image = self.worker.images().resolve(&reference, platform, mode, &access).await;
-        let image = image.map_err(|error| BuildError::build(error.to_string()))?;
+        let Some((scheme, name)) = source.identifier.split_once("://") else {
+            return Err(invalid(format!("failed to parse identifier {:?}", source.identifier)));
+        };
+        let reference = Reference::parse(name).map_err(|error| invalid(error.to_string()))?;
+        let image = if scheme == "oci-layout" {
+            let store = LayoutStore::of(source);
+            self.worker.resolve_layout(&self.context, &store, &reference, platform).await.map_err(op_error)?
+        } else {
+            let credentials = self.context.credentials.clone();
+            let access = Access { credentials, progress: Some(progress.clone()) };
+            let image = self.worker.images().resolve(&reference, platform, mode, &access).await;
+            image.map_err(|error| BuildError::build(error.to_string()))?
+        };
         Ok(ResolvedImage { digest: image.digest, config: image.config })
+    }
+
+    pub(super) async fn hold_file(&self, name: &'static str, data: Vec<u8>) -> Result<Ref, BuildError> {
+        let snapshots = self.worker.images().snapshots().clone();
+        let hold = move || {
+            let staged = snapshots.stage(None).map_err(store_error)?;
+            let path = staged.fs().join(name);
+            let failed =
+                |error| BuildError::new(Code::Internal, format!("write {}: {error}", path.display()));
+            std::fs::write(&path, data).map_err(failed)?;
+            Ok(Some(snapshots.hold(staged, &SnapshotMeta::of_type(RecordType::Internal, name))))
+        };
+        tokio::task::spawn_blocking(hold)
+            .await
+            .map_err(|error| BuildError::new(Code::Internal, format!("task failed: {error}")))?
     }
 
     /// A container for processes of the client's own. It has no vertex for what is pulled to show at.

@@ -11,6 +11,7 @@ use tonic::Code;
 
 use super::contexts::Contexts;
 use crate::error::{BuildError, frontend_detail, source_detail};
+use crate::gateway::image_source;
 
 /// Frontend images whose language is the one that is built in, without tag and digest.
 const BUILTIN: &[&str] = &[
@@ -42,18 +43,38 @@ pub(super) struct Job<'a> {
     pub(super) context: ContextSource,
 }
 
-/// Refuses a file that names another frontend.
-pub(super) fn check_syntax(options: &Options, file: &pb::SourceInfo) -> Result<(), BuildError> {
-    let syntax = match options.build_args.get("BUILDKIT_SYNTAX").filter(|image| !image.is_empty()) {
-        Some(image) => Some(SyntaxDirective { value: image.clone(), ranges: Vec::new() }),
-        None => kiln_dockerfile::syntax_directive(&file.data),
-    };
-    if let Some(SyntaxDirective { value, ranges }) = syntax
-        && let Some(image) = value.split_whitespace().next().filter(|image| !is_builtin(image))
-    {
-        return Err(located(BuildError::unsupported(format_args!("frontend image {image}")), file, &ranges));
+/// A frontend that is to be asked in place of this one.
+pub(super) struct Other {
+    /// Its image.
+    pub(super) image: String,
+    /// The image with its arguments.
+    pub(super) command: String,
+    /// Where the file names it, unless the request does.
+    ranges: Option<Vec<pb::Range>>,
+}
+
+impl Other {
+    /// What a file or its request names, unless it is this frontend.
+    pub(super) fn of(options: &Options, file: &pb::SourceInfo) -> Option<Self> {
+        let (command, ranges) = match options.build_args.get("BUILDKIT_SYNTAX") {
+            Some(command) if !command.trim().is_empty() => (command.trim().to_owned(), None),
+            _ => {
+                let SyntaxDirective { value, ranges } = kiln_dockerfile::syntax_directive(&file.data)?;
+                (value, Some(ranges))
+            }
+        };
+        let image = command.split_whitespace().next().filter(|image| !is_builtin(image))?.to_owned();
+        Some(Self { image, command, ranges })
     }
-    Ok(())
+
+    /// Its error, with where it was named if it has no place of its own.
+    pub(super) fn explain(&self, error: BuildError, file: &pb::SourceInfo) -> BuildError {
+        match &self.ranges {
+            _ if error.code == Code::Cancelled || error.is_located() => error,
+            Some(ranges) => located(error, file, ranges),
+            None => error.context(format_args!("failed with BUILDKIT_SYNTAX = {}", self.command)),
+        }
+    }
 }
 
 impl<'a> Job<'a> {
@@ -125,7 +146,12 @@ impl ImageResolver for Resolver<'_> {
         log_name: &'a str,
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>> {
         Box::pin(async move {
-            match self.0.bridge.resolve_image(reference, platform, mode.as_str(), log_name, &[]).await {
+            match self
+                .0
+                .bridge
+                .resolve_image(image_source(reference), platform, mode.as_str(), log_name, &[])
+                .await
+            {
                 Ok((reference, image)) => {
                     Ok(ResolvedImage { digest: image.digest, config: image.config, reference })
                 }
@@ -140,8 +166,9 @@ impl ImageResolver for Resolver<'_> {
         &'a self,
         key: &'a str,
         value: &'a str,
+        platform: &'a pb::Platform,
     ) -> BoxFuture<'a, Result<NamedContext, ResolveError>> {
-        Box::pin(async move { self.0.named(key, value).await.map_err(Into::into) })
+        Box::pin(async move { self.0.named(key, value, platform).await.map_err(Into::into) })
     }
 }
 

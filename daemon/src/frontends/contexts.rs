@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_dockerfile::{ContextSource, NamedContext};
+use kiln_proto::reference::Reference;
 use kiln_proto::{llb, pattern, pb};
 use serde_json::json;
 
@@ -14,6 +15,7 @@ use super::remote;
 use crate::engine::files;
 use crate::error::BuildError;
 use crate::gateway::{Bridge, FrontendRequest, LazyRef};
+use crate::policy::LAYOUT;
 
 /// Keeps files of a context out of the build.
 const IGNORE_FILE: &str = ".dockerignore";
@@ -66,8 +68,19 @@ impl Contexts<'_> {
             ("local.session", self.session(local)),
             ("local.sharedkeyhint", hint.to_owned()),
         ];
-        // Whichever session the build has.
-        let attrs = attrs.into_iter().filter(|(key, value)| *key != "local.session" || !value.is_empty());
+        let (definition, vertex) = Self::local_source(local, attrs, title);
+        let reference = self.solve(definition.clone()).await?;
+        Ok(Fetched { reference, definition, vertex })
+    }
+
+    /// The definition of a client's directory, and its vertex, which is shown as `title`. Attributes without a value are
+    /// left out: without a session it is whichever the build has.
+    pub(super) fn local_source(
+        local: &str,
+        attrs: impl IntoIterator<Item = (&'static str, String)>,
+        title: &str,
+    ) -> (pb::Definition, String) {
+        let attrs = attrs.into_iter().filter(|(_, value)| !value.is_empty());
         let op = pb::Op {
             op: Some(pb::op::Op::Source(pb::SourceOp {
                 identifier: format!("local://{local}"),
@@ -77,9 +90,7 @@ impl Contexts<'_> {
         };
         let mut builder = llb::Builder::new();
         let vertex = builder.add(&op, named(title));
-        let definition = builder.finish(&pb::Input { digest: vertex.clone(), index: 0 });
-        let reference = self.solve(definition.clone()).await?;
-        Ok(Fetched { reference, definition, vertex })
+        (builder.finish(&pb::Input { digest: vertex.clone(), index: 0 }), vertex)
     }
 
     /// The ignore file of a client's directory, if there is one.
@@ -99,8 +110,13 @@ impl Contexts<'_> {
         }
     }
 
-    /// What the value of a named context stands for, unless it is an image.
-    pub(super) async fn named(&self, key: &str, value: &str) -> Result<NamedContext, BuildError> {
+    /// What the value of a named context stands for, unless it is an image of a registry.
+    pub(super) async fn named(
+        &self,
+        key: &str,
+        value: &str,
+        platform: &pb::Platform,
+    ) -> Result<NamedContext, BuildError> {
         let Some((kind, name)) = value.split_once(':') else {
             return Err(BuildError::build(format!("invalid context specifier {value} for {key}")));
         };
@@ -115,7 +131,7 @@ impl Contexts<'_> {
             "local" => self.named_directory(key, name).await,
             "input" => self.named_input(key, name),
             "git" => Err(BuildError::build(format!("invalid git context {value}"))),
-            "oci-layout" => Err(BuildError::unsupported(format_args!("named context {key}={value}"))),
+            "oci-layout" => self.named_layout(key, name.trim_start_matches('/'), platform).await,
             _ => Err(BuildError::build(format!("unsupported context source {kind} for {key}"))),
         }
     }
@@ -132,6 +148,49 @@ impl Contexts<'_> {
             },
             ignore_patterns: ignore.map(|bytes| pattern::parse_ignore_file(&bytes)),
             config: None,
+        })
+    }
+
+    /// `STORE[:TAG]@DIGEST`: an image in a content store of the client.
+    async fn named_layout(
+        &self,
+        key: &str,
+        image: &str,
+        platform: &pb::Platform,
+    ) -> Result<NamedContext, BuildError> {
+        let invalid = |error: &dyn std::fmt::Display| {
+            BuildError::build(format!("could not parse oci-layout reference {image:?}: {error}"))
+        };
+        let Some((store, digest)) = image.split_once('@') else {
+            return Err(BuildError::build(format!("oci-layout reference {image:?} has no digest")));
+        };
+        let store = match store.rsplit_once(':') {
+            Some((store, tag)) if !tag.contains('/') => store,
+            _ => store,
+        };
+        // Shown in place of the store, whose name means nothing to people.
+        let name = key.split("::").next().unwrap_or(key);
+        let reference = Reference::parse(name).and_then(|reference| reference.with_digest(digest));
+        let reference = reference.map_err(|error| invalid(&error))?;
+        let attrs = [("oci.session", self.bridge.session()), ("oci.store", store)];
+        let source = pb::SourceOp {
+            identifier: format!("{LAYOUT}{reference}"),
+            attrs: attrs.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+        };
+        let log_name = format!("[context {key}] load metadata for {reference}");
+        let (_, found) = self.bridge.resolve_image(source.clone(), platform, "", &log_name, &[]).await?;
+        let op = pb::Op {
+            op: Some(pb::op::Op::Source(source)),
+            platform: Some(platform.clone()),
+            ..pb::Op::default()
+        };
+        let mut builder = llb::Builder::new();
+        let digest = builder.add(&op, named(&format!("[context {key}] OCI load from client")));
+        let definition = builder.finish(&pb::Input { digest, index: 0 });
+        Ok(NamedContext {
+            source: ContextSource::Definition(definition),
+            ignore_patterns: None,
+            config: Some(found.config),
         })
     }
 

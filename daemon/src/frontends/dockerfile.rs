@@ -23,6 +23,8 @@ use crate::gateway::{Bridge, BuildResult, FrontendRequest, Refs};
 const DOCKERFILE_LOCAL: &str = "dockerfile";
 /// Local directory that is the build context, unless `contextkey` says otherwise.
 const CONTEXT_LOCAL: &str = "context";
+/// How a file named the frontend; set for those that were.
+const COMMAND: &str = "cmdline";
 
 /// Runs the frontend.
 pub(super) async fn run(bridge: &Arc<Bridge>, request: &FrontendRequest) -> Result<BuildResult, BuildError> {
@@ -48,7 +50,11 @@ async fn compiled(contexts: Contexts<'_>, subrequest: Option<Subrequest>) -> Res
         None => None,
     };
     let mut file = dockerfile(contexts, remote.as_ref()).await?;
-    compiler::check_syntax(&options, &file.info)?;
+    if !request.opts.contains_key(COMMAND)
+        && let Some(other) = compiler::Other::of(&options, &file.info)
+    {
+        return forward(contexts, &other).await.map_err(|error| other.explain(error, &file.info));
+    }
     if subrequest == Some(Subrequest::Targets) {
         return Ok(subrequests::targets(&file.info, &compiler::targets(&file.info)?));
     }
@@ -84,6 +90,18 @@ async fn compiled(contexts: Contexts<'_>, subrequest: Option<Subrequest>) -> Res
     }
     let compiled = job.compile(|warnings| warn(bridge, &file, warnings)).await?;
     result(bridge, &options, compiled).await
+}
+
+/// Has another frontend answer.
+async fn forward(contexts: Contexts<'_>, other: &compiler::Other) -> Result<BuildResult, BuildError> {
+    let Contexts { bridge, request, read } = contexts;
+    let mut opts = request.opts.clone();
+    opts.insert(COMMAND.to_owned(), other.command.clone());
+    opts.insert("source".to_owned(), other.image.clone());
+    let forwarded = FrontendRequest { name: super::GATEWAY.to_owned(), opts, inputs: request.inputs.clone() };
+    let result = bridge.run_frontend(forwarded).await?;
+    read.lock().unwrap_or_else(PoisonError::into_inner).extend(result.read.iter().cloned());
+    Ok(result)
 }
 
 /// The Dockerfile as it came from the client.
@@ -206,7 +224,7 @@ async fn result(
 }
 
 /// A platform in the form of the OCI specification.
-fn platform_json(platform: &pb::Platform) -> serde_json::Value {
+pub(super) fn platform_json(platform: &pb::Platform) -> serde_json::Value {
     let mut value = json!({ "architecture": platform.architecture, "os": platform.os });
     if !platform.os_version.is_empty() {
         value["os.version"] = platform.os_version.as_str().into();

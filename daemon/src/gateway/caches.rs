@@ -70,7 +70,7 @@ impl Bridge {
     pub(crate) async fn import(&self, entries: impl IntoIterator<Item = CacheEntry>) {
         let import = |entry: CacheEntry| async move {
             let id = import_id(&entry);
-            let cell = self.imports.entry(id.clone()).or_default().value().clone();
+            let cell = self.common.imports.entry(id.clone()).or_default().value().clone();
             cell.get_or_init(|| self.import_one(&id, &entry)).await;
         };
         // The same caches come with each call; an order of their own have those that are new.
@@ -80,8 +80,8 @@ impl Bridge {
 
     async fn import_one(&self, id: &str, entry: &CacheEntry) {
         let name = format!("importing cache manifest from {id}");
-        let step = Step::start(self.progress.clone(), &text_digest(&name), &name);
-        let imported = self.build.import(entry, step.progress()).await;
+        let step = Step::start(self.common.progress.clone(), &text_digest(&name), &name);
+        let imported = self.common.build.import(entry, step.progress()).await;
         if let Err(error) = &imported {
             tracing::debug!(cache = id, %error, "a cache was not imported");
         }

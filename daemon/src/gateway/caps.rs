@@ -38,7 +38,6 @@ const INLINE_RETURN: &str = "solve.inlinereturn";
 /// Ids that the protocol knows and this daemon does not do, with all that begin with one of them.
 const MISSING: &[&str] = &[
     ids::SOURCE_IMAGE_BLOB,
-    ids::SOURCE_OCI_LAYOUT,
     ids::SOURCE_LOCAL_METADATA_TRANSFER,
     ids::SOURCE_GIT_SIGNATURE_VERIFY,
     ids::SOURCE_GIT_BUNDLE,

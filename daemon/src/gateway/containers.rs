@@ -29,6 +29,7 @@ impl Bridge {
         let shown = request.mounts.iter().map(|mount| self.mounted(mount));
         let inputs = futures::future::try_join_all(shown).await?;
         let container = self
+            .common
             .build
             .container(ContainerRequest {
                 mounts: request.mounts.iter().map(plain).collect(),

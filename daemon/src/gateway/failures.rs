@@ -59,7 +59,7 @@ impl Bridge {
     /// Keeps a result as long as the build lasts; its name, which is empty for scratch.
     fn show(&self, result: &Ref) -> String {
         let Some(snapshot) = result else { return String::new() };
-        let id = format!("{}::{}", self.build.worker_id(), snapshot.id());
+        let id = format!("{}::{}", self.common.build.worker_id(), snapshot.id());
         self.shown.insert(id.clone(), snapshot.clone());
         id
     }

@@ -11,14 +11,17 @@ mod refs;
 mod service;
 mod signals;
 mod source_meta;
+pub(crate) mod stdio;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use kiln_cache::SnapshotRef;
 use kiln_proto::policy::Policy;
-use kiln_proto::{control, gateway, pb, platform};
+use kiln_proto::{control, gateway, pb, platform, types};
 use kiln_worker::ops::Container;
 use prost::Message;
 use tokio::sync::{OnceCell, oneshot};
@@ -28,35 +31,53 @@ pub(crate) use caches::CacheEntry;
 pub(crate) use refs::{BuildResult, LazyRef, Offered, Refs};
 pub(crate) use service::GatewayService;
 
+use crate::config::FrontendConfig;
+use crate::daemon::Daemon;
 use crate::engine::{EngineBuild, GitObjects, ResolvedGit, ResolvedImage};
 use crate::error::BuildError;
 use crate::frontends;
-use crate::policy::{IMAGE, SourcePolicy};
+use crate::jobs::Job;
+use crate::policy::{IMAGE, LAYOUT, SourcePolicy};
 use crate::progress::{ProgressLog, Step};
 use crate::provenance;
 
 type ImageCell = Arc<OnceCell<ResolvedImage>>;
 
-/// A build's gateway. Lives as long as the build.
-pub(crate) struct Bridge {
+/// Frontends that ask for frontends; each may be a process of its own.
+const MAX_NESTING: usize = 16;
+
+/// What all frontends of a build share.
+struct Common {
     build: Arc<EngineBuild>,
     progress: Arc<ProgressLog>,
-    cancel: CancellationToken,
     session: String,
-    inputs: HashMap<String, pb::Definition>,
     policy: SourcePolicy,
-    refs: DashMap<String, Arc<LazyRef>>,
     images: DashMap<String, ImageCell>,
     /// Caches that were to be imported, by their ids; whether they were told of.
     imports: DashMap<String, Arc<OnceCell<()>>>,
     asked: Mutex<Vec<Arc<Asked>>>,
     /// What the client asked of the build itself.
     root: FrontendRequest,
+    worker: Arc<types::WorkerRecord>,
+    allowed: FrontendConfig,
+}
+
+/// One frontend's gateway to its build: that of the client or one inside the daemon, which lives as long as the build,
+/// or that of a program in a container.
+pub(crate) struct Bridge {
+    common: Arc<Common>,
+    cancel: CancellationToken,
+    inputs: HashMap<String, pb::Definition>,
+    refs: DashMap<String, Arc<LazyRef>>,
     containers: DashMap<String, Arc<Container>>,
     /// What failed steps left, by the names that their errors gave it.
     shown: DashMap<String, SnapshotRef>,
     returned: Mutex<Option<oneshot::Sender<Result<BuildResult, BuildError>>>>,
+    depth: usize,
 }
+
+/// Where the result that a frontend returns will arrive.
+pub(crate) type Returned = oneshot::Receiver<Result<BuildResult, BuildError>>;
 
 /// What a frontend was asked to do, and how it went about it.
 pub(crate) struct Asked {
@@ -92,46 +113,92 @@ pub(crate) struct FrontendRequest {
 }
 
 impl Bridge {
-    /// A gateway for `build`, and where the result that a client returns will arrive.
+    /// The gateway of a build that `request` describes, and where the result that a client returns will arrive.
     pub(crate) fn new(
+        daemon: &Daemon,
         build: Arc<EngineBuild>,
-        progress: Arc<ProgressLog>,
-        cancel: CancellationToken,
+        job: &Job,
         request: &control::SolveRequest,
         policy: SourcePolicy,
-    ) -> (Arc<Self>, oneshot::Receiver<Result<BuildResult, BuildError>>) {
-        let (sender, receiver) = oneshot::channel();
-        let bridge = Arc::new(Self {
+    ) -> (Arc<Self>, Returned) {
+        let common = Common {
             build,
-            progress,
-            cancel,
+            progress: job.progress.clone(),
             session: request.session.clone(),
-            inputs: request.frontend_inputs.clone(),
+            policy,
+            images: DashMap::new(),
+            imports: DashMap::new(),
+            asked: Mutex::default(),
             root: FrontendRequest {
                 name: request.frontend.clone(),
                 opts: request.frontend_attrs.clone(),
                 inputs: request.frontend_inputs.clone(),
             },
-            policy,
+            worker: daemon.worker.clone(),
+            allowed: daemon.config.frontends.clone(),
+        };
+        Self::of(Arc::new(common), job.cancel.clone(), request.frontend_inputs.clone(), 0)
+    }
+
+    /// The gateway of a frontend that is asked by this one's, with references, containers and a result of its own. It
+    /// works until `cancel`.
+    ///
+    /// # Errors
+    /// There are too many frontends between it and the client.
+    pub(crate) fn nested(
+        &self,
+        inputs: HashMap<String, pb::Definition>,
+        cancel: CancellationToken,
+    ) -> Result<(Arc<Self>, Returned), BuildError> {
+        if self.depth == MAX_NESTING {
+            return Err(BuildError::build("frontends are nested too deeply"));
+        }
+        Ok(Self::of(self.common.clone(), cancel, inputs, self.depth + 1))
+    }
+
+    fn of(
+        common: Arc<Common>,
+        cancel: CancellationToken,
+        inputs: HashMap<String, pb::Definition>,
+        depth: usize,
+    ) -> (Arc<Self>, Returned) {
+        let (sender, returned) = oneshot::channel();
+        let bridge = Self {
+            common,
+            cancel,
+            inputs,
             refs: DashMap::new(),
-            images: DashMap::new(),
-            imports: DashMap::new(),
-            asked: Mutex::default(),
             containers: DashMap::new(),
             shown: DashMap::new(),
             returned: Mutex::new(Some(sender)),
-        });
-        (bridge, receiver)
+            depth,
+        };
+        (Arc::new(bridge), returned)
+    }
+
+    /// Which frontends may be asked.
+    pub(crate) fn frontends(&self) -> &FrontendConfig {
+        &self.common.allowed
+    }
+
+    /// What there is to tell of the worker.
+    pub(crate) fn worker(&self) -> &types::WorkerRecord {
+        &self.common.worker
+    }
+
+    /// The build in the engine.
+    pub(crate) fn engine(&self) -> &Arc<EngineBuild> {
+        &self.common.build
     }
 
     /// The build's events.
     pub(crate) fn progress(&self) -> &Arc<ProgressLog> {
-        &self.progress
+        &self.common.progress
     }
 
     /// The client's session; empty if there is none.
     pub(crate) fn session(&self) -> &str {
-        &self.session
+        &self.common.session
     }
 
     /// Completes when the build is stopped.
@@ -165,9 +232,9 @@ impl Bridge {
         if definition.def.is_empty() {
             return Ok(None);
         }
-        let definition = self.policy.with(further)?.apply(self, definition).await?;
-        let target = self.build.load(definition).await?;
-        let reference = LazyRef::new(target, self.build.clone());
+        let definition = self.common.policy.with(further)?.apply(self, definition).await?;
+        let target = self.common.build.load(definition).await?;
+        let reference = LazyRef::new(target, self.common.build.clone());
         self.refs.insert(reference.id().to_owned(), reference.clone());
         Ok(Some(reference))
     }
@@ -176,22 +243,25 @@ impl Bridge {
     ///
     /// # Errors
     /// What the frontend says, or that it is not known.
-    pub(crate) async fn run_frontend(
+    pub(crate) fn run_frontend(
         self: &Arc<Self>,
         mut request: FrontendRequest,
-    ) -> Result<BuildResult, BuildError> {
-        provenance::check(&request.opts, &self.root.opts)?;
-        self.import(caches::of_frontend(&request.opts)?).await;
-        // In a box, or the call's type grows beyond what the compiler takes.
-        let result = Box::pin(frontends::run(self, &mut request)).await?;
-        let results = result.refs.all().into_iter().cloned().collect();
-        let asked = Asked { request, read: result.read.clone(), results };
-        self.lock_asked().push(Arc::new(asked));
-        Ok(result)
+    ) -> BoxFuture<'_, Result<BuildResult, BuildError>> {
+        // Boxed, as one frontend may ask another.
+        async move {
+            provenance::check(&request.opts, &self.common.root.opts)?;
+            self.import(caches::of_frontend(&request.opts)?).await;
+            let result = frontends::run(self, &mut request).await?;
+            let results = result.refs.all().into_iter().cloned().collect();
+            let asked = Asked { request, read: result.read.clone(), results };
+            self.lock_asked().push(Arc::new(asked));
+            Ok(result)
+        }
+        .boxed()
     }
 
     fn lock_asked(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Asked>>> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+        self.common.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What a frontend was asked for when it gave a reference; nothing for those that clients made. Scratch is
@@ -211,11 +281,11 @@ impl Bridge {
 
     /// What the client asked of the build itself.
     pub(crate) fn root(&self) -> &FrontendRequest {
-        &self.root
+        &self.common.root
     }
 
-    /// What the client built that no frontend in the daemon asked for.
-    pub(crate) fn built_by_client(&self) -> Vec<Arc<LazyRef>> {
+    /// What this one's frontend built that no other frontend was asked for.
+    pub(crate) fn built_by_itself(&self) -> Vec<Arc<LazyRef>> {
         let asked = self.lock_asked().clone();
         let by_frontend = |id: &str| {
             asked.iter().any(|asked| {
@@ -229,9 +299,9 @@ impl Bridge {
 
     /// Whether a frontend was told that the image `reference` has this digest.
     pub(crate) fn resolved(&self, reference: &str, digest: &str) -> bool {
-        let of = format!("{reference} ");
+        let of = format!("{IMAGE}{reference} ");
         let is = |cell: &ImageCell| cell.get().is_some_and(|image| image.digest == digest);
-        self.images.iter().any(|entry| entry.key().starts_with(&of) && is(entry.value()))
+        self.common.images.iter().any(|entry| entry.key().starts_with(&of) && is(entry.value()))
     }
 
     /// A reference by its id; the empty id is scratch.
@@ -245,44 +315,45 @@ impl Bridge {
         }
     }
 
-    /// Digest and config of the image that the policy, and after it the rules `further`, have in place of `reference`,
-    /// and its name.
+    /// Digest and config of the image that the policy, and after it the rules `further`, have in place of the one that
+    /// `source` is of, and its name.
     ///
     /// # Errors
     /// It is not allowed, or there is no such image.
     pub(crate) async fn resolve_image(
         &self,
-        reference: &str,
+        source: pb::SourceOp,
         wanted: &pb::Platform,
         mode: &str,
         log_name: &str,
         further: &[Policy],
     ) -> Result<(String, ResolvedImage), BuildError> {
-        let source = pb::SourceOp { identifier: format!("{IMAGE}{reference}"), ..Default::default() };
-        let allowed = self.allowed(source, wanted, further).await?.identifier;
-        let Some(reference) = allowed.strip_prefix(IMAGE) else {
-            return Err(BuildError::unsupported(format_args!("{allowed} in place of an image")));
+        let allowed = self.allowed(source, wanted, further).await?;
+        let name = allowed.identifier.strip_prefix(IMAGE).or(allowed.identifier.strip_prefix(LAYOUT));
+        let Some(name) = name.map(str::to_owned) else {
+            return Err(BuildError::unsupported(format_args!("{} in place of an image", allowed.identifier)));
         };
-        let image = self.find_image(reference, wanted, mode, log_name).await?;
-        Ok((reference.to_owned(), image))
+        Ok((name, self.find_image(&allowed, wanted, mode, log_name).await?))
     }
 
     /// Digest and config of an image; asked once for each image, platform and mode in a build.
     /// Emits a vertex named `log_name`.
     async fn find_image(
         &self,
-        reference: &str,
+        source: &pb::SourceOp,
         wanted: &pb::Platform,
         mode: &str,
         log_name: &str,
     ) -> Result<ResolvedImage, BuildError> {
         let platform = platform::format_all(wanted);
-        let key = format!("{reference} {platform} {mode}");
-        let cell = self.images.entry(key).or_default().value().clone();
+        let identifier = &source.identifier;
+        let attrs: BTreeMap<_, _> = source.attrs.iter().collect();
+        let key = format!("{identifier} {platform} {mode} {attrs:?}");
+        let cell = self.common.images.entry(key).or_default().value().clone();
         let resolve = || async {
-            let digest = text_digest(&format!("docker-image://{reference}{platform}"));
-            let step = Step::start(self.progress.clone(), &digest, log_name);
-            let answer = self.build.resolve_image(reference, wanted, mode, step.progress()).await;
+            let digest = text_digest(&format!("{identifier}{platform}"));
+            let step = Step::start(self.common.progress.clone(), &digest, log_name);
+            let answer = self.common.build.resolve_image(source, wanted, mode, step.progress()).await;
             step.end(answer.as_ref().err().map(|error| error.message.as_str()));
             answer
         };
@@ -297,8 +368,8 @@ impl Bridge {
         objects: bool,
         log_name: &str,
     ) -> Result<(ResolvedGit, Option<GitObjects>), BuildError> {
-        let step = Step::start(self.progress.clone(), &text_digest(&source.identifier), log_name);
-        let answer = self.build.resolve_git(source, objects).await;
+        let step = Step::start(self.common.progress.clone(), &text_digest(&source.identifier), log_name);
+        let answer = self.common.build.resolve_git(source, objects).await;
         step.end(answer.as_ref().err().map(|error| error.message.as_str()));
         answer
     }
@@ -311,8 +382,8 @@ impl Bridge {
         checksum: Option<gateway::ChecksumRequest>,
         log_name: &str,
     ) -> Result<gateway::ResolveSourceHttpResponse, BuildError> {
-        let step = Step::start(self.progress.clone(), &text_digest(&source.identifier), log_name);
-        let answer = self.build.resolve_http(source, checksum, step.progress()).await;
+        let step = Step::start(self.common.progress.clone(), &text_digest(&source.identifier), log_name);
+        let answer = self.common.build.resolve_http(source, checksum, step.progress()).await;
         step.end(answer.as_ref().err().map(|error| error.message.as_str()));
         answer
     }
@@ -388,6 +459,11 @@ impl Bridge {
             attestations: HashMap::new(),
         }
     }
+}
+
+/// The source of an image of a registry.
+pub(crate) fn image_source(reference: &str) -> pb::SourceOp {
+    pb::SourceOp { identifier: format!("{IMAGE}{reference}"), ..pb::SourceOp::default() }
 }
 
 /// `sha256:…` of a text: digests of vertices that are not operations.

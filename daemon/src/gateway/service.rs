@@ -1,5 +1,5 @@
-//! `moby.buildkit.v1.frontend.LLBBridge` on the daemon's socket: each call names its build by the
-//! metadata key [`BUILD_ID`].
+//! `moby.buildkit.v1.frontend.LLBBridge`. On the daemon's socket each call names its build by the metadata key
+//! [`BUILD_ID`]; a frontend in a container has a connection of its own.
 
 use std::future::Future;
 use std::os::fd::BorrowedFd;
@@ -14,7 +14,7 @@ use kiln_proto::gateway::{
     ResolveSourceMetaResponse, ReturnRequest, ReturnResponse, SolveRequest, SolveResponse, StatFileRequest,
     StatFileResponse, WarnRequest, WarnResponse,
 };
-use kiln_proto::{platform, types};
+use kiln_proto::{pb, platform, types};
 use kiln_solver::progress::{Event, ProgressSink, VertexWarning};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
@@ -22,33 +22,36 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::containers::no_container;
 use super::source_meta::log_name;
-use super::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, caps, processes};
+use super::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, caps, image_source, processes};
 use crate::engine::{files, op_error};
 use crate::error::BuildError;
 use crate::jobs::{BRIDGE_WAIT, Jobs};
+use crate::policy::LAYOUT;
 
 /// Metadata key that names the build.
 const BUILD_ID: &str = "buildkit-controlapi-buildid";
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct GatewayService {
-    jobs: Arc<Jobs>,
-    worker: Arc<types::WorkerRecord>,
+pub(crate) enum GatewayService {
+    /// Of all builds.
+    Builds(Arc<Jobs>),
+    /// Of one frontend.
+    Frontend(Arc<Bridge>),
 }
 
 impl GatewayService {
-    pub(crate) fn new(jobs: Arc<Jobs>, worker: Arc<types::WorkerRecord>) -> Self {
-        Self { jobs, worker }
-    }
-
     async fn bridge(&self, metadata: &MetadataMap) -> Result<Arc<Bridge>, BuildError> {
+        let jobs = match self {
+            Self::Builds(jobs) => jobs,
+            Self::Frontend(bridge) => return Ok(bridge.clone()),
+        };
         let mut ids = metadata.get_all(BUILD_ID).iter();
         let id = match (ids.next(), ids.next()) {
             (Some(id), None) => id.to_str().unwrap_or_default(),
             _ => return Err(BuildError::new(Code::InvalidArgument, "no buildid found in context")),
         };
-        self.jobs.wait_bridge(id, BRIDGE_WAIT).await
+        jobs.wait_bridge(id, BRIDGE_WAIT).await
     }
 
     /// Runs one call; it fails as canceled when its build is stopped.
@@ -72,14 +75,15 @@ impl LlbBridge for GatewayService {
     type ExecProcessStream = ReceiverStream<Result<ExecMessage, Status>>;
 
     async fn ping(&self, request: Request<PingRequest>) -> Result<Response<PongResponse>, Status> {
-        self.bridge(request.metadata()).await?;
+        let bridge = self.bridge(request.metadata()).await?;
+        let worker = bridge.worker();
         Ok(Response::new(PongResponse {
             frontend_api_caps: caps::frontend(),
             llb_caps: caps::llb(),
             workers: vec![types::WorkerRecord {
-                id: self.worker.id.clone(),
-                labels: self.worker.labels.clone(),
-                platforms: self.worker.platforms.clone(),
+                id: worker.id.clone(),
+                labels: worker.labels.clone(),
+                platforms: worker.platforms.clone(),
                 ..types::WorkerRecord::default()
             }],
         }))
@@ -135,20 +139,20 @@ impl LlbBridge for GatewayService {
         request: Request<ResolveImageConfigRequest>,
     ) -> Result<Response<ResolveImageConfigResponse>, Status> {
         self.call(request, |bridge, request| async move {
-            if request.resolver_type != 0 {
-                return Err(BuildError::unsupported("resolving images in an OCI layout"));
-            }
-            let log_name = log_name(&request.log_name, &format!("docker-image://{}", request.r#ref));
+            let source = match request.resolver_type {
+                0 => image_source(&request.r#ref),
+                _ => pb::SourceOp {
+                    identifier: format!("{LAYOUT}{}", request.r#ref),
+                    attrs: [("oci.session", request.session_id), ("oci.store", request.store_id)]
+                        .map(|(key, value)| (key.to_owned(), value))
+                        .into(),
+                },
+            };
+            let log_name = log_name(&request.log_name, &source.identifier);
             let platform = request.platform.unwrap_or_else(platform::host);
-            let (reference, image) = bridge
-                .resolve_image(
-                    &request.r#ref,
-                    &platform,
-                    &request.resolve_mode,
-                    &log_name,
-                    &request.source_policies,
-                )
-                .await?;
+            let policies = &request.source_policies;
+            let (reference, image) =
+                bridge.resolve_image(source, &platform, &request.resolve_mode, &log_name, policies).await?;
             Ok(ResolveImageConfigResponse { digest: image.digest, config: image.config, r#ref: reference })
         })
         .await

@@ -10,7 +10,7 @@ use tonic::Code;
 use super::Bridge;
 use crate::engine::{GitObjects, ResolvedGit};
 use crate::error::BuildError;
-use crate::policy::IMAGE;
+use crate::policy::{IMAGE, LAYOUT};
 
 impl Bridge {
     /// What there is to know about a source, whatever the policy says of it.
@@ -35,15 +35,15 @@ impl Bridge {
             let http = Some(self.resolve_http(&source, checksum, &log_name).await?);
             return Ok(ResolveSourceMetaResponse { http, source: Some(source), image: None, git: None });
         }
-        let Some(reference) = source.identifier.strip_prefix(IMAGE) else {
+        if ![IMAGE, LAYOUT].iter().any(|scheme| source.identifier.starts_with(scheme)) {
             return Err(BuildError::unsupported(format_args!("resolving {}", source.identifier)));
-        };
+        }
         let image = request.image.unwrap_or_default();
         if image.attestation_chain || !image.resolve_attestations.is_empty() {
             return Err(BuildError::unsupported("resolving attestations"));
         }
         let platform = request.platform.unwrap_or_else(platform::host);
-        let found = self.find_image(reference, &platform, &request.resolve_mode, &log_name).await?;
+        let found = self.find_image(&source, &platform, &request.resolve_mode, &log_name).await?;
         Ok(ResolveSourceMetaResponse {
             image: Some(ResolveSourceImageResponse {
                 digest: found.digest,
@@ -66,7 +66,7 @@ impl Bridge {
         platform: &pb::Platform,
         further: &[Policy],
     ) -> Result<pb::SourceOp, BuildError> {
-        let policy = self.policy.with(further)?;
+        let policy = self.common.policy.with(further)?;
         if policy.is_empty() {
             return Ok(source);
         }

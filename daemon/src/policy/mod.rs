@@ -30,6 +30,8 @@ const AT_ONCE: usize = 32;
 const MAX_ANSWER: usize = 16 << 20;
 /// What the identifier of an image begins with.
 pub(crate) const IMAGE: &str = "docker-image://";
+/// Begins the identifiers of images in clients' content stores.
+pub(crate) const LAYOUT: &str = "oci-layout://";
 
 /// A build's source policy.
 #[derive(Default, Clone)]

@@ -67,7 +67,7 @@ pub(crate) fn claims(
         let asked = bridge.asked(reference);
         let mut sources = nothing.clone();
         // What a frontend read on its way: the Dockerfile, a context's ignore file.
-        let read = asked.as_ref().map_or_else(|| bridge.built_by_client(), |asked| asked.read.clone());
+        let read = asked.as_ref().map_or_else(|| bridge.built_by_itself(), |asked| asked.read.clone());
         for other in read.iter().filter(|other| !named.contains(&other.id())) {
             sources.add(&load(other)?, bridge);
         }

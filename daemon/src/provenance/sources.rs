@@ -134,17 +134,17 @@ impl<'a> Sources<'a> {
                 self.locals.insert(rest.to_owned());
                 return;
             }
-            "docker-image" => {
+            "docker-image" | "oci-layout" => {
                 let Ok(reference) = Reference::parse(rest) else { return };
                 let digest = self.part(vertex, &["base image digest"]);
                 let digest = digest.or(reference.digest().map(str::to_owned));
                 let host = kiln_proto::platform::host();
                 let platform = platform.unwrap_or(&host);
-                Material {
-                    kind: Kind::Image,
-                    uri: package_url(&as_asked(reference, bridge), Some(platform)),
-                    digest: digest.as_deref().and_then(split),
+                let mut uri = package_url(&as_asked(reference, bridge), Some(platform));
+                if scheme == "oci-layout" {
+                    uri = uri.replacen("pkg:docker/", "pkg:oci/", 1);
                 }
+                Material { kind: Kind::Image, uri, digest: digest.as_deref().and_then(split) }
             }
             "git" => {
                 let commit = self.part(vertex, &["commit", "object"]);

@@ -3,7 +3,7 @@
 
 mod content;
 mod control;
-mod small;
+pub(crate) mod small;
 
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use kiln_proto::health::health_server::HealthServer;
 use kiln_proto::otlp::collector::trace::v1::trace_service_server::TraceServiceServer;
 use tonic::Code;
 use tonic::service::Routes;
+use tonic_reflection::server::Builder;
 
 use crate::daemon::Daemon;
 use crate::error::BuildError;
@@ -25,8 +26,8 @@ pub(crate) const MAX_MESSAGE: usize = 16 << 20;
 
 /// All services of one daemon.
 pub(crate) fn routes(daemon: &Arc<Daemon>) -> Routes {
-    let gateway = GatewayService::new(daemon.jobs.clone(), daemon.worker.clone());
-    Routes::new(
+    let gateway = GatewayService::Builds(daemon.jobs.clone());
+    let routes = Routes::new(
         ControlServer::new(control::ControlService(daemon.clone()))
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE),
@@ -43,7 +44,20 @@ pub(crate) fn routes(daemon: &Arc<Daemon>) -> Routes {
     .add_service(HealthServer::new(small::HealthService(daemon.shutdown.clone())))
     .add_service(
         TraceServiceServer::new(small::TraceService(daemon.clone())).max_decoding_message_size(MAX_MESSAGE),
-    )
+    );
+    described(routes)
+}
+
+/// With reflection: what the services and their messages are called, for clients that do not know them.
+fn described(routes: Routes) -> Routes {
+    let builder = || Builder::configure().register_encoded_file_descriptor_set(kiln_proto::DESCRIPTORS);
+    match (builder().build_v1(), builder().build_v1alpha()) {
+        (Ok(current), Ok(former)) => routes.add_service(current).add_service(former),
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::error!(%error, "services can't be described to clients");
+            routes
+        }
+    }
 }
 
 /// Runs work that touches the disk where blocking does no harm.

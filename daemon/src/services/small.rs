@@ -19,7 +19,7 @@ use crate::daemon::Daemon;
 use crate::error::BuildError;
 
 /// Serves until the token is cancelled.
-pub(super) struct HealthService(pub(super) CancellationToken);
+pub(crate) struct HealthService(pub(crate) CancellationToken);
 
 impl HealthService {
     fn now(&self) -> HealthCheckResponse {

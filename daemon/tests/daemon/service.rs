@@ -17,6 +17,10 @@ use kiln_proto::gateway::{
 use kiln_proto::{content, gateway, rpc};
 use prost::Message;
 use tonic::{Code, Status};
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 fn vertex<'a>(messages: &'a [StatusResponse], digest: &str) -> Vec<&'a Vertex> {
     messages.iter().flat_map(|message| &message.vertexes).filter(|vertex| vertex.digest == digest).collect()
@@ -57,6 +61,25 @@ async fn says_who_it_is() {
     daemon.restart().await;
     let again = daemon.control().await.list_workers(worker("")).await.expect("workers").into_inner();
     assert_eq!(again.record[0].id, id, "the worker keeps its id");
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn describes_its_services() {
+    let mut daemon = Daemon::start().await;
+    let ask = ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..ServerReflectionRequest::default()
+    };
+    let mut client = ServerReflectionClient::new(daemon.channel().await);
+    let mut answers =
+        client.server_reflection_info(tokio_stream::iter([ask])).await.expect("v1").into_inner();
+    let answer = answers.message().await.expect("an answer").expect("one").message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+    let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    for name in ["moby.buildkit.v1.Control", "moby.buildkit.v1.frontend.LLBBridge", "grpc.health.v1.Health"] {
+        assert!(names.iter().any(|listed| listed == name), "{name}: {names:?}");
+    }
     daemon.stop().await;
 }
 

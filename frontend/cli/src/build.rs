@@ -80,12 +80,11 @@ impl Plan {
     /// One attempt at building it.
     pub(crate) fn job(&self, outputs: &[OutputSpec]) -> Result<Job, CliError> {
         let args = &self.args;
-        let mut attachables = self.attachables()?;
+        let mut attachables = self.attachables(outputs)?;
         attachables.secrets(attach::secrets(&args.secrets)?);
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        outputs::attach(outputs, &self.caches, &mut attachables);
         let mut entitlements = args.allow.clone();
         if args.network.as_deref() == Some("host") && !entitlements.iter().any(|name| name == "network.host")
         {
@@ -103,12 +102,14 @@ impl Plan {
         Ok(Job { request, attachables, shared_key: self.shared_key() })
     }
 
-    /// What the frontend reads, and credentials for registries.
-    pub(crate) fn attachables(&self) -> Result<Attachables, CliError> {
+    /// What the frontend reads, what outputs go into, and credentials for registries.
+    pub(crate) fn attachables(&self, outputs: &[OutputSpec]) -> Result<Attachables, CliError> {
         let mut attachables = Attachables::new();
         let mut shared = self.inputs.share(&mut attachables)?;
         shared.extend(self.named.iter().filter_map(NamedContext::shared));
         attachables.share(shared);
+        let layouts = self.named.iter().filter_map(NamedContext::store);
+        outputs::attach(outputs, &self.caches, layouts, &mut attachables);
         attachables.auth(DockerConfig);
         Ok(attachables)
     }

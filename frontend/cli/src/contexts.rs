@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use kiln_proto::reference::Reference;
-use kiln_session::client::SharedDir;
+use kiln_proto::reference::{Reference, check_digest};
+use kiln_session::client::{ContentDir, SharedDir};
+use kiln_session::new_id;
 
 use crate::error::CliError;
 use crate::inputs;
@@ -20,6 +21,38 @@ enum Kind {
     /// What the daemon fetches: an image, a git repository, a file.
     Remote(String),
     Directory(PathBuf),
+    /// An image of a layout on disk, which the session calls `store`.
+    Layout {
+        store: String,
+        path: PathBuf,
+        tag: String,
+        digest: String,
+    },
+}
+
+/// Begins a flag's value that names an image of a layout on disk.
+const LAYOUT: &str = "oci-layout://";
+
+/// `DIR[:TAG][@DIGEST]`: the directory, the tag and the digest, which the layout's index may know.
+fn layout(value: &str) -> Result<(PathBuf, String, String), CliError> {
+    let (place, digest) = match value.split_once('@') {
+        Some((place, digest)) => (place, Some(digest.to_owned())),
+        None => (value, None),
+    };
+    let (dir, tag) = match place.rsplit_once(':') {
+        Some((dir, tag)) if !tag.contains('/') => (dir, tag),
+        _ => (place, "latest"),
+    };
+    let path = PathBuf::from(dir);
+    inputs::directory(&path, "read image layout")?;
+    let digest = match digest {
+        Some(digest) => digest,
+        None => crate::layout::tagged(&path, tag).ok_or_else(|| {
+            CliError::usage(format!("{LAYOUT}{value}: the layout has no image with the tag {tag}"))
+        })?,
+    };
+    check_digest(&digest).map_err(|error| CliError::usage(format!("{LAYOUT}{value}: {error}")))?;
+    Ok((path, tag.to_owned(), digest))
 }
 
 /// Reads the flags.
@@ -41,9 +74,13 @@ impl NamedContext {
         if remote || value.starts_with("docker-image://") {
             return Ok(Self { name, kind: Kind::Remote(value.to_owned()) });
         }
+        if let Some(value) = value.strip_prefix(LAYOUT) {
+            let (path, tag, digest) = layout(value)?;
+            return Ok(Self { name, kind: Kind::Layout { store: new_id(), path, tag, digest } });
+        }
         if value.contains("://") && !path.exists() {
             return Err(CliError::usage(format!(
-                "unsupported: --build-context {flag:?} (give a directory, docker-image://NAME or a URL)"
+                "unsupported: --build-context {flag:?} (give a directory, docker-image://NAME, oci-layout://DIR:TAG or a URL)"
             )));
         }
         inputs::directory(&path, "read build context")?;
@@ -63,6 +100,9 @@ impl NamedContext {
         let key = format!("context:{}", self.name);
         match &self.kind {
             Kind::Remote(value) => vec![(key, value.clone())],
+            Kind::Layout { store, tag, digest, .. } => {
+                vec![(key, format!("{LAYOUT}{store}:{tag}@{digest}"))]
+            }
             Kind::Directory(path) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
                 let base = path.file_name().map(|base| base.to_string_lossy().into_owned());
@@ -72,10 +112,20 @@ impl NamedContext {
         }
     }
 
+    /// The image layout to share, if it is one.
+    pub(crate) fn store(&self) -> Option<ContentDir> {
+        match &self.kind {
+            Kind::Layout { store, path, .. } => {
+                Some(ContentDir { name: format!("oci:{store}"), path: path.clone() })
+            }
+            Kind::Remote(_) | Kind::Directory(_) => None,
+        }
+    }
+
     /// The directory to share, if it is one.
     pub(crate) fn shared(&self) -> Option<SharedDir> {
         match &self.kind {
-            Kind::Remote(_) => None,
+            Kind::Remote(_) | Kind::Layout { .. } => None,
             Kind::Directory(path) => Some(SharedDir { name: self.local(), path: path.clone() }),
         }
     }
@@ -105,7 +155,8 @@ mod tests {
             ("x=/nonexistent/directory", "/nonexistent/directory"),
             ("x=/dev/null", "is not a directory"),
             ("x=https://example.org/x.git?y=z", "unexpected query"),
-            ("x=oci-layout:///layout", "unsupported: --build-context"),
+            ("x=oci-layout:///nonexistent/layout", "/nonexistent/layout"),
+            ("x=ipfs://layout", "unsupported: --build-context"),
         ] {
             let error = one(flag).expect_err(flag).to_string();
             assert!(error.contains(want), "{flag}: {error}");

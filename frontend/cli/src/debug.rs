@@ -65,7 +65,7 @@ async fn compile(channel: Channel, plan: &Plan) -> Result<Vec<(Option<String>, p
         .max_encoding_message_size(kiln_session::MAX_MESSAGE_SIZE);
     let session = kiln_session::new_id();
     let failed = |status: &tonic::Status| CliError::Solve(Box::new(SolveFailure::from_status(status)));
-    let attached = plan.attachables()?.attach(&mut control, &session, &plan.shared_key()).await;
+    let attached = plan.attachables(&[])?.attach(&mut control, &session, &plan.shared_key()).await;
     let _session = attached.map_err(|error| CliError::Connect(error.to_string()))?;
     let reference = kiln_session::new_id();
     let build_id: MetadataValue<_> =

@@ -199,11 +199,16 @@ pub(crate) fn layouts(outputs: &[OutputSpec]) -> impl Iterator<Item = &Path> {
     })
 }
 
-/// Offers the daemon what the outputs go into, and caches.
-pub(crate) fn attach(outputs: &[OutputSpec], caches: &Caches, attachables: &mut Attachables) {
+/// Offers the daemon what the outputs go into, caches, and further image layouts.
+pub(crate) fn attach(
+    outputs: &[OutputSpec],
+    caches: &Caches,
+    further: impl Iterator<Item = ContentDir>,
+    attachables: &mut Attachables,
+) {
     attachables.export(targets(outputs));
     let layouts = layouts(outputs).map(|path| ContentDir { name: STORE.into(), path: path.to_owned() });
-    let stores: Vec<ContentDir> = layouts.chain(caches.stores().iter().cloned()).collect();
+    let stores: Vec<ContentDir> = layouts.chain(caches.stores().iter().cloned()).chain(further).collect();
     if !stores.is_empty() {
         attachables.content(stores);
     }

@@ -41,7 +41,7 @@ pub(crate) fn main(connection: &Connection, args: &SolveArgs) -> Result<(), CliE
         if !args.ssh.is_empty() {
             attachables.ssh(attach::agents(&args.ssh)?);
         }
-        outputs::attach(&outputs, &caches, &mut attachables);
+        outputs::attach(&outputs, &caches, std::iter::empty(), &mut attachables);
         let request = SolveRequest {
             r#ref: kiln_session::new_id(),
             definition: Some(definition.clone()),

@@ -105,7 +105,9 @@ impl Compiler<'_> {
                 Request::Image(ImageRequest { reference, platform, log_name }) => {
                     resolver.resolve(reference, platform, mode, log_name).await.map(Found::Image)
                 }
-                Request::Context { key, value, .. } => resolver.context(key, value).await.map(Found::Context),
+                Request::Context { key, value, platform } => {
+                    resolver.context(key, value, platform).await.map(Found::Context)
+                }
             };
             answer.map(|found| (request, found)).map_err(|cause| (request, cause))
         }))

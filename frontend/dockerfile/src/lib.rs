@@ -51,11 +51,13 @@ pub trait ImageResolver: Send + Sync {
         log_name: &'a str,
     ) -> BoxFuture<'a, Result<ResolvedImage, ResolveError>>;
 
-    /// What `value` stands for in [`Options::named_contexts`], where it is the value of `key`; never an image.
+    /// What `value` stands for in [`Options::named_contexts`] for `platform`, where it is the value of `key`; never an
+    /// image of a registry.
     fn context<'a>(
         &'a self,
         key: &'a str,
         value: &'a str,
+        platform: &'a pb::Platform,
     ) -> BoxFuture<'a, Result<NamedContext, ResolveError>>;
 }
 

@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use kiln_integration::{Context, Kiln, Registry, WebAnswer, WebServer};
+use kiln_integration::tools::{self, run};
+use kiln_integration::{Context, Kiln, Registry, WebAnswer, WebServer, layout};
 use tempfile::TempDir;
 
 /// Builds into a directory.
@@ -73,8 +74,59 @@ fn an_image_takes_the_place_of_another() {
         Context::new("FROM nosuch AS made\nRUN echo yes > /made\nFROM scratch\nCOPY --from=made /made /\n");
     let (out, _) = build(&kiln, &context, &["--build-context", "nosuch=docker-image://busybox"]);
     assert_eq!(read(&out, "made"), "yes\n");
-    let refused = ["--build-context", "nosuch=oci-layout:///layout"];
+    let refused = ["--build-context", "nosuch=ipfs://image"];
     kiln.build(context.path(), &refused).fails(&["unsupported: --build-context"]);
+}
+
+#[test]
+fn an_image_of_a_layout_takes_the_place_of_another() {
+    // There is no registry.
+    let kiln = Kiln::with_mirror("127.0.0.1:1");
+    let context = Context::new(concat!(
+        "FROM nosuch AS made\nRUN echo $PATH > /path\n",
+        "FROM scratch\nCOPY --from=made /path /\nCOPY --from=nosuch /bin/busybox /\n",
+    ));
+    let copy = TempDir::new().expect("temporary directory");
+    run(Command::new("cp").arg("-r").arg(layout("busybox")).arg(copy.path().join("layout")));
+    let copy = copy.path().join("layout");
+    let from = |rest: &str| format!("--build-context=nosuch=oci-layout://{}{rest}", copy.display());
+    let (out, built) = build(&kiln, &context, &[&from(":latest")]);
+    assert!(read(&out, "path").contains("/bin") && out.path().join("busybox").exists());
+    let digest = tools::layout_digest(&copy, "latest");
+    assert!(
+        built
+            .stderr
+            .contains(&format!("[context nosuch] load metadata for docker.io/library/nosuch@{digest}"))
+    );
+    assert!(built.stderr.contains("[context nosuch] OCI load from client"), "{}", built.stderr);
+    // By its digest; and it is known again.
+    assert_eq!(build(&kiln, &context, &[&from(&format!("@{digest}"))]).1.cached(), 4);
+
+    kiln.build(context.path(), &[&from(":v2")]).fails(&["no image with the tag v2"]);
+    let zero = format!("sha256:{}", "0".repeat(64));
+    kiln.build(context.path(), &[&from(&format!("@{zero}"))]).fails(&[&zero]);
+    kiln.build(context.path(), &["--build-context=nosuch=oci-layout:///nowhere"]).fails(&["/nowhere"]);
+
+    // What a client says is not believed.
+    let fresh = Kiln::with_mirror("127.0.0.1:1");
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(tools::blob(&copy, &digest)).expect("manifest")).expect("JSON");
+    let layer = manifest["layers"][0]["digest"].as_str().expect("a layer").to_owned();
+    let path = tools::blob(&copy, &layer);
+    let mut bytes = std::fs::read(&path).expect("layer");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, &bytes).expect("write");
+    fresh.build(context.path(), &[&from(":latest")]).fails(&[&layer]);
+    bytes.push(0);
+    std::fs::write(&path, &bytes).expect("write");
+    fresh.build(context.path(), &[&from(":latest")]).fails(&["more than"]);
+    std::fs::remove_file(&path).expect("remove");
+    fresh.build(context.path(), &[&from(":latest")]).fails(&[&layer, "No such file"]);
+    std::fs::write(tools::blob(&copy, &digest), "{}").expect("write");
+    fresh.build(context.path(), &[&from(":latest")]).fails(&[&format!("expected {digest}")]);
+    // What the other daemon has it has.
+    build(&kiln, &context, &[&from(&format!("@{digest}"))]);
 }
 
 #[test]

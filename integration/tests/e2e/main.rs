@@ -13,6 +13,7 @@ mod early_cutoff;
 mod errors;
 mod explain;
 mod failed_steps;
+mod frontend_image;
 mod garbage;
 mod gateway_client;
 mod git;

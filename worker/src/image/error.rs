@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kiln_cache::StoreError;
+use kiln_session::SessionError;
 
 use crate::layer::LayerError;
 use crate::registry::RegistryError;
@@ -13,6 +14,9 @@ pub enum ImageError {
     /// The registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The client whose content store it is in.
+    #[error("{0}")]
+    Session(Arc<SessionError>),
     /// The local store.
     #[error("{0}")]
     Store(Arc<StoreError>),
@@ -72,8 +76,17 @@ impl ImageError {
 
     /// True if the image, or its platform, does not exist.
     pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Registry(error) if error.is_not_found())
-            || matches!(self, Self::NoPlatform { .. })
+        match self {
+            Self::Registry(error) => error.is_not_found(),
+            Self::Session(error) => error.is_not_found(),
+            error => matches!(error, Self::NoPlatform { .. }),
+        }
+    }
+}
+
+impl From<SessionError> for ImageError {
+    fn from(error: SessionError) -> Self {
+        Self::Session(Arc::new(error))
     }
 }
 

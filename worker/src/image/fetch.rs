@@ -146,7 +146,7 @@ impl Images {
         }
     }
 
-    async fn permit(&self) -> Result<tokio::sync::OwnedSemaphorePermit, ImageError> {
+    pub(super) async fn permit(&self) -> Result<tokio::sync::OwnedSemaphorePermit, ImageError> {
         self.transfers.clone().acquire_owned().await.map_err(|e| ImageError::Internal(e.to_string()))
     }
 }

@@ -1,10 +1,11 @@
 //! Images as sources: a reference becomes a digest and a config, an image a chain of lazy
-//! snapshots, and a lazy snapshot gets its files when somebody reads them. Also the layers of
-//! snapshots as blobs, which exporters send.
+//! snapshots, and a lazy snapshot gets its files when somebody reads them. Images are in registries and in
+//! clients' content stores. Also the layers of snapshots as blobs, which exporters send.
 //!
 //! Decides nothing about builds; downloads only what is asked for.
 
 mod blob;
+mod client_store;
 mod error;
 mod fetch;
 mod manifest;
@@ -19,6 +20,7 @@ use tokio::sync::Semaphore;
 
 pub(crate) use blob::EMPTY_DIFF_ID;
 pub use blob::{BlobOptions, LayerContent};
+pub use client_store::ClientStore;
 pub use error::ImageError;
 pub use manifest::{chain_ids, diff_ids, platform_of};
 pub use resolve::{ResolveMode, ResolvedImage};

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use kiln_cache::{LayerBlob, LazyLayer, Ref, SnapshotMeta};
+use kiln_cache::{BlobRef, LayerBlob, LazyLayer, RecordType, Ref, SnapshotMeta, SnapshotRef};
 use kiln_proto::reference::Reference;
 use kiln_proto::{pb, platform};
 use oci_spec::image::{ImageIndex, ImageManifest};
 
 use super::error::blocking;
 use super::manifest::{self, Document};
-use super::{Access, ImageError, Images};
+use super::{Access, ClientStore, ImageError, Images};
 use crate::layer::media_compression;
 use crate::registry::Repository;
 
@@ -50,6 +50,46 @@ pub struct ResolvedImage {
     pub platform: Option<pb::Platform>,
     /// The layers, bottom first.
     pub layers: Vec<LayerBlob>,
+    /// Whose content store the layers are in; a registry's without.
+    store: Option<ClientStore>,
+}
+
+/// Where the documents of an image are.
+enum Origin<'a> {
+    Registry(Repository),
+    Client(&'a ClientStore),
+}
+
+impl Origin<'_> {
+    /// A manifest or index by digest with its media type; that is empty if the document does not say.
+    async fn manifest(&self, digest: &str) -> Result<(String, Vec<u8>), ImageError> {
+        match self {
+            Self::Registry(repository) => {
+                let manifest = repository.manifest(digest).await?;
+                Ok((manifest.media_type, manifest.bytes))
+            }
+            Self::Client(store) => {
+                let bytes = store.read(digest, MAX_MANIFEST).await?;
+                let document: serde_json::Value = serde_json::from_slice(&bytes)
+                    .map_err(|error| ImageError::image(digest, format!("it is no manifest: {error}")))?;
+                Ok((document["mediaType"].as_str().unwrap_or_default().to_owned(), bytes))
+            }
+        }
+    }
+
+    async fn config(&self, digest: &str, size: u64) -> Result<Vec<u8>, ImageError> {
+        match self {
+            Self::Registry(repository) => {
+                let mut stream = repository.blob(digest, size);
+                let mut bytes = Vec::with_capacity(size as usize);
+                while let Some(chunk) = stream.chunk().await? {
+                    bytes.extend_from_slice(&chunk);
+                }
+                Ok(bytes)
+            }
+            Self::Client(store) => store.read(digest, size).await,
+        }
+    }
 }
 
 impl Images {
@@ -64,7 +104,33 @@ impl Images {
         let reference = reference.clone().with_default_tag();
         let repository = self.registry.repository(&reference, access.credentials.clone());
         let digest = self.digest(&reference, &repository, mode).await?;
-        let (mut media_type, mut bytes) = self.document(&repository, &digest).await?;
+        self.describe(reference, digest, platform, &Origin::Registry(repository)).await
+    }
+
+    /// Finds out what is in a client's content store for `platform`; `reference` names the digest.
+    pub async fn resolve_in(
+        self: &Arc<Self>,
+        store: &ClientStore,
+        reference: &Reference,
+        platform: &pb::Platform,
+    ) -> Result<ResolvedImage, ImageError> {
+        let Some(digest) = reference.digest().map(str::to_owned) else {
+            return Err(ImageError::image(reference, "an image of a layout is named with its digest"));
+        };
+        check_kept(&reference.to_string(), "image", &digest)?;
+        let mut image = self.describe(reference.clone(), digest, platform, &Origin::Client(store)).await?;
+        image.store = Some(store.clone());
+        Ok(image)
+    }
+
+    async fn describe(
+        self: &Arc<Self>,
+        reference: Reference,
+        digest: String,
+        platform: &pb::Platform,
+        origin: &Origin<'_>,
+    ) -> Result<ResolvedImage, ImageError> {
+        let (mut media_type, mut bytes) = self.document(origin, &digest).await?;
         let label = reference.to_string();
         let mut manifest_digest = digest.clone();
         let mut found_platform = None;
@@ -74,13 +140,13 @@ impl Images {
                 Document::Index(index) => {
                     let (child, platform) = select(&reference, &digest, &index, platform)?;
                     found_platform = Some(platform);
-                    (media_type, bytes) = self.document(&repository, &child).await?;
+                    (media_type, bytes) = self.document(origin, &child).await?;
                     manifest_digest = child;
                 }
                 Document::Manifest(manifest) => {
                     let config_digest = manifest.config().digest().to_string();
                     check_kept(&label, "config", &config_digest)?;
-                    let config = self.config(&repository, &config_digest, manifest.config().size()).await?;
+                    let config = self.config(origin, &config_digest, manifest.config().size()).await?;
                     let layers = layers(&label, &manifest, &config)?;
                     return Ok(ResolvedImage {
                         reference,
@@ -90,6 +156,7 @@ impl Images {
                         config,
                         platform: found_platform,
                         layers,
+                        store: None,
                     });
                 }
             }
@@ -98,26 +165,53 @@ impl Images {
     }
 
     /// The image as a chain of snapshots, which are filled when [`Images::materialize`] is asked. `None`: no layers.
-    pub async fn pull(self: &Arc<Self>, image: &ResolvedImage) -> Result<Ref, ImageError> {
+    /// `record_type` is what those are for that are new.
+    pub async fn pull(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        record_type: RecordType,
+    ) -> Result<Ref, ImageError> {
         let this = self.clone();
         let layers = image.layers.clone();
-        let source = image.reference.clone().without_tag_and_digest().to_string();
+        let (sources, held) = match &image.store {
+            None => (vec![image.reference.clone().without_tag_and_digest().to_string()], Vec::new()),
+            // The client leaves, and its blobs with it.
+            Some(store) => (Vec::new(), self.receive(store, &layers).await?),
+        };
         let description = format!("pulled from {}", image.reference);
         blocking(move || {
             let ids: Vec<String> = layers.iter().map(|layer| layer.diff_id.clone()).collect();
             let chains = manifest::chain_ids(&ids);
             let mut top: Ref = None;
             for (blob, chain_id) in layers.into_iter().zip(chains) {
-                let layer = LazyLayer { blob, chain_id, sources: vec![source.clone()] };
+                let layer = LazyLayer { blob, chain_id, sources: sources.clone() };
                 top = Some(this.snapshots.lazy_layer(
                     top.as_ref(),
                     layer,
-                    SnapshotMeta::new(description.clone()),
+                    SnapshotMeta::of_type(record_type, description.clone()),
                 )?);
             }
+            drop(held);
             Ok(top)
         })
         .await
+    }
+
+    /// Fetches the layers of a client's image that are not here; all that was here already is held as well.
+    async fn receive(
+        self: &Arc<Self>,
+        store: &ClientStore,
+        layers: &[LayerBlob],
+    ) -> Result<Vec<Held>, ImageError> {
+        let ids: Vec<String> = layers.iter().map(|layer| layer.diff_id.clone()).collect();
+        let receive = layers.iter().zip(manifest::chain_ids(&ids)).map(async |(layer, chain_id)| {
+            if let Some(filled) = self.snapshots.by_chain_id(&chain_id)?.filter(SnapshotRef::is_filled) {
+                return Ok(Held::Snapshot(filled));
+            }
+            let _permit = self.permit().await?;
+            store.receive(&self.blobs, layer).await.map(Held::Blob)
+        });
+        futures::future::try_join_all(receive).await
     }
 
     async fn digest(
@@ -151,18 +245,18 @@ impl Images {
         Ok(digest)
     }
 
-    /// A manifest or index by digest with its media type: from the store, else from the registry.
+    /// A manifest or index by digest with its media type: from the store, else from where it is.
     async fn document(
         self: &Arc<Self>,
-        repository: &Repository,
+        origin: &Origin<'_>,
         digest: &str,
     ) -> Result<(String, Vec<u8>), ImageError> {
         if let Some(found) = self.stored(digest)? {
             return Ok(found);
         }
-        let manifest = repository.manifest(digest).await?;
-        self.keep(&manifest.media_type, manifest.bytes.clone()).await?;
-        Ok((manifest.media_type, manifest.bytes))
+        let (media_type, bytes) = origin.manifest(digest).await?;
+        self.keep(&media_type, bytes.clone()).await?;
+        Ok((media_type, bytes))
     }
 
     fn stored(&self, digest: &str) -> Result<Option<(String, Vec<u8>)>, ImageError> {
@@ -202,26 +296,19 @@ impl Images {
 
     async fn config(
         self: &Arc<Self>,
-        repository: &Repository,
+        origin: &Origin<'_>,
         digest: &str,
         size: u64,
     ) -> Result<Vec<u8>, ImageError> {
         if size > MAX_CONFIG {
-            return Err(ImageError::image(
-                repository.name(),
-                format!("config {digest} of {size} bytes is too large"),
-            ));
+            return Err(ImageError::image(digest, format!("a config of {size} bytes is too large")));
         }
         if let Some(blob) = self.blobs.get(digest)?
             && let Ok(bytes) = blob.read(MAX_CONFIG)
         {
             return Ok(bytes);
         }
-        let mut stream = repository.blob(digest, size);
-        let mut bytes = Vec::with_capacity(size as usize);
-        while let Some(chunk) = stream.chunk().await? {
-            bytes.extend_from_slice(&chunk);
-        }
+        let bytes = origin.config(digest, size).await?;
         let this = self.clone();
         let digest = digest.to_string();
         let kept = bytes.clone();
@@ -235,6 +322,12 @@ impl Images {
         .await?;
         Ok(bytes)
     }
+}
+
+/// What keeps a layer's files from being collected until its snapshot does.
+enum Held {
+    Blob(#[expect(dead_code, reason = "held")] BlobRef),
+    Snapshot(#[expect(dead_code, reason = "held")] SnapshotRef),
 }
 
 /// The manifest of an index that serves a platform best.

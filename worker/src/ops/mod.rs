@@ -24,6 +24,7 @@ pub(crate) use exec::CacheMountLocks;
 pub use exec::container::{Container, ContainerRequest, MountView, ProcessSpec};
 pub use exec::process::{Controls, Process};
 pub use sessions::SessionGroup;
+pub use source::LayoutStore;
 pub(crate) use source::git::Repositories;
 pub use source::git::{GitObjects, Resolutions, Resolved as ResolvedGit};
 pub use source::http::HttpAnswers;

@@ -2,14 +2,13 @@
 //! is checked for sense and size, and blobs against their digests.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use kiln_cache::remote::{self, RemoteCache};
-use kiln_cache::{BlobRef, LayerBlob, LazyLayer, RecordType, Ref, SnapshotMeta};
+use kiln_cache::{LayerBlob, LazyLayer, RecordType, Ref, SnapshotMeta};
 use kiln_proto::reference::check_digest;
 use kiln_solver::import::{ImportedCache, RecordDigest, RemoteLink};
 use kiln_solver::op::OpError;
@@ -153,31 +152,23 @@ impl Source<'_> {
         if !digest.starts_with("sha256:") || check_digest(digest).is_err() {
             return Err(ImportError::Malformed(format!("invalid digest {digest:?}")));
         }
-        let mut bytes = Vec::new();
         match self.place {
             Place::Registry { reference, insecure } => {
+                let mut bytes = Vec::new();
                 let registry = self.images.registry();
                 let repository = registry.repository(reference, self.access.credentials.clone());
                 let mut stream = repository.insecure(*insecure).blob(digest, size.unwrap_or(limit));
                 while let Some(chunk) = stream.chunk().await? {
                     bytes.extend_from_slice(&chunk);
                 }
-            }
-            Place::Client { session, store, .. } => {
-                let mut reader = session.read_blob(store, digest).await?;
-                while let Some(chunk) = reader.chunk().await? {
-                    bytes.extend_from_slice(&chunk);
-                    if bytes.len() as u64 > limit {
-                        return Err(ImportError::Malformed(format!("blob {digest} is too large")));
-                    }
+                let actual = sha256(&bytes);
+                if actual != digest {
+                    return Err(ImportError::Malformed(format!("expected {digest}, got {actual}")));
                 }
+                Ok(bytes)
             }
+            Place::Client { store, .. } => Ok(store.read(digest, limit).await?),
         }
-        let actual = sha256(&bytes);
-        if actual != digest {
-            return Err(ImportError::Malformed(format!("expected {digest}, got {actual}")));
-        }
-        Ok(bytes)
     }
 
     /// The caches of all images below an index.
@@ -264,9 +255,9 @@ impl Imported {
                 sources.push(reference.clone().without_tag_and_digest().to_string());
             }
             // The client leaves, and its blobs with it.
-            Place::Client { session, store, .. } => {
+            Place::Client { store, .. } => {
                 for layer in &chain {
-                    held.push(self.receive(session, store, &layer.blob).await?);
+                    held.push(store.receive(self.images.blobs(), &layer.blob).await?);
                 }
             }
         }
@@ -285,36 +276,6 @@ impl Imported {
             Ok::<Ref, ImageError>(top)
         });
         Ok(pulled.await.map_err(|error| ImageError::Internal(error.to_string()))??)
-    }
-
-    /// A blob of the client, in the store.
-    async fn receive(
-        &self,
-        session: &kiln_session::Session,
-        store: &str,
-        blob: &LayerBlob,
-    ) -> Result<BlobRef, ImportError> {
-        let stored = self.images.blobs().get(&blob.digest).map_err(ImageError::from)?;
-        if let Some(stored) = stored {
-            return Ok(stored);
-        }
-        let internal = |error: tokio::task::JoinError| ImageError::Internal(error.to_string());
-        let mut writer = self.images.blobs().writer().map_err(ImageError::from)?;
-        let mut reader = session.read_blob(store, &blob.digest).await?;
-        let mut size = 0;
-        while let Some(chunk) = reader.chunk().await? {
-            size += chunk.len() as u64;
-            if size > blob.size {
-                return Err(ImportError::Malformed(format!("blob {} is larger than stated", blob.digest)));
-            }
-            let write = tokio::task::spawn_blocking(move || writer.write_all(&chunk).map(|()| writer));
-            let written = write.await.map_err(internal)?;
-            writer = written.map_err(|error| ImageError::Internal(error.to_string()))?;
-        }
-        let blob = blob.clone();
-        let stored = tokio::task::spawn_blocking(move || writer.commit(Some(&blob.digest), Some(blob.size)));
-        let stored = stored.await.map_err(internal)?;
-        Ok(stored.map_err(ImageError::from)?)
     }
 }
 

@@ -9,16 +9,13 @@ mod import;
 pub(crate) mod inline;
 mod push;
 
-use std::sync::Arc;
-
 use kiln_proto::reference::Reference;
-use kiln_session::{Session, SessionError};
 
 pub use collect::{Collected, Mode, collect};
 pub use import::{Imported, read};
 pub use push::{Form, write};
 
-use crate::image::ImageError;
+use crate::image::{ClientStore, ImageError};
 use crate::registry::RegistryError;
 
 /// Annotation of a layer: its diff id.
@@ -40,10 +37,8 @@ pub enum Place {
     },
     /// In a client's content store.
     Client {
-        /// The client.
-        session: Arc<Session>,
-        /// What it calls the store.
-        store: String,
+        /// Which.
+        store: ClientStore,
         /// The manifest; none while nothing was written.
         digest: Option<String>,
     },
@@ -55,9 +50,6 @@ pub enum ImportError {
     /// The registry did not give it.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The client did not give it.
-    #[error(transparent)]
-    Session(#[from] SessionError),
     /// A layer could not be had, or the store failed.
     #[error(transparent)]
     Image(#[from] ImageError),

@@ -15,7 +15,7 @@ use super::{CREATED, Collected, DESCRIPTION, Place, UNCOMPRESSED};
 use crate::export::config::rfc3339;
 use crate::export::image::{push_bytes, push_layer};
 use crate::export::{ExportContext, ExportError, OutputError};
-use crate::image::{Access, LayerContent};
+use crate::image::{Access, ClientStore, LayerContent};
 use crate::registry::{INDEX_DOCKER, INDEX_OCI, MANIFEST_OCI, Repository};
 
 /// Blobs written at once.
@@ -33,7 +33,7 @@ pub struct Form {
 /// Where blobs go.
 enum Target<'a> {
     Registry { repository: Repository, reference: &'a Reference, name: String },
-    Client { session: &'a kiln_session::Session, store: &'a str },
+    Client(&'a ClientStore),
 }
 
 /// Writes a cache; answers the entries of the exporter response.
@@ -59,7 +59,7 @@ pub async fn write(
             let repository = repository.insecure(*insecure);
             Target::Registry { repository, reference, name: reference.to_string() }
         }
-        Place::Client { session, store, .. } => Target::Client { session, store },
+        Place::Client { store, .. } => Target::Client(store),
     };
     // Its parts would show as statuses of their own.
     let quiet = Access { progress: None, ..context.access.clone() };
@@ -115,7 +115,7 @@ pub async fn write(
             let pushed = repository.push_manifest(tag, media_type, &bytes).await;
             pushed.map_err(|source| ExportError::Push { name: name.clone(), source: Box::new(source) })?;
         }
-        Target::Client { .. } => write_bytes(&target, &digest, &bytes).await?,
+        Target::Client(_) => write_bytes(&target, &digest, &bytes).await?,
     }
     done(written);
     let descriptor = json!({"mediaType": media_type, "digest": digest, "size": bytes.len()});
@@ -144,13 +144,13 @@ async fn write_layer(
         Target::Registry { repository, reference, name } => {
             push_layer(context, repository, reference, layer, name).await
         }
-        Target::Client { session, store } => {
+        Target::Client(store) => {
             let blob = context.images.local_blob(layer, &context.access).await?;
             let content = tokio::fs::File::open(blob.path()).await?;
             let digest = &layer.blob.digest;
             let reference = format!("layer-{digest}");
             let new = NewBlob { reference: &reference, digest, size: layer.blob.size };
-            Ok(session.write_blob(store, new, content).await.map_err(OutputError::from)?)
+            Ok(store.session().write_blob(store.name(), new, content).await.map_err(OutputError::from)?)
         }
     }
 }
@@ -160,9 +160,9 @@ async fn write_bytes(target: &Target<'_>, digest: &str, bytes: &[u8]) -> Result<
         Target::Registry { repository, name, .. } => push_bytes(repository, digest, bytes)
             .await
             .map_err(|source| ExportError::Push { name: name.clone(), source: Box::new(source) }),
-        Target::Client { session, store } => {
+        Target::Client(store) => {
             let new = NewBlob { reference: digest, digest, size: bytes.len() as u64 };
-            Ok(session.write_blob(store, new, bytes).await.map_err(OutputError::from)?)
+            Ok(store.session().write_blob(store.name(), new, bytes).await.map_err(OutputError::from)?)
         }
     }
 }

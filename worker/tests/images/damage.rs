@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use kiln_cache::RecordType;
 use kiln_worker::image::{Access, ResolveMode};
 use kiln_worker::layer::{TarReader, settle, unpack};
 use kiln_worker::registry::RegistryConfig;
@@ -129,7 +130,8 @@ fn a_damaged_layer_is_never_pulled_as_another() {
         let access = Access::anonymous();
         let (target, outcome) = runtime.block_on(async {
             let image = world.images.resolve(&reference, &amd64(), ResolveMode::Default, &access).await;
-            let target = world.images.pull(&image.expect("resolve")).await.expect("pull");
+            let target =
+                world.images.pull(&image.expect("resolve"), RecordType::Regular).await.expect("pull");
             let outcome = world.images.materialize(&target, &access).await;
             (target.expect("a layer"), outcome)
         });

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
-use kiln_cache::{Ref, SnapshotMeta, SnapshotRef};
+use kiln_cache::{RecordType, Ref, SnapshotMeta, SnapshotRef};
 use kiln_proto::reference::Reference;
 use kiln_worker::export::{
     ExportContext, ExportInput, Exporter, LayoutBlob, NoOutput, Output, OutputError, TarOutput, Tree,
@@ -212,7 +212,7 @@ async fn pushed_images_are_read_by_skopeo_and_pulled_again() {
     let image =
         other.images.resolve(&reference, &platform, ResolveMode::Default, &access).await.expect("resolve");
     assert_eq!(image.digest, response["containerimage.digest"]);
-    let pulled = other.images.pull(&image).await.expect("pull");
+    let pulled = other.images.pull(&image, RecordType::Regular).await.expect("pull");
     // Only its config changes: the layers go over by mount, without ever being here.
     let copy = format!("{}/team/copy:v1", registry.host);
     let mount = exporter("image", &[("name", &copy), ("push", "")]);

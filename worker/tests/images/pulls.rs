@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use kiln_cache::RecordType;
 use kiln_proto::pb;
 use kiln_proto::reference::Reference;
 use kiln_worker::image::{Access, ResolveMode, chain_ids};
@@ -80,7 +81,7 @@ async fn pull(world: &World, reference: &Reference) -> kiln_cache::Ref {
     let access = Access::anonymous();
     let image =
         world.images.resolve(reference, &amd64(), ResolveMode::Default, &access).await.expect("resolve");
-    world.images.pull(&image).await.expect("pull")
+    world.images.pull(&image, RecordType::Regular).await.expect("pull")
 }
 
 /// Three layers: bottom, something deleted, something added below a directory of the bottom.
@@ -131,7 +132,7 @@ async fn images_resolve_by_platform_and_fill_when_read() {
     assert_ne!(image.digest, image.manifest_digest);
     assert_eq!(image.layers.len(), 3);
     assert_eq!(image.platform, Some(amd64()));
-    let target = world.images.pull(&image).await.expect("pull");
+    let target = world.images.pull(&image, RecordType::Regular).await.expect("pull");
     let top = target.clone().expect("layers");
     assert!(
         !server.requests().iter().any(|r| r.contains(&image.layers[0].digest)),

@@ -82,6 +82,7 @@ impl ImageResolver for Images {
         &'a self,
         key: &'a str,
         value: &'a str,
+        _: &'a pb::Platform,
     ) -> BoxFuture<'a, Result<NamedContext, ResolveError>> {
         Box::pin(async move {
             match value.split_once(':') {

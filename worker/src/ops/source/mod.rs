@@ -13,6 +13,8 @@ use kiln_proto::pb;
 use kiln_solver::op::{Op, OpError, OpVertex};
 use kiln_solver::progress::VertexProgress;
 
+pub use image::LayoutStore;
+
 use super::BuildContext;
 use crate::worker::Worker;
 
@@ -27,7 +29,8 @@ pub(super) fn make(
         return Err(OpError::new(format!("failed to parse identifier {:?}", op.identifier)));
     };
     match scheme {
-        "docker-image" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest)?)),
+        "docker-image" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest, false)?)),
+        "oci-layout" => Ok(Arc::new(image::ImageSource::new(worker, context, vertex, op, rest, true)?)),
         "local" => Ok(Arc::new(local::LocalSource::new(worker, context, op, rest)?)),
         "git" => Ok(Arc::new(git::GitSource::new(worker, context, op, rest)?)),
         "http" | "https" => Ok(Arc::new(http::HttpSource::new(worker, context, op)?)),
