@@ -1,6 +1,7 @@
 # make demo   builds Kiln and shows the main job end to end
 # make test   everything that can fail
 # make bench  speed, as ratios
+# make fuzz   hostile input, a minute each
 # make lint   formatting and clippy
 # Each installs the Debian packages that it needs and compiles RocksDB once (kept in ~/.cache/kiln).
 
@@ -11,7 +12,7 @@ SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo -E env "PATH=$$PATH")
 RUNNER := $(if $(SUDO),CARGO_TARGET_$(shell uname -m | tr a-z A-Z)_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)')
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: build demo test bench lint deny setup-build setup-lab rocksdb
+.PHONY: build demo test fuzz bench lint deny setup-build setup-lab rocksdb
 
 setup-build:
 	@tools/setup.sh build
@@ -32,6 +33,11 @@ test: setup-lab rocksdb
 	$(CARGO) build --release --locked --workspace
 	@$(SUDO) tools/base-images.sh busybox tcc >/dev/null
 	$(RUNNER) $(CARGO) test --release --locked --workspace
+
+# Each target for a minute; make test runs them for a second.
+fuzz: rocksdb
+	KILN_FUZZ_SECONDS=60 $(CARGO) test --release --locked -p kiln-session --test hostile
+	KILN_FUZZ_SECONDS=60 $(RUNNER) $(CARGO) test --release --locked -p kiln-daemon --test daemon hostile -- --test-threads 1
 
 bench: setup-lab rocksdb
 	$(CARGO) build --release --locked -p kiln -p kiln-integration --bins

@@ -151,8 +151,9 @@ impl Image {
         let name = reference.to_string();
         let platform = platform::normalized(&platform::host());
         let log_name = format!("resolve image config for docker-image://{name}");
-        let (name, image) =
-            contexts.bridge.resolve_image(image_source(&name), &platform, "", &log_name, &[]).await?;
+        let found = contexts.bridge.resolve_image(image_source(&name), &platform, "", &log_name, &[]).await;
+        let (name, image) = found
+            .map_err(|error| error.context(format_args!("failed to resolve source metadata for {name}")))?;
         let invalid = |error| BuildError::build(format!("failed to parse frontend image {name:?}: {error}"));
         let pinned = Reference::parse(&name).and_then(|reference| reference.with_digest(&image.digest));
         let pinned = pinned.map_err(invalid)?;

@@ -150,7 +150,7 @@ async fn errors_show_the_lines() {
         &[
             ("Dockerfile", "FROM scratch\nCOPPY a /\n"),
             ("Bad", "FROM scratch\nCOPY nope /\n"),
-            ("Foreign", "# check=skip=all\n#syntax=foobar\nFROM scratch\n"),
+            ("Foreign", "# check=skip=all\n#syntax=127.0.0.1:1/foobar\nFROM scratch\n"),
         ],
     )
     .await;
@@ -179,7 +179,8 @@ async fn errors_show_the_lines() {
 
     let error =
         client.build(&daemon, "syntax", &[("filename", "Foreign")]).await.0.expect_err("no such frontend");
-    assert_eq!(error.message(), "unsupported: frontend image foobar");
+    let unknown = "failed to resolve source metadata for 127.0.0.1:1/foobar:latest: ";
+    assert!(error.message().starts_with(unknown), "{}", error.message());
     let found = details(&error);
     let source = &found.iter().find(|(name, _)| name == "errdefs.Source+json").expect("a source").1;
     assert_eq!(source["ranges"], json!([{ "start": { "line": 2 }, "end": { "line": 2 } }]));

@@ -3,6 +3,7 @@
 mod common;
 mod config;
 mod dockerfile;
+mod hostile;
 mod policy;
 mod service;
 mod traces;
