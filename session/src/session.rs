@@ -1,10 +1,12 @@
 //! One client's session as the daemon sees it: who it is, and the small calls into it (credentials, tokens,
 //! secrets, ssh, uploads). File transfers are in `transfer.rs`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
+use kiln_proto::exporter::exporter_client::ExporterClient;
+use kiln_proto::exporter::{ExporterRequest, FinalizeExportRequest, FindExportersRequest};
 use kiln_proto::filesync::auth_client::AuthClient;
 use kiln_proto::filesync::{
     CredentialsRequest, FetchTokenRequest, FetchTokenResponse, GetTokenAuthorityRequest,
@@ -120,6 +122,36 @@ impl Session {
         AuthClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE_SIZE)
     }
 
+    /// What the client wants a build's result to be written as, beyond what it asked for at the start: it may look at
+    /// the result's metadata and at the names of its file systems. Nothing if it has no such service.
+    ///
+    /// # Errors
+    /// [`SessionError::Call`] if the client failed.
+    pub async fn find_exporters(
+        &self,
+        metadata: HashMap<String, Vec<u8>>,
+        refs: Vec<String>,
+    ) -> Result<Vec<ExporterRequest>, SessionError> {
+        let mut client = ExporterClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE_SIZE);
+        match client.find_exporters(FindExportersRequest { metadata, refs }).await {
+            Ok(answer) => Ok(answer.into_inner().exporters),
+            Err(status) if is_absent(&status) => Ok(Vec::new()),
+            Err(status) => Err(SessionError::call("find exporters", status)),
+        }
+    }
+
+    /// Tells the client what came of all exporters.
+    ///
+    /// # Errors
+    /// [`SessionError::Call`] if the client failed.
+    pub async fn finalize_export(&self, response: HashMap<String, String>) -> Result<(), SessionError> {
+        let request = FinalizeExportRequest { exporter_response: response };
+        match ExporterClient::new(self.channel()).finalize_export(request).await {
+            Err(status) if !is_absent(&status) => Err(SessionError::call("finalize export", status)),
+            _ => Ok(()),
+        }
+    }
+
     /// What the client knows for this registry host (`registry-1.docker.io` for Docker Hub); `None` means anonymous,
     /// also when the client has no such service.
     ///
@@ -154,7 +186,7 @@ impl Session {
         match timed(self.auth().get_token_authority(request)).await {
             Ok(answer) if answer.public_key.is_empty() => Ok(None),
             Ok(answer) => Ok(Some(answer.public_key)),
-            Err(status) if matches!(status.code(), Code::Unimplemented | Code::Unavailable) => Ok(None),
+            Err(status) if is_absent(&status) => Ok(None),
             Err(status) => Err(SessionError::call(format!("token authority for {host}"), status)),
         }
     }
@@ -250,6 +282,11 @@ impl Session {
         let answer = client.pull(request).await.map_err(failed)?;
         Ok(answer.into_inner().map_ok(|message| message.data))
     }
+}
+
+/// Whether a client has no service for a call.
+fn is_absent(status: &Status) -> bool {
+    matches!(status.code(), Code::Unimplemented | Code::Unavailable)
 }
 
 async fn timed<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {

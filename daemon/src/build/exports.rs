@@ -4,6 +4,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_proto::control::{Descriptor, SolveRequest};
+
 use crate::engine::{Built, CachePlan, CacheSource, EngineBuild, ExportSource, PlannedExport};
 use crate::error::BuildError;
 use crate::gateway::{BuildResult, LazyRef, Refs, text_digest};
@@ -11,26 +15,40 @@ use crate::jobs::Job;
 use crate::progress::Step;
 use crate::provenance::Claim;
 
-/// Runs all exporters of a build, one after the other, then writes the caches.
+/// Entry of an exporter's answer: the image, as base64 of its OCI descriptor.
+const DESCRIPTOR: &str = "containerimage.descriptor";
+
+/// Runs all exporters of a build, one after the other, then writes the caches. Gives the images that were made.
 pub(super) async fn run(
     build: &EngineBuild,
     job: &Job,
     (planned, caches): (&[PlannedExport], &CachePlan),
-    session: &str,
+    request: &SolveRequest,
     result: &BuildResult,
     claims: &[Claim],
     response: &mut HashMap<String, String>,
-) -> Result<(), BuildError> {
+) -> Result<Vec<Descriptor>, BuildError> {
+    let mut images = Vec::new();
     let told = if caches.is_empty() { None } else { Some(described(&result.refs).await) };
-    if !planned.is_empty() {
+    let session = &request.session;
+    let built = built(&result.refs).await?;
+    let found = match request.enable_session_exporter {
+        true => build.find_exporters(planned.len(), &built, &result.metadata).await?,
+        false => Vec::new(),
+    };
+    if !planned.is_empty() || !found.is_empty() {
         let inline = told.as_ref().filter(|_| caches.inline);
-        let source = ExportSource::new(built(&result.refs).await?, result.metadata.clone(), claims, inline)?;
-        for (index, export) in planned.iter().enumerate() {
+        let source = ExportSource::new(built, result.metadata.clone(), claims, inline)?;
+        for (index, export) in planned.iter().chain(&found).enumerate() {
             let digest = text_digest(&format!("{session}-export-{index}"));
             let step = Step::start(job.progress.clone(), &digest, export.title());
             let answer = build.export(export, &source, step.progress()).await;
             step.end(answer.as_ref().err().map(|error| error.message.as_str()));
-            response.extend(answer?);
+            let answer = answer?;
+            if export.is_image() {
+                images.extend(answer.get(DESCRIPTOR).and_then(|encoded| descriptor(encoded)));
+            }
+            response.extend(answer);
         }
     }
     let told: Vec<CacheSource> = told.into_iter().flat_map(BTreeMap::into_values).collect();
@@ -47,7 +65,22 @@ pub(super) async fn run(
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    if request.enable_session_exporter {
+        build.finalize_export(response).await?;
+    }
+    Ok(images)
+}
+
+/// The descriptor of an image as an exporter answers it.
+fn descriptor(encoded: &str) -> Option<Descriptor> {
+    let json = STANDARD.decode(encoded).ok()?;
+    let oci: oci_spec::image::Descriptor = serde_json::from_slice(&json).ok()?;
+    Some(Descriptor {
+        media_type: oci.media_type().to_string(),
+        digest: oci.digest().to_string(),
+        size: i64::try_from(oci.size()).unwrap_or(i64::MAX),
+        annotations: oci.annotations().clone().unwrap_or_default(),
+    })
 }
 
 /// What caches are told of the results.

@@ -148,7 +148,8 @@ async fn produce(
         let solved = Solved { explained: build.explain().await, made: build.results().await };
         claims.extend(provenance::claims(bridge, &result, &solved, &wanted, &guard.running())?);
     }
-    exports::run(build, job, planned, &request.session, &result, &claims, &mut response).await?;
+    let images = exports::run(build, job, planned, request, &result, &claims, &mut response).await?;
+    running.images.get_or_init(|| images);
     // The record is written later, and must not keep results from being removed.
     claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
     running.claims.get_or_init(|| claims);

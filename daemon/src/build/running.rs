@@ -4,7 +4,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
-use kiln_proto::control::SolveRequest;
+use kiln_proto::control::{Descriptor, SolveRequest};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::task::JoinHandle;
 
@@ -37,6 +37,8 @@ pub(super) struct Running {
     pub(super) metadata: OnceLock<Vec<(String, String)>>,
     /// What is claimed of its results.
     pub(super) claims: OnceLock<Vec<Claim>>,
+    /// The images that were made of it.
+    pub(super) images: OnceLock<Vec<Descriptor>>,
     /// How it ended.
     outcome: Result<(), BuildError>,
     /// Held until it is stored.
@@ -76,6 +78,7 @@ impl Running {
             directory: OnceLock::new(),
             metadata: OnceLock::new(),
             claims: OnceLock::new(),
+            images: OnceLock::new(),
             outcome: Err(BuildError::canceled()),
             room: None,
         })
@@ -143,6 +146,7 @@ impl Running {
             ended: SystemTime::now(),
             metadata: self.metadata.take().unwrap_or_default(),
             claims: self.claims.take().unwrap_or_default(),
+            images: self.images.take().unwrap_or_default(),
             error: std::mem::replace(&mut self.outcome, Ok(())).err(),
         };
         // A runtime that has gone takes the daemon with it.

@@ -1,7 +1,7 @@
 //! Exporters: their attributes are checked before a build starts, and its results handed to them
 //! when it has ended. What they send to the client goes through the client's session.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use kiln_cache::Ref;
@@ -29,6 +29,11 @@ impl PlannedExport {
     pub(crate) fn title(&self) -> &'static str {
         self.exporter.name()
     }
+
+    /// Whether it makes an image that stays here.
+    pub(crate) fn is_image(&self) -> bool {
+        self.exporter.attributes().kind == Kind::Image
+    }
 }
 
 pub(super) fn failed(error: ExportError) -> BuildError {
@@ -50,6 +55,44 @@ pub(crate) fn plan(exporters: &[control::Exporter]) -> Result<Vec<PlannedExport>
         Ok(PlannedExport { index, exporter })
     };
     exporters.iter().enumerate().map(checked).collect()
+}
+
+impl EngineBuild {
+    /// The exporters that the client asks for in view of the results, with numbers from `first`.
+    ///
+    /// # Errors
+    /// The client failed, or asks for what is not there.
+    pub(crate) async fn find_exporters(
+        &self,
+        first: usize,
+        built: &Built,
+        metadata: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<Vec<PlannedExport>, BuildError> {
+        let refs = match built {
+            Built::Single(result) => vec![result],
+            Built::Map(results) => results.values().collect(),
+        };
+        let refs = refs.into_iter().flatten().map(|result| result.id().to_owned()).collect();
+        let session = self.attached().await?;
+        let metadata = metadata.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        let found = session.find_exporters(metadata, refs).await;
+        let found = found.map_err(|error| BuildError::build(error.to_string()))?;
+        let found =
+            found.into_iter().map(|wanted| control::Exporter { r#type: wanted.r#type, attrs: wanted.attrs });
+        let mut planned = plan(&found.collect::<Vec<_>>())?;
+        planned.iter_mut().for_each(|export| export.index += first);
+        Ok(planned)
+    }
+
+    /// Tells the client what came of all exporters.
+    ///
+    /// # Errors
+    /// The client failed.
+    pub(crate) async fn finalize_export(&self, response: &HashMap<String, String>) -> Result<(), BuildError> {
+        let session = self.attached().await?;
+        let told = session.finalize_export(response.clone()).await;
+        told.map_err(|error| BuildError::build(error.to_string()))
+    }
 }
 
 /// What a build came to.

@@ -56,7 +56,7 @@ pub(super) async fn run(
     let cancel = bridge.cancel().child_token();
     // Whoever gives up on the frontend ends its calls.
     let _ended = cancel.clone().drop_guard();
-    let (gateway, mut returned) = bridge.nested(request.inputs.clone(), cancel)?;
+    let (gateway, mut returned) = bridge.nested(request.inputs.clone(), cancel, &[])?;
     let ended = image.run(&gateway, request).await;
     gateway.release_containers().await;
     // What the frontend says of its failure goes before what its end says, and that before its success.

@@ -50,7 +50,6 @@ const MISSING: &[&str] = &[
     ids::REMOTE_CACHE_GHA,
     ids::REMOTE_CACHE_S3,
     ids::REMOTE_CACHE_AZBLOB,
-    ids::EXPORTER_SESSION,
     ids::HISTORY_FILTER,
 ];
 

@@ -51,7 +51,6 @@ struct Common {
     build: Arc<EngineBuild>,
     progress: Arc<ProgressLog>,
     session: String,
-    policy: SourcePolicy,
     images: DashMap<String, ImageCell>,
     /// Caches that were to be imported, by their ids; whether they were told of.
     imports: DashMap<String, Arc<OnceCell<()>>>,
@@ -67,6 +66,7 @@ struct Common {
 pub(crate) struct Bridge {
     common: Arc<Common>,
     cancel: CancellationToken,
+    policy: SourcePolicy,
     inputs: HashMap<String, pb::Definition>,
     refs: DashMap<String, Arc<LazyRef>>,
     containers: DashMap<String, Arc<Container>>,
@@ -125,7 +125,6 @@ impl Bridge {
             build,
             progress: job.progress.clone(),
             session: request.session.clone(),
-            policy,
             images: DashMap::new(),
             imports: DashMap::new(),
             asked: Mutex::default(),
@@ -137,28 +136,31 @@ impl Bridge {
             worker: daemon.worker.clone(),
             allowed: daemon.config.frontends.clone(),
         };
-        Self::of(Arc::new(common), job.cancel.clone(), request.frontend_inputs.clone(), 0)
+        Self::of(Arc::new(common), job.cancel.clone(), policy, request.frontend_inputs.clone(), 0)
     }
 
     /// The gateway of a frontend that is asked by this one's, with references, containers and a result of its own. It
-    /// works until `cancel`.
+    /// works until `cancel`, and the rules `further` hold for it as well.
     ///
     /// # Errors
-    /// There are too many frontends between it and the client.
+    /// There are too many frontends between it and the client, or the rules make no sense.
     pub(crate) fn nested(
         &self,
         inputs: HashMap<String, pb::Definition>,
         cancel: CancellationToken,
+        further: &[Policy],
     ) -> Result<(Arc<Self>, Returned), BuildError> {
         if self.depth == MAX_NESTING {
             return Err(BuildError::build("frontends are nested too deeply"));
         }
-        Ok(Self::of(self.common.clone(), cancel, inputs, self.depth + 1))
+        let policy = self.policy.with(further)?;
+        Ok(Self::of(self.common.clone(), cancel, policy, inputs, self.depth + 1))
     }
 
     fn of(
         common: Arc<Common>,
         cancel: CancellationToken,
+        policy: SourcePolicy,
         inputs: HashMap<String, pb::Definition>,
         depth: usize,
     ) -> (Arc<Self>, Returned) {
@@ -166,6 +168,7 @@ impl Bridge {
         let bridge = Self {
             common,
             cancel,
+            policy,
             inputs,
             refs: DashMap::new(),
             containers: DashMap::new(),
@@ -232,7 +235,7 @@ impl Bridge {
         if definition.def.is_empty() {
             return Ok(None);
         }
-        let definition = self.common.policy.with(further)?.apply(self, definition).await?;
+        let definition = self.policy.with(further)?.apply(self, definition).await?;
         let target = self.common.build.load(definition).await?;
         let reference = LazyRef::new(target, self.common.build.clone());
         self.refs.insert(reference.id().to_owned(), reference.clone());

@@ -12,7 +12,7 @@ use kiln_proto::gateway::{DoneMessage, ExecMessage, ExitMessage, FdMessage, Init
 use kiln_worker::ops::{Controls, Process, ProcessSpec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
-use tokio::sync::mpsc;
+use tokio::sync::{RwLock, mpsc};
 use tokio::task::JoinSet;
 use tonic::{Code, Status, Streaming};
 
@@ -83,6 +83,7 @@ async fn take(
     answers: &mpsc::Sender<Answer>,
 ) -> Result<(), BuildError> {
     let mut running: HashMap<String, Running> = HashMap::new();
+    let answers = &Answers { queue: answers.clone(), starting: Arc::default() };
     // Dropping it ends them.
     let mut followers = JoinSet::new();
     while let Some(message) = requests.message().await? {
@@ -124,12 +125,13 @@ async fn start(
     bridge: &Bridge,
     id: &str,
     init: InitMessage,
-    answers: &mpsc::Sender<Answer>,
+    answers: &Answers,
 ) -> Result<(Running, impl Future<Output = ()> + Send + 'static), BuildError> {
     let Some(container) = bridge.container(&init.container_id) else {
         let text = format!("container {:?} previously released or not created", init.container_id);
         return Err(BuildError::new(Code::NotFound, text));
     };
+    let starting = answers.starting.write().await;
     let process = container
         .start(ProcessSpec {
             meta: init.meta.unwrap_or_default(),
@@ -143,20 +145,36 @@ async fn start(
     let wanted = init.fds.contains(&0);
     let running = Running { controls: process.controls.clone(), input: wanted.then_some(input) };
     let line = Line { id: id.to_owned(), answers: answers.clone() };
-    line.say(Input::Started(StartedMessage {})).await;
+    line.send(Input::Started(StartedMessage {})).await;
+    drop(starting);
     Ok((running, follow(line, process, init.fds, inputs)))
 }
 
-/// Where the answers about one process go. A client that takes none has left, which ends all of this.
+/// Where the answers of a stream go. A client that takes none has left, which ends all of this.
+#[derive(Clone)]
+struct Answers {
+    queue: mpsc::Sender<Answer>,
+    /// Held while a process is started. A client takes one answer after the other, and may be unable to take another of
+    /// a process before the one that reads from it has started.
+    starting: Arc<RwLock<()>>,
+}
+
+/// Where the answers about one process go.
 struct Line {
     id: String,
-    answers: mpsc::Sender<Answer>,
+    answers: Answers,
 }
 
 impl Line {
+    /// Waits for what is being started.
     async fn say(&self, input: Input) {
+        let _others = self.answers.starting.read().await;
+        self.send(input).await;
+    }
+
+    async fn send(&self, input: Input) {
         let message = ExecMessage { process_id: self.id.clone(), input: Some(input) };
-        let _ = self.answers.send(Ok(message)).await;
+        let _ = self.answers.queue.send(Ok(message)).await;
     }
 }
 
@@ -227,4 +245,25 @@ async fn feed(mut stdin: Option<Sender>, mut inputs: mpsc::Receiver<FdMessage>) 
         }
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_said_of_others_while_a_process_is_started() {
+        let (queue, mut said) = mpsc::channel(4);
+        let answers = Answers { queue, starting: Arc::default() };
+        let line = |id: &str| Line { id: id.to_owned(), answers: answers.clone() };
+        let starting = answers.starting.write().await;
+        let (other, new) = (line("other"), line("new"));
+        let ended = tokio::spawn(async move { other.say(Input::Exit(ExitMessage::default())).await });
+        tokio::task::yield_now().await;
+        new.send(Input::Started(StartedMessage {})).await;
+        drop(starting);
+        ended.await.expect("task");
+        let mut next = async || said.recv().await.expect("said").expect("no error").process_id;
+        assert_eq!([next().await, next().await], ["new", "other"]);
+    }
 }

@@ -93,9 +93,6 @@ impl LlbBridge for GatewayService {
         self.call(request, |bridge, request| async move {
             bridge.import(CacheEntry::all(&request)).await;
             let result = if !request.frontend.is_empty() {
-                if !request.source_policies.is_empty() {
-                    return Err(BuildError::unsupported("source policies of a frontend"));
-                }
                 if request.definition.is_some_and(|definition| !definition.def.is_empty()) {
                     return Err(BuildError::build(
                         "cannot solve with both Definition and Frontend specified",
@@ -106,7 +103,14 @@ impl LlbBridge for GatewayService {
                     opts: request.frontend_opt,
                     inputs: request.frontend_inputs,
                 };
-                bridge.run_frontend(frontend).await?
+                match request.source_policies.as_slice() {
+                    [] => bridge.run_frontend(frontend).await?,
+                    further => {
+                        let inputs = frontend.inputs.clone();
+                        let (asked, _) = bridge.nested(inputs, bridge.cancel().clone(), further)?;
+                        asked.run_frontend(frontend).await?
+                    }
+                }
             } else {
                 let reference = bridge
                     .solve_under(request.definition.unwrap_or_default(), &request.source_policies)

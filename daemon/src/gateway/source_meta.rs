@@ -66,7 +66,7 @@ impl Bridge {
         platform: &pb::Platform,
         further: &[Policy],
     ) -> Result<pb::SourceOp, BuildError> {
-        let policy = self.common.policy.with(further)?;
+        let policy = self.policy.with(further)?;
         if policy.is_empty() {
             return Ok(source);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo};
+use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo, Descriptor};
 use kiln_proto::rpc::Status;
 use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
 
@@ -20,6 +20,8 @@ pub(crate) struct Outcome {
     pub(crate) metadata: Vec<(String, String)>,
     /// What is claimed of its results.
     pub(crate) claims: Vec<Claim>,
+    /// The images that were made of them.
+    pub(crate) images: Vec<Descriptor>,
     pub(crate) error: Option<BuildError>,
 }
 
@@ -82,6 +84,8 @@ impl Recording {
                 into.attestations.push(described);
                 claimed.push(full);
             }
+            result.result_deprecated = outcome.images.first().cloned();
+            result.results = (0..).zip(outcome.images).collect();
             record.result = Some(result);
         }
         let (of, id) = (history.clone(), record.r#ref.clone());

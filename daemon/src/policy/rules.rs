@@ -47,7 +47,7 @@ impl Compiled {
     fn new(rule: &Rule) -> Result<Self, BuildError> {
         let selector = rule.selector.clone().ok_or_else(|| invalid("invalid nil selector in policy"))?;
         let unknown = |what: &str, number: i32| invalid(format_args!("unknown {what} {number}"));
-        PolicyAction::try_from(rule.action).map_err(|_| unknown("action", rule.action))?;
+        PolicyAction::try_from(rule.action).map_err(|_| unknown("type of action", rule.action))?;
         let kind = MatchType::try_from(selector.match_type);
         let pattern = match kind.map_err(|_| unknown("match type", selector.match_type))? {
             MatchType::Exact => None,

@@ -1,6 +1,6 @@
 //! The daemon through its socket, with builds that need no sandbox and no network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::common::{Daemon, chain, file, for_build, request};
@@ -80,6 +80,41 @@ async fn describes_its_services() {
     for name in ["moby.buildkit.v1.Control", "moby.buildkit.v1.frontend.LLBBridge", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|listed| listed == name), "{name}: {names:?}");
     }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_in_the_record_of_their_build() {
+    let mut daemon = Daemon::start().await;
+    let exporter = |attrs: &[(&str, &str)]| Exporter {
+        r#type: "image".into(),
+        attrs: attrs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+    };
+    let exporters = vec![exporter(&[]), exporter(&[("oci-mediatypes", "false")])];
+    let request = SolveRequest { exporters, ..request("images", chain(&[("/a", "1")]).0) };
+    let response = daemon.build(request).await.0.expect("built").exporter_response;
+    let record = history(&daemon, "images").await.remove(0).record.expect("record");
+    let result = record.result.expect("result");
+    let types: Vec<_> = result
+        .results
+        .values()
+        .map(|image| image.media_type.clone())
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    let manifests = [
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.oci.image.manifest.v1+json",
+    ];
+    assert_eq!(types, manifests);
+    assert_eq!(result.result_deprecated.as_ref(), result.results.get(&0));
+    assert_eq!(result.results[&1].digest, response["containerimage.digest"]);
+    // What the descriptor names can be read.
+    let read =
+        content::ReadContentRequest { digest: result.results[&0].digest.clone(), ..Default::default() };
+    let mut pieces = ContentClient::new(daemon.channel().await).read(read).await.expect("read").into_inner();
+    let manifest = pieces.message().await.expect("piece").expect("one").data;
+    assert_eq!(manifest.len() as i64, result.results[&0].size);
     daemon.stop().await;
 }
 

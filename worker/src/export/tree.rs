@@ -94,7 +94,9 @@ fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
                 && let Some(owner) = owners.insert(path.to_string(), platform)
             {
                 clash.get_or_insert_with(|| {
-                    format!("cannot overwrite {path} from {owner} with that of {platform}")
+                    format!(
+                        "cannot overwrite {path} from {owner} with that of {platform} when split option is disabled"
+                    )
                 });
             }
             Ok(())
