@@ -114,7 +114,7 @@ pub(crate) struct BuildArgs {
     /// Value of an ARG; without =VALUE it is taken from the environment
     #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
     pub(crate) build_args: Vec<String>,
-    /// Directory, docker-image://NAME, or URL of a git repository or file that takes the place of a stage or image of that name (may be repeated)
+    /// Directory, docker-image://NAME, oci-layout://DIR:TAG, or URL of a git repository or file that takes the place of a stage or image of that name (may be repeated)
     #[arg(long = "build-context", value_name = "NAME=VALUE")]
     pub(crate) build_contexts: Vec<String>,
     /// Label of the image
