@@ -205,8 +205,9 @@ impl Bound {
         shutdown: CancellationToken,
     ) -> Result<(), DaemonError> {
         let failed = |error: tonic::transport::Error| DaemonError::Serve(chain(&error));
-        let builder =
-            Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(8 << 20);
+        let builder = Server::builder()
+            .initial_stream_window_size(kiln_session::STREAM_WINDOW)
+            .initial_connection_window_size(kiln_session::CONNECTION_WINDOW);
         match self {
             Self::Unix { socket, file, .. } => {
                 let stop = leave(file, activity.clone(), shutdown);

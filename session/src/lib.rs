@@ -26,3 +26,11 @@ pub use transfer::{FileSyncRequest, TarSender};
 
 /// Largest gRPC message either end of the outer connection, and the daemon inside the tunnel, takes.
 pub const MAX_MESSAGE_SIZE: usize = 16 << 20;
+
+/// HTTP/2 window of each stream, in bytes, on both connections: the outer one and the one in the tunnel.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+
+/// HTTP/2 window of each whole connection, in bytes. h2 ends a connection on which small DATA frames wait whose
+/// framing, counted as 256 bytes each, comes to more than half of this window. Peers send a file's metadata as a frame
+/// of its own of 50 bytes or so, so one stream whose window is full of them needs about 5 MiB.
+pub const CONNECTION_WINDOW: u32 = 64 << 20;

@@ -157,8 +157,8 @@ fn connect(pipe: Pipe) -> Result<Channel, Status> {
     let endpoint =
         Endpoint::try_from("http://localhost").map_err(|error| Status::internal(error.to_string()))?;
     let endpoint = endpoint
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(8 << 20)
+        .initial_stream_window_size(crate::STREAM_WINDOW)
+        .initial_connection_window_size(crate::CONNECTION_WINDOW)
         .buffer_size(1024_usize);
     Ok(endpoint.connect_with_connector_lazy(connector))
 }

@@ -84,14 +84,16 @@ fn graph(random: &mut StdRng) -> pb::Definition {
             }
             kind => {
                 let action = match kind {
-                    3 => Action::Mkdir(
-                        pb::FileActionMkDir { path: path.into(), make_parents: true, ..Default::default() }
-                            .into(),
-                    ),
-                    4 => Action::Rm(
-                        pb::FileActionRm { path: path.into(), allow_wildcard: true, ..Default::default() }
-                            .into(),
-                    ),
+                    3 => Action::Mkdir(pb::FileActionMkDir {
+                        path: path.into(),
+                        make_parents: true,
+                        ..Default::default()
+                    }),
+                    4 => Action::Rm(pb::FileActionRm {
+                        path: path.into(),
+                        allow_wildcard: true,
+                        ..Default::default()
+                    }),
                     5 => Action::Copy(
                         pb::FileActionCopy { src: path.into(), dest: other.into(), ..Default::default() }
                             .into(),

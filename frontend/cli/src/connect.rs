@@ -61,8 +61,8 @@ impl Connection {
             _ => "http://localhost",
         };
         let endpoint = Endpoint::from_static(scheme)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(8 << 20);
+            .initial_stream_window_size(kiln_session::STREAM_WINDOW)
+            .initial_connection_window_size(kiln_session::CONNECTION_WINDOW);
         Ok(match self {
             Self::Unix(stream) => {
                 stream.set_nonblocking(true).map_err(broken)?;

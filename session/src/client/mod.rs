@@ -157,8 +157,8 @@ async fn serve(attachables: Attachables, pipe: Pipe, closed: CancellationToken) 
     let connections = futures::stream::once(std::future::ready(Ok::<_, std::io::Error>(pipe)))
         .chain(futures::stream::pending());
     let server = Server::builder()
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(8 << 20)
+        .initial_stream_window_size(crate::STREAM_WINDOW)
+        .initial_connection_window_size(crate::CONNECTION_WINDOW)
         .add_routes(attachables.routes.routes());
     if let Err(error) = server.serve_with_incoming_shutdown(connections, closed.cancelled_owned()).await {
         tracing::debug!(%error, "session ended");

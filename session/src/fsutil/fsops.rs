@@ -8,7 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use rustix::fs::{
-    self, AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags,
+    self, AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Timespec, Timestamps,
+    XattrFlags,
 };
 use rustix::io::Errno;
 
@@ -100,6 +101,16 @@ pub(super) fn lstat(dir: &OwnedFd, name: &str) -> Result<Option<Stat>, Errno> {
 pub(super) fn mtime_ns(stat: &Stat) -> i64 {
     i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec))
         .unwrap_or(i64::MAX)
+}
+
+/// Nanoseconds since the epoch at which the inode at `name` in `dir` was made, if the file system remembers.
+pub(super) fn birth_ns(dir: &OwnedFd, name: &str) -> Result<Option<i64>, Errno> {
+    let stat = fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME)?;
+    if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        return Ok(None);
+    }
+    let born = i128::from(stat.stx_btime.tv_sec) * 1_000_000_000 + i128::from(stat.stx_btime.tv_nsec);
+    Ok(i64::try_from(born).ok())
 }
 
 /// Times to set: that modification time, and the access time left alone.

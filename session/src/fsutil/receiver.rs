@@ -19,12 +19,18 @@ use super::{Progress, TransferError, fsops, path};
 /// Files that a peer may keep open at once; senders interleave a handful.
 const MAX_OPEN: usize = 256;
 
+/// How long a file must have been as it is when it was received for its time to tell it from others, in nanoseconds.
+const SETTLED_NS: i64 = 2_000_000_000;
+
 /// What happens to entries of the directory that the transfer does not mention, and to those that look the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ReceiveMode {
     /// The directory becomes equal to the listing: extras are deleted, entries with the same metadata are kept.
     #[default]
     Mirror,
+    /// As `Mirror`, for a directory that may have been filled from another one: a file whose metadata another file
+    /// could have by chance is requested too. See [`Receiver::settled`].
+    MirrorWary,
     /// As `Mirror`, but every file's content is requested, whatever its metadata (wire: `local.differ=none`).
     MirrorAll,
     /// Entries are added or replaced, nothing is deleted, every file's content is requested.
@@ -220,8 +226,13 @@ impl Receiver {
             }
             FileType::RegularFile => {
                 self.files.insert(self.hasher.hash_one(&stat.path));
-                let keep = self.options.mode == ReceiveMode::Mirror;
-                if keep && found.is_some_and(|found| self.same(&found, &stat, posix)) {
+                let same = found.is_some_and(|found| self.same(&found, &stat, posix));
+                let keep = match self.options.mode {
+                    ReceiveMode::Mirror => same,
+                    ReceiveMode::MirrorWary => same && self.settled(&stat, &parent, &name)?,
+                    ReceiveMode::MirrorAll | ReceiveMode::Merge => false,
+                };
+                if keep {
                     return Ok(None);
                 }
                 self.wanted.insert(id, Wanted { stat, meta });
@@ -433,6 +444,19 @@ impl Receiver {
             && (!device
                 || (i64::from(fs::major(found.st_rdev)), i64::from(fs::minor(found.st_rdev)))
                     == (stat.devmajor, stat.devminor))
+    }
+
+    /// Whether only the file that was received can have this metadata. Archives and reproducible builds give many files
+    /// one whole second; and files written in one go, each to its own directory, may share a tick of the clock, but by
+    /// the time at which one that has lain there for a while was received, the other one was there too.
+    fn settled(&mut self, stat: &Stat, parent: &str, name: &str) -> Result<bool, TransferError> {
+        if stat.mod_time % 1_000_000_000 == 0 {
+            return Ok(false);
+        }
+        let dir = open_cached(&self.root, &mut self.top, parent)?;
+        let born =
+            fsops::birth_ns(dir, name).map_err(|error| TransferError::io("stat", &stat.path, error))?;
+        Ok(born.is_some_and(|born| born.saturating_sub(stat.mod_time) >= SETTLED_NS))
     }
 
     fn same_owner(&self, found: &fs::Stat, stat: &Stat) -> bool {

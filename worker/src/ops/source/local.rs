@@ -88,10 +88,11 @@ impl LocalSource {
         let failed = |err: &dyn std::fmt::Display| {
             Refusal::Failed(OpError::new(format!("local directory {}: {err}", self.request.dir_name)))
         };
-        // Without a shared key two clients' directories can't be told apart: metadata proves nothing then.
-        let mode = match self.every_file || session.shared_key().is_empty() {
-            true => ReceiveMode::MirrorAll,
-            false => ReceiveMode::Mirror,
+        // buildctl sends no shared key: all its directories of one name meet in one copy.
+        let mode = match (self.every_file, session.shared_key()) {
+            (true, _) => ReceiveMode::MirrorAll,
+            (false, "") => ReceiveMode::MirrorWary,
+            (false, _) => ReceiveMode::Mirror,
         };
         let key = format!("{}\0{}\0{}", self.request.dir_name, self.hint, session.shared_key());
         let description = format!("local source for {}", self.request.dir_name);
