@@ -3,6 +3,7 @@
 //! stay for a while (see [`Store::forget_gone`]); whoever loads such a result learns that it is gone.
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use crate::error::Result;
@@ -191,20 +192,10 @@ impl Shared {
         let mut rubbish = Vec::new();
         match place {
             Place::Snapshot => {
-                let Some(record) = Record::load(self.kv.as_ref(), id)? else { return Ok(false) };
-                if self.snapshots.is_held(id)
-                    || record::any_ref(self.kv.as_ref(), &values::key(b's', id, ""))?
-                {
+                if !self.forget_snapshot(id, &mut batch, &mut rubbish)? {
                     return Ok(false);
                 }
                 rubbish.push(self.root.join("snapshots").join(id));
-                for digest in self.blob_digests(id)? {
-                    if !self.blobs.is_held(&digest) && !self.has_other_user(&digest, id)? {
-                        blobs::erase(&mut batch, &digest);
-                        rubbish.push(blobs::file_path(&self.root, &digest));
-                    }
-                }
-                record.erase(self.kv.as_ref(), &mut batch, id)?;
                 gone::note(&mut batch);
                 evictions::note(&mut batch, id, rule);
             }
@@ -232,6 +223,28 @@ impl Shared {
         for path in rubbish {
             self.discard(&path);
         }
+        Ok(true)
+    }
+
+    /// Adds to `batch` the removal of a snapshot's record and of all that goes with it, and to `rubbish` its blobs'
+    /// files; false if something uses it. The caller keeps others out.
+    pub(crate) fn forget_snapshot(
+        &self,
+        id: &str,
+        batch: &mut Batch,
+        rubbish: &mut Vec<PathBuf>,
+    ) -> Result<bool> {
+        let Some(record) = Record::load(self.kv.as_ref(), id)? else { return Ok(false) };
+        if self.snapshots.is_held(id) || record::any_ref(self.kv.as_ref(), &values::key(b's', id, ""))? {
+            return Ok(false);
+        }
+        for digest in self.blob_digests(id)? {
+            if !self.blobs.is_held(&digest) && !self.has_other_user(&digest, id)? {
+                blobs::erase(batch, &digest);
+                rubbish.push(blobs::file_path(&self.root, &digest));
+            }
+        }
+        record.erase(self.kv.as_ref(), batch, id)?;
         Ok(true)
     }
 

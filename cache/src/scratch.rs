@@ -22,6 +22,13 @@ impl ScratchDir {
         Ok(Self { shared: Arc::clone(shared), path, kept: false })
     }
 
+    /// Makes one of a directory of the store.
+    pub(crate) fn of(shared: &Arc<Shared>, dir: &Path) -> Result<Self> {
+        let path = shared.staging().join(fsx::random_id());
+        fsx::rename(dir, &path)?;
+        Ok(Self { shared: Arc::clone(shared), path, kept: false })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

@@ -134,7 +134,7 @@ pub(crate) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
 }
 
 /// A directory looks as its uppermost layer has it.
-fn copy_attributes(src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(crate) fn copy_attributes(src: BorrowedFd<'_>, dst: BorrowedFd<'_>) -> Result<(), Errno> {
     let stat = rustix::fs::fstat(src)?;
     rustix::fs::fchown(dst, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
     rustix::fs::fchmod(dst, Mode::from_raw_mode(stat.st_mode & 0o7777))?;

@@ -131,6 +131,11 @@ pub fn record_files(layer: &SnapshotRef, files: impl IntoIterator<Item = (Vec<u8
     cache::add_files(layer, files.into_iter().collect())
 }
 
+/// The digests of a layer's files that are known, in the form that [`record_files`] takes.
+pub fn known_files(layer: &SnapshotRef) -> Result<std::collections::BTreeMap<Vec<u8>, [u8; 32]>> {
+    Ok(cache::files(layer)?.iter().map(|(path, digest)| (path.clone(), *digest)).collect())
+}
+
 /// blake3 over a tag and parts, none of which can run into the next.
 fn tagged(tag: &[u8], parts: &[&[u8]]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();

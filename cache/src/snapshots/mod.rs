@@ -87,6 +87,30 @@ impl Snapshots {
         Ok(Staged { scratch, fs, work: OnceLock::new(), parent: parent.cloned() })
     }
 
+    /// Ends a snapshot that nothing uses and gives its directory, to make its successor of it. `None` if something
+    /// uses it, or if it is anything but one layer with its files and nothing below. What was recorded as its content
+    /// goes with it.
+    pub fn take_over(&self, id: &str) -> Result<Option<Staged>> {
+        let _guard = self.shared.exclusive();
+        self.shared.check_open()?;
+        let plain = |record: &Record| record.filled && !record.stack && record.bases.is_empty();
+        if !Record::load(self.shared.kv.as_ref(), id)?
+            .is_some_and(|record| plain(&record) && record.lazy.is_none())
+        {
+            return Ok(None);
+        }
+        let (mut batch, mut rubbish) = (Batch::new(), Vec::new());
+        if !self.shared.forget_snapshot(id, &mut batch, &mut rubbish)? {
+            return Ok(None);
+        }
+        self.shared.usage.forget(id);
+        self.shared.kv.write_freeing(batch)?;
+        rubbish.iter().for_each(|path| self.shared.discard(path));
+        let scratch = ScratchDir::of(&self.shared, &self.shared.root.join("snapshots").join(id))?;
+        let fs = scratch.path().join("fs");
+        Ok(Some(Staged { scratch, fs, work: OnceLock::new(), parent: None }))
+    }
+
     /// Turns a staged directory into a snapshot. No mount may have it as upper directory any more. What opaque
     /// directories hide of the parent, the snapshot hides name by name.
     pub fn commit(&self, staged: Staged, meta: SnapshotMeta) -> Result<SnapshotRef> {

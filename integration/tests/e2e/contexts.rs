@@ -124,6 +124,7 @@ fn an_image_of_a_layout_takes_the_place_of_another() {
     std::fs::remove_file(&path).expect("remove");
     fresh.build(context.path(), &[&from(":latest")]).fails(&[&layer, "No such file"]);
     std::fs::write(tools::blob(&copy, &digest), "{}").expect("write");
+    let fresh = Kiln::with_mirror("127.0.0.1:1");
     fresh.build(context.path(), &[&from(":latest")]).fails(&[&format!("expected {digest}")]);
     // What the other daemon has it has.
     build(&kiln, &context, &[&from(&format!("@{digest}"))]);

@@ -10,6 +10,7 @@ mod contexts;
 mod crash;
 mod crowd;
 mod early_cutoff;
+mod edited_contexts;
 mod errors;
 mod explain;
 mod failed_steps;

@@ -54,6 +54,8 @@ pub enum ChangeKind {
     Written,
     /// It is gone, with all below it.
     Deleted,
+    /// A directory's time was set, which alone is no change: it differed, or something in the directory changed.
+    Touched,
 }
 
 /// One change to the directory.
@@ -63,6 +65,8 @@ pub struct Change {
     pub path: String,
     /// What happened to it.
     pub kind: ChangeKind,
+    /// blake3 of a regular file's content that came with this transfer.
+    pub digest: Option<[u8; 32]>,
 }
 
 /// How to receive.
@@ -125,6 +129,8 @@ struct Wanted {
 struct Writing {
     file: File,
     dir: OwnedFd,
+    /// Of what was written so far, where somebody wants to know.
+    hasher: Option<blake3::Hasher>,
 }
 
 /// The state of one receiving transfer.
@@ -263,9 +269,14 @@ impl Receiver {
             }
             let dir = open_cached(&self.root, &mut self.parent, parent)?;
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let hash = self.options.on_change.is_some();
             let create = || -> Result<Writing, std::io::Error> {
                 let file = fs::openat(dir, temp.as_str(), flags, Mode::from_raw_mode(0o600))?;
-                Ok(Writing { file: file.into(), dir: dir.try_clone()? })
+                Ok(Writing {
+                    file: file.into(),
+                    dir: dir.try_clone()?,
+                    hasher: hash.then(blake3::Hasher::new),
+                })
             };
             let writing = create().map_err(|error| TransferError::io("create", &wanted.stat.path, error))?;
             self.writing.insert(id, writing);
@@ -273,6 +284,9 @@ impl Receiver {
         let Some(writing) = self.writing.get_mut(&id) else { return Ok(()) };
         if !data.is_empty() {
             self.received.bytes += data.len() as u64;
+            if let Some(hasher) = &mut writing.hasher {
+                hasher.update(data);
+            }
             return writing
                 .file
                 .write_all(data)
@@ -282,9 +296,10 @@ impl Receiver {
         dress(&writing.dir, &temp, &wanted.stat, self.options.ownership, self.options.mode)?;
         put(&writing.dir, &temp, name)
             .map_err(|error| TransferError::io("rename", &wanted.stat.path, error))?;
-        self.writing.remove(&id);
+        let written = self.writing.remove(&id);
+        let digest = written.and_then(|writing| writing.hasher).map(|hasher| *hasher.finalize().as_bytes());
         if let Some(Wanted { stat, meta }) = self.wanted.remove(&id) {
-            self.changed(stat.path, meta);
+            self.note(Change { path: stat.path, kind: ChangeKind::Written, digest }, meta);
         }
         Ok(())
     }
@@ -322,6 +337,9 @@ impl Receiver {
             } else {
                 fs::utimensat(dir, name, &fsops::times(meta.stat.mod_time), AtFlags::SYMLINK_NOFOLLOW)
                     .map_err(|error| TransferError::io("set times of", &meta.stat.path, error))?;
+                if let Some(on_change) = &mut self.options.on_change {
+                    on_change(Change { path: meta.stat.path, kind: ChangeKind::Touched, digest: None });
+                }
             }
         }
         Ok(self.received)
@@ -429,7 +447,7 @@ impl Receiver {
             }
             let path = path::join(&dir.path, &text);
             fsops::remove_all(&fd, &name).map_err(|error| TransferError::io("remove", &path, error))?;
-            self.note(Change { path, kind: ChangeKind::Deleted }, dir.meta);
+            self.note(Change { path, kind: ChangeKind::Deleted, digest: None }, dir.meta);
         }
         Ok(())
     }
@@ -480,7 +498,7 @@ impl Receiver {
     }
 
     fn changed(&mut self, path: String, meta: Option<usize>) {
-        self.note(Change { path, kind: ChangeKind::Written }, meta);
+        self.note(Change { path, kind: ChangeKind::Written, digest: None }, meta);
     }
 
     fn note(&mut self, change: Change, parent: Option<usize>) {

@@ -204,13 +204,13 @@ impl Walk<'_> {
             return Ok(None);
         }
         let new = rustix::io::fcntl_dupfd_cloexec(&frame.new, 0)?;
-        let path: Vec<OsString> = stack.iter().skip(1).map(|frame| frame.name.clone()).collect();
         make_out(stack)?;
+        let path = || stack.iter().skip(1).map(|frame| frame.name.as_os_str()).collect();
         let root =
             stack.first().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
         let out =
             stack.last().and_then(|frame| frame.out.as_ref()).map(|fd| fd.as_fd()).ok_or(Errno::NOENT)?;
-        let done = self.transfer.leaf(new.as_fd(), &name, &after, root, out, &name, &path);
+        let done = self.transfer.leaf(new.as_fd(), &name, &after, root, out, path);
         done.map(|()| None).map_err(|(_, errno)| errno)
     }
 }

@@ -5,20 +5,22 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use kiln_proto::pattern::{MatchInfo, PatternMatcher};
 use kiln_proto::pb;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::actions::{FileError, timestamp};
+use super::crew::{Crew, Ending, Job, Target};
 use super::modestr::ModeChange;
 use super::root::{
     NewDir, Owner, PathError, Place, Root, clean, lstat, open_child, open_subdir, read_names, remove_all,
     split,
 };
-use super::transfer::Transfer;
+use super::transfer::{Links, Style, hard_link};
 use super::{unpack, wildcard};
 
 const DEFAULT_DIR_MODE: u32 = 0o755;
@@ -174,8 +176,13 @@ fn copy_one(
         to = dst.place(&dest_clean, true).map_err(dest_failed)?;
     }
 
-    let transfer = Transfer::new(options.owner, options.mode.clone(), options.time);
-    let mut copier = Copier { options, required, cancel, transfer, stack: Vec::new(), source, base: &to };
+    let style = Style { owner: options.owner, mode: options.mode.clone(), time: options.time };
+    let crew = Crew::new(style);
+    let dir = rustix::io::fcntl_dupfd_cloexec(&to.dir, 0).map_err(dest_failed)?;
+    let below = crew.target(dir, String::new(), None, None);
+    let links = Links::default();
+    let copier =
+        Copier { crew, options, required, cancel, links, stack: Vec::new(), source, base: &to, below };
     copier.run(&from, from_stat)?;
     for made in made.iter().chain([&made_before]) {
         made.restore_times(options.time).map_err(mkdir_failed)?;
@@ -185,16 +192,18 @@ fn copy_one(
 
 /// A directory that is being copied.
 struct Frame {
-    src: OwnedFd,
+    src: Arc<OwnedFd>,
     stat: Stat,
     /// Not there yet if the directory itself is not included.
-    dst: Option<OwnedFd>,
+    dst: Option<Arc<Target>>,
     /// Its name in the frame before (or in the base).
     name: OsString,
-    /// Its metadata is copied when its content is.
+    /// Its metadata is copied when its content is, also if it was there before.
     apply: bool,
-    /// It was there before and keeps all but its times.
-    keep: bool,
+    /// It was made by this copy, so nothing can stand in the way in it.
+    made: bool,
+    /// The source's path, for messages.
+    shown: Arc<str>,
     /// Path below the source, for patterns.
     rel: String,
     names: std::vec::IntoIter<OsString>,
@@ -203,17 +212,21 @@ struct Frame {
 }
 
 struct Copier<'a> {
+    /// Goes first: when the copy breaks off nobody goes on with it.
+    crew: Crew,
     options: &'a Options,
     required: &'a mut Required,
     cancel: &'a CancellationToken,
-    transfer: Transfer,
+    links: Links,
     stack: Vec<Frame>,
     source: &'a str,
     base: &'a Place,
+    /// The base's directory.
+    below: Arc<Target>,
 }
 
 impl Copier<'_> {
-    fn run(&mut self, from: &Place, stat: Stat) -> Result<(), FileError> {
+    fn run(mut self, from: &Place, stat: Stat) -> Result<(), FileError> {
         self.entry(from.dir.as_fd(), &from.name, Some(stat))?;
         while let Some(frame) = self.stack.last_mut() {
             if self.cancel.is_cancelled() {
@@ -221,26 +234,23 @@ impl Copier<'_> {
             }
             match frame.names.next() {
                 Some(name) => {
-                    let dir = rustix::io::fcntl_dupfd_cloexec(&frame.src, 0)
-                        .map_err(|e| self.failed("dup", &name, e))?;
+                    let dir = frame.src.clone();
                     self.entry(dir.as_fd(), &name, None)?;
                 }
-                None => self.finish()?,
+                // Its target ends when all files in it are there.
+                None => drop(self.stack.pop()),
             }
         }
-        Ok(())
+        let Self { crew, below, .. } = self;
+        drop(below);
+        crew.finish()
     }
 
     fn failed(&self, call: &'static str, name: &OsStr, errno: Errno) -> PathError {
-        let mut path = self.source.trim_end_matches('/').to_owned();
-        if let Some(frame) = self.stack.last() {
-            if !frame.rel.is_empty() {
-                path.push('/');
-                path.push_str(&frame.rel);
-            }
-            path.push('/');
-            path.push_str(&name.to_string_lossy());
-        }
+        let path = match self.stack.last() {
+            Some(frame) => format!("{}/{}", frame.shown, name.to_string_lossy()),
+            None => self.source.trim_end_matches('/').to_owned(),
+        };
         PathError { call, path, source: errno }
     }
 
@@ -287,19 +297,16 @@ impl Copier<'_> {
             return Ok(());
         }
         self.make_parents()?;
-        let dst = self.target_dir().map_err(|e| self.failed("open", name, e))?;
         let target = self.target_name(name).to_owned();
-        self.clear_target(dst.as_fd(), &target)?;
-        self.leaf(src_dir, name, &stat, dst.as_fd(), &target)
-    }
-
-    /// The directory that holds the target of the current entry.
-    fn target_dir(&self) -> Result<OwnedFd, Errno> {
-        match self.stack.last() {
-            Some(Frame { dst: Some(dst), .. }) => rustix::io::fcntl_dupfd_cloexec(dst, 0),
-            Some(_) => Err(Errno::NOENT),
-            None => rustix::io::fcntl_dupfd_cloexec(&self.base.dir, 0),
+        let (dst, made) = match self.stack.last() {
+            Some(Frame { dst: Some(dst), made, .. }) => (dst.clone(), *made),
+            Some(_) => return Err(self.failed("open", name, Errno::NOENT).into()),
+            None => (self.below.clone(), false),
+        };
+        if !made {
+            self.clear_target(dst.fd().as_fd(), &target)?;
         }
+        self.leaf(src_dir, name, stat, dst, target)
     }
 
     fn target_name<'n>(&'n self, name: &'n OsStr) -> &'n OsStr {
@@ -321,13 +328,18 @@ impl Copier<'_> {
             .map_err(|e| self.failed("open", name, e))?;
         let names = read_names(src.as_fd()).map_err(|e| self.failed("read", name, e))?;
         let top = self.stack.is_empty();
+        let shown = match rel.as_str() {
+            "" => self.source.trim_end_matches('/').into(),
+            rel => format!("{}/{rel}", self.source.trim_end_matches('/')).into(),
+        };
         let frame = Frame {
-            src,
+            src: Arc::new(src),
             stat,
             dst: None,
             name: self.target_name(name).to_owned(),
             apply: included && !top,
-            keep: false,
+            made: false,
+            shown,
             rel,
             names: names.into_iter(),
             include,
@@ -346,7 +358,7 @@ impl Copier<'_> {
             let parent = match depth {
                 0 => self.base.dir.as_fd(),
                 _ => match &self.stack[depth - 1].dst {
-                    Some(dst) => dst.as_fd(),
+                    Some(dst) => dst.fd().as_fd(),
                     None => continue,
                 },
             };
@@ -370,10 +382,14 @@ impl Copier<'_> {
                 rustix::fs::mkdirat(parent, &name, Mode::from_raw_mode(0o700)).map_err(failed)?;
             }
             let dst = open_child(parent, &name, OFlags::RDONLY | OFlags::DIRECTORY).map_err(failed)?;
+            let above = depth.checked_sub(1).and_then(|above| self.stack[above].dst.clone());
             let frame = &mut self.stack[depth];
-            frame.apply |= there.is_none();
-            frame.keep = !frame.apply;
-            frame.dst = Some(dst);
+            frame.made = there.is_none();
+            let ending = match frame.apply || frame.made {
+                true => Ending::Dress { from: frame.src.clone(), stat: frame.stat },
+                false => Ending::Time(frame.stat),
+            };
+            frame.dst = Some(self.crew.target(dst, frame.rel.clone(), Some(ending), above));
         }
         Ok(())
     }
@@ -398,30 +414,32 @@ impl Copier<'_> {
 
     fn leaf(
         &mut self,
-        src_dir: BorrowedFd<'_>,
+        src: BorrowedFd<'_>,
         name: &OsStr,
-        stat: &Stat,
-        dst: BorrowedFd<'_>,
-        target: &OsStr,
+        stat: Stat,
+        dst: Arc<Target>,
+        target: OsString,
     ) -> Result<(), FileError> {
-        let path: Vec<OsString> = self.stack.iter().skip(1).map(|frame| frame.name.clone()).collect();
-        let root = self.stack.first().and_then(|frame| frame.dst.as_ref()).map_or(dst, |fd| fd.as_fd());
-        let done = self.transfer.leaf(src_dir, name, stat, root, dst, target, &path);
-        done.map_err(|(call, errno)| self.failed(call, name, errno).into())
-    }
-
-    /// The content of the topmost directory is done.
-    fn finish(&mut self) -> Result<(), FileError> {
-        let Some(frame) = self.stack.pop() else { return Ok(()) };
-        let Some(dst) = &frame.dst else { return Ok(()) };
-        let failed = |errno| PathError::new("chmod", &frame.rel, errno);
-        if frame.apply {
-            self.transfer.attributes(&frame.stat, frame.src.as_fd(), dst.as_fd()).map_err(failed)?;
-        } else if frame.keep {
-            let time = self.transfer.time_of(&frame.stat);
-            let times = Timestamps { last_access: time, last_modification: time };
-            rustix::fs::futimens(dst, &times).map_err(failed)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            let done = self.crew.style().special(src, name, &stat, dst.fd().as_fd(), &target);
+            return done.map_err(|(call, errno)| self.failed(call, name, errno).into());
         }
-        Ok(())
+        let names = self.stack.iter().skip(1).map(|frame| frame.name.as_os_str());
+        let path = || names.chain([target.as_os_str()]).collect();
+        if let Some(first) = self.links.find(&stat, path) {
+            // It may be on its way still.
+            self.crew.wait()?;
+            let root = self.stack.first().and_then(|frame| frame.dst.as_ref()).unwrap_or(&dst);
+            let done = hard_link(root.fd().as_fd(), first, dst.fd().as_fd(), &target);
+            return done.map_err(|(call, errno)| self.failed(call, name, errno).into());
+        }
+        let (src, dir) = match self.stack.last() {
+            Some(frame) => (frame.src.clone(), frame.shown.clone()),
+            None => {
+                let src = rustix::io::fcntl_dupfd_cloexec(src, 0).map_err(|e| self.failed("dup", name, e))?;
+                (Arc::new(src), split(self.source).0.trim_end_matches('/').into())
+            }
+        };
+        self.crew.copy(Job { src, name: name.to_owned(), stat, dst, target, dir })
     }
 }

@@ -5,6 +5,7 @@
 
 mod actions;
 mod copy;
+mod crew;
 mod describe;
 mod engine;
 mod modestr;

@@ -1,9 +1,12 @@
 //! Copies single entries from one directory to another: content, links, devices and metadata.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::collections::hash_map::Entry;
+use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
@@ -16,27 +19,53 @@ use super::root::{Owner, chmod, chown, open_child, utimes};
 /// The call that failed, and how.
 pub(crate) type Failed = (&'static str, Errno);
 
-/// Copies entries of one tree; files that were one inode there become one inode here.
-#[derive(Default)]
-pub(crate) struct Transfer {
+/// Files of up to this many bytes are copied through a buffer.
+const SMALL: usize = 64 << 10;
+
+/// How copies differ from their originals.
+#[derive(Clone, Default)]
+pub(crate) struct Style {
     /// Who owns the copies; without, who owns the originals.
     pub(crate) owner: Option<Owner>,
     /// How the copies' permissions differ from the originals'.
     pub(crate) mode: Option<ModeChange>,
     /// Time of the copies; without, that of the originals.
     pub(crate) time: Option<Timespec>,
-    /// First copy of each inode that has several names: its path below the root of the copy.
-    links: HashMap<(u64, u64), Vec<OsString>>,
+}
+
+/// First copy of each inode that has several names: its path below the root of the copy.
+#[derive(Default)]
+pub(crate) struct Links {
+    first: HashMap<(u64, u64), PathBuf>,
+}
+
+/// Copies entries of one tree; files that were one inode there become one inode here.
+#[derive(Default)]
+pub(crate) struct Transfer {
+    style: Style,
+    links: Links,
+    buffer: Vec<u8>,
+}
+
+impl Links {
+    /// Where the first copy of this inode is. If there is none, the one that `path` names is it from now on.
+    pub(crate) fn find(&mut self, stat: &Stat, path: impl FnOnce() -> PathBuf) -> Option<&Path> {
+        if stat.st_nlink < 2 {
+            return None;
+        }
+        match self.first.entry((stat.st_dev, stat.st_ino)) {
+            Entry::Occupied(first) => Some(first.into_mut()),
+            Entry::Vacant(place) => {
+                place.insert(path());
+                None
+            }
+        }
+    }
 }
 
 impl Transfer {
-    pub(crate) fn new(owner: Option<Owner>, mode: Option<ModeChange>, time: Option<Timespec>) -> Self {
-        Self { owner, mode, time, links: HashMap::new() }
-    }
-
-    /// Copies something that is no directory to `target` in `dst`, where nothing may be. `root` is where `path`,
+    /// Copies something that is no directory to the same name in `dst`, where nothing may be. `root` is where `path`,
     /// the directories that lead from there to `dst`, starts.
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn leaf(
         &mut self,
         src: BorrowedFd<'_>,
@@ -44,12 +73,40 @@ impl Transfer {
         stat: &Stat,
         root: BorrowedFd<'_>,
         dst: BorrowedFd<'_>,
+        path: impl FnOnce() -> PathBuf,
+    ) -> Result<(), Failed> {
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return self.style.special(src, name, stat, dst, name);
+        }
+        match self.links.find(stat, || path().join(name)) {
+            Some(first) => hard_link(root, first, dst, name),
+            None => self.style.file(src, name, stat, dst, name, &mut self.buffer),
+        }
+    }
+
+    /// As [`Style::attributes`].
+    pub(crate) fn attributes(
+        &self,
+        stat: &Stat,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+    ) -> Result<(), Errno> {
+        self.style.attributes(stat, from, to)
+    }
+}
+
+impl Style {
+    /// Copies what is neither a directory nor a regular file.
+    pub(crate) fn special(
+        &self,
+        src: BorrowedFd<'_>,
+        name: &OsStr,
+        stat: &Stat,
+        dst: BorrowedFd<'_>,
         target: &OsStr,
-        path: &[OsString],
     ) -> Result<(), Failed> {
         let kind = FileType::from_raw_mode(stat.st_mode);
         match kind {
-            FileType::RegularFile => return self.file(src, name, stat, root, dst, target, path),
             FileType::Symlink => {
                 let link = rustix::fs::readlinkat(src, name, Vec::new()).map_err(|e| ("readlink", e))?;
                 rustix::fs::symlinkat(link.as_c_str(), dst, target).map_err(|e| ("symlink", e))?;
@@ -68,35 +125,24 @@ impl Transfer {
         utimes(dst, target, self.time_of(stat)).map_err(|e| ("utimes", e))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn file(
-        &mut self,
+    /// Copies a regular file with its content. `buffer` is for whatever the call needs.
+    pub(crate) fn file(
+        &self,
         src: BorrowedFd<'_>,
         name: &OsStr,
         stat: &Stat,
-        root: BorrowedFd<'_>,
         dst: BorrowedFd<'_>,
         target: &OsStr,
-        path: &[OsString],
+        buffer: &mut Vec<u8>,
     ) -> Result<(), Failed> {
-        let inode = (stat.st_dev, stat.st_ino);
-        if stat.st_nlink > 1
-            && let Some(first) = self.links.get(&inode)
-        {
-            return hard_link(root, first, dst, target).map_err(|e| ("link", e));
-        }
         let mut from = File::from(open_child(src, name, OFlags::RDONLY).map_err(|e| ("open", e))?);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let to =
             rustix::fs::openat(dst, target, flags, Mode::from_raw_mode(0o600)).map_err(|e| ("open", e))?;
         let mut to = File::from(to);
-        std::io::copy(&mut from, &mut to)
+        content(&mut from, &mut to, stat, buffer)
             .map_err(|err| ("copy", Errno::from_io_error(&err).unwrap_or(Errno::IO)))?;
-        self.attributes(stat, from.as_fd(), to.as_fd()).map_err(|e| ("chmod", e))?;
-        if stat.st_nlink > 1 {
-            self.links.insert(inode, path.iter().cloned().chain([target.to_owned()]).collect());
-        }
-        Ok(())
+        self.attributes(stat, from.as_fd(), to.as_fd()).map_err(|e| ("chmod", e))
     }
 
     /// Metadata of a file or directory: owner, then extended attributes, then mode and times, since each
@@ -136,20 +182,45 @@ impl Transfer {
     }
 }
 
+/// Copies all that is in a file.
+fn content(from: &mut File, to: &mut File, stat: &Stat, buffer: &mut Vec<u8>) -> std::io::Result<()> {
+    match usize::try_from(stat.st_size) {
+        Ok(0) => Ok(()),
+        // Less work for the kernel than sharing so little between the files.
+        Ok(size) if size <= SMALL => {
+            buffer.resize(SMALL, 0);
+            let mut left = size;
+            while left > 0 {
+                match from.read(&mut buffer[..left])? {
+                    0 => break,
+                    count => {
+                        to.write_all(&buffer[..count])?;
+                        left -= count;
+                    }
+                }
+            }
+            Ok(())
+        }
+        _ => std::io::copy(from, to).map(drop),
+    }
+}
+
 /// Links to an earlier copy. All its directories were made or checked by the copy, so none may be a symlink.
-fn hard_link(
+pub(crate) fn hard_link(
     root: BorrowedFd<'_>,
-    first: &[OsString],
+    first: &Path,
     dst: BorrowedFd<'_>,
     target: &OsStr,
-) -> Result<(), Errno> {
-    let Some((name, dirs)) = first.split_last() else { return Err(Errno::NOENT) };
-    let dir = std::iter::once(OsStr::new(".")).chain(dirs.iter().map(OsString::as_os_str));
-    let dir: std::path::PathBuf = dir.collect();
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    let dir = rustix::fs::openat2(root, &dir, flags, Mode::empty(), resolve)?;
-    rustix::fs::linkat(&dir, name, dst, target, AtFlags::empty())
+) -> Result<(), Failed> {
+    let link = || -> Result<(), Errno> {
+        let name = first.file_name().ok_or(Errno::NOENT)?;
+        let dir = Path::new(".").join(first.parent().unwrap_or(Path::new("")));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let dir = rustix::fs::openat2(root, &dir, flags, Mode::empty(), resolve)?;
+        rustix::fs::linkat(&dir, name, dst, target, AtFlags::empty())
+    };
+    link().map_err(|errno| ("link", errno))
 }
 
 /// Extended attributes of an open file or directory, without overlay's own, which are no content. A file

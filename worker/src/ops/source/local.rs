@@ -1,30 +1,25 @@
 //! The local source: a client's directory, through its session.
 //!
 //! A copy of the directory is kept by the client's shared key and brought up to date by what changed. The
-//! snapshot links the copy's files; the transfer replaces files and never writes into them. Where nothing
-//! changed the former snapshot is the result.
+//! snapshot links the copy's files; the transfer replaces files and never writes into them, and hashes what comes. Where
+//! nothing changed the former snapshot is the result.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use kiln_cache::{MutableDir, MutableKind, RecordType, Ref, SnapshotMeta};
+use kiln_cache::{MutableKind, Ref};
 use kiln_proto::pb;
-use kiln_session::fsutil::{ReceiveMode, ReceiveOptions};
+use kiln_session::fsutil::{ChangeKind, ReceiveMode, ReceiveOptions};
 use kiln_session::{FileSyncRequest, Session};
 use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use kiln_solver::progress::StatusHandle;
-use rustix::fs::{Mode, OFlags};
-use std::os::fd::AsFd;
 
-use super::{flag, strings};
-use crate::flat;
+use super::{flag, mirror, strings};
 use crate::ops::keys::KeyBuilder;
 use crate::ops::{BuildContext, SessionGroup, sessions};
-use crate::worker::{Layers, Worker};
+use crate::worker::Worker;
 
-/// Name under which a directory remembers the snapshot that shows its present state.
-const SNAPSHOT: &str = "snapshot";
 /// Progress is told at most this often.
 const INTERVAL: Duration = Duration::from_millis(100);
 
@@ -98,20 +93,23 @@ impl LocalSource {
         let description = format!("local source for {}", self.request.dir_name);
         let dirs = self.worker.store().mutable();
         let dir = dirs.open_alone(MutableKind::Local, &key, &description).map_err(|err| failed(&err))?;
-        let known = dir.kv(SNAPSHOT).map_err(|err| failed(&err))?;
+        let former = mirror::former(self.worker.layers(), &dir).map_err(|err| failed(&err))?;
 
         let status = format!("transferring {}:", self.request.dir_name);
         let meter = Arc::new(Meter::new(ctx.progress.status(&status, "transferring", 0)));
         let reporting = meter.clone();
         let (changing, mut noted) = (dir.clone(), false);
+        let changes = Arc::new(Mutex::new(Vec::new()));
+        let seen = changes.clone();
         let options = ReceiveOptions {
             mode,
             progress: Some(Arc::new(move |bytes| reporting.update(bytes))),
             // If this transfer breaks off, the next one must not take the former snapshot for the present state.
-            on_change: Some(Box::new(move |_| {
-                if !noted {
-                    noted = changing.set_kv(SNAPSHOT, b"").is_ok();
+            on_change: Some(Box::new(move |change| {
+                if !noted && change.kind != ChangeKind::Touched {
+                    noted = mirror::forget(&changing);
                 }
+                seen.lock().unwrap_or_else(PoisonError::into_inner).push(change);
             })),
             guard: Some(Box::new(dir.clone())),
             ..ReceiveOptions::default()
@@ -123,15 +121,13 @@ impl LocalSource {
             false => Refusal::Failed(sessions::error(&err)),
         })?;
 
-        let layers = self.worker.layers().clone();
-        if !received.changed()
-            && let Some(id) = known.and_then(|id| String::from_utf8(id).ok()).filter(|id| !id.is_empty())
-            && let Ok(Some(snapshot)) = layers.snapshots().get(&id)
-        {
-            return Ok(Some(snapshot));
+        if !received.changed() && former.is_some() {
+            return Ok(former);
         }
-        let taken = self.worker.on_files(move || snapshot(&layers, &dir, &description)).await;
-        taken.map_err(|err| failed(&err))?.map_err(|err| failed(&err))
+        let layers = self.worker.layers().clone();
+        let changes = std::mem::take(&mut *changes.lock().unwrap_or_else(PoisonError::into_inner));
+        let taken = move || mirror::snapshot(&layers, &dir, former, &changes, &description);
+        Ok(Some(self.worker.on_files(taken).await.map_err(|err| failed(&err))?.map_err(|err| failed(&err))?))
     }
 }
 
@@ -140,22 +136,6 @@ enum Refusal {
     /// It has no such directory; another may.
     NotShared(OpError),
     Failed(OpError),
-}
-
-/// Links the present state of the directory into a snapshot.
-fn snapshot(layers: &Layers, dir: &MutableDir, description: &str) -> Result<Ref, String> {
-    let text = |err: &dyn std::fmt::Display| err.to_string();
-    let staged = layers.snapshots().stage(None).map_err(|err| text(&err))?;
-    let open = |path: &std::path::Path| {
-        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|err| format!("{}: {err}", path.display()))
-    };
-    let target = open(staged.fs())?;
-    flat::overlay_onto(open(dir.path())?, target.as_fd()).map_err(|err| text(&err))?;
-    let meta = SnapshotMeta::of_type(RecordType::LocalSource, description);
-    let snapshot = layers.snapshots().commit(staged, meta).map_err(|err| text(&err))?;
-    dir.set_kv(SNAPSHOT, snapshot.id().as_bytes()).map_err(|err| text(&err))?;
-    Ok(Some(snapshot))
 }
 
 /// Tells how many bytes have come, now and then.

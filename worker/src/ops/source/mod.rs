@@ -4,6 +4,7 @@ pub(super) mod git;
 pub(super) mod http;
 mod image;
 mod local;
+mod mirror;
 
 use std::sync::Arc;
 

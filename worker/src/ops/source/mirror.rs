@@ -1,0 +1,183 @@
+//! The snapshots that show a client's directory: each is made of the one before it where nothing else uses that, else by
+//! linking all files of the copy. Owns what the copy remembers of its snapshot; knows nothing of sessions. Blocking.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use kiln_cache::contenthash;
+use kiln_cache::{MutableDir, RecordType, SnapshotMeta, SnapshotRef, Staged};
+use kiln_session::fsutil::{Change, ChangeKind};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::flat;
+use crate::ops::file::root::{lstat, open_child, remove_all};
+use crate::worker::Layers;
+
+/// Name under which a directory remembers the snapshot that shows its present state.
+const SNAPSHOT: &str = "snapshot";
+/// With more changes than this, all files are linked anew.
+const MAX_CHANGES: usize = 10_000;
+
+/// Digests of a snapshot's files, by path.
+type Digests = BTreeMap<Vec<u8>, [u8; 32]>;
+
+/// The snapshot that showed the directory's state when it was last brought up to date.
+pub(super) fn former(layers: &Layers, dir: &MutableDir) -> Result<Option<SnapshotRef>, String> {
+    let id = dir.kv(SNAPSHOT).map_err(text)?.and_then(|id| String::from_utf8(id).ok());
+    match id.filter(|id| !id.is_empty()) {
+        Some(id) => layers.snapshots().get(&id).map_err(text),
+        None => Ok(None),
+    }
+}
+
+/// To be called before anything is changed in the directory; true if it was noted.
+pub(super) fn forget(dir: &MutableDir) -> bool {
+    dir.set_kv(SNAPSHOT, b"").is_ok()
+}
+
+/// A snapshot of the directory's present state. `former` showed it before `changes` were made.
+pub(super) fn snapshot(
+    layers: &Layers,
+    dir: &MutableDir,
+    former: Option<SnapshotRef>,
+    changes: &[Change],
+    description: &str,
+) -> Result<SnapshotRef, String> {
+    let mut digests = match &former {
+        Some(former) => contenthash::known_files(former).map_err(text)?,
+        None => Digests::new(),
+    };
+    changes.iter().for_each(|change| note(&mut digests, change));
+    let id = former.map(|former| former.id().to_owned());
+    let advanced = match id.filter(|_| changes.len() <= MAX_CHANGES) {
+        Some(id) => advance(layers, dir, &id, changes).unwrap_or_else(|error| {
+            tracing::warn!(error, "a client's directory is linked anew");
+            None
+        }),
+        None => None,
+    };
+    let staged = match advanced {
+        Some(staged) => staged,
+        None => {
+            let staged = layers.snapshots().stage(None).map_err(text)?;
+            flat::overlay_onto(open(dir.path())?, open(staged.fs())?.as_fd()).map_err(text)?;
+            staged
+        }
+    };
+    let meta = SnapshotMeta::of_type(RecordType::LocalSource, description);
+    let snapshot = layers.snapshots().commit(staged, meta).map_err(text)?;
+    contenthash::record_files(&snapshot, digests).map_err(text)?;
+    dir.set_kv(SNAPSHOT, snapshot.id().as_bytes()).map_err(text)?;
+    Ok(snapshot)
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn open(path: &Path) -> Result<OwnedFd, String> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn note(digests: &mut Digests, change: &Change) {
+    let path = change.path.as_bytes();
+    match (change.kind, change.digest) {
+        (ChangeKind::Touched, _) => {}
+        (_, Some(digest)) => {
+            digests.insert(path.to_vec(), digest);
+        }
+        // A directory whose attributes changed loses nothing but time by this.
+        (_, None) => {
+            digests.remove(path);
+            let below = [path, b"/"].concat();
+            let gone: Vec<_> = digests
+                .range(below.clone()..)
+                .map(|(path, _)| path)
+                .take_while(|path| path.starts_with(&below))
+                .cloned()
+                .collect();
+            gone.iter().for_each(|path| {
+                digests.remove(path);
+            });
+        }
+    }
+}
+
+/// The former snapshot's directory with the changes made in it, too; `None` if it is in use.
+fn advance(
+    layers: &Layers,
+    dir: &MutableDir,
+    former: &str,
+    changes: &[Change],
+) -> Result<Option<Staged>, String> {
+    let Some(staged) = layers.snapshots().take_over(former).map_err(text)? else { return Ok(None) };
+    let pair = Pair { from: open(dir.path())?, to: open(staged.fs())? };
+    let mut dirs = BTreeSet::new();
+    for change in changes {
+        let path = Path::new(&change.path);
+        pair.entry(path).map_err(|errno| format!("{}: {errno}", change.path))?;
+        dirs.extend(path.ancestors().map(Path::to_owned));
+    }
+    // What is below comes first: changes in a directory change its time.
+    for path in dirs.iter().rev() {
+        pair.attributes(path).map_err(|errno| format!("{}: {errno}", path.display()))?;
+    }
+    Ok(Some(staged))
+}
+
+/// The copy, and the snapshot that is to look like it.
+struct Pair {
+    from: OwnedFd,
+    to: OwnedFd,
+}
+
+impl Pair {
+    /// Makes one entry what it is in the copy. Neither tree has a link in the place of a directory that the other
+    /// has, once the changes before this one are made.
+    fn entry(&self, path: &Path) -> Result<(), Errno> {
+        let (Some(name), parent) = (path.file_name(), path.parent()) else { return Ok(()) };
+        let Some(from) = subdir(&self.from, parent)? else { return Ok(()) };
+        let Some(to) = subdir(&self.to, parent)? else { return Err(Errno::NOENT) };
+        let is_dir = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        match lstat(from.as_fd(), name)? {
+            None => remove_all(to.as_fd(), name),
+            Some(stat) if is_dir(&stat) => match lstat(to.as_fd(), name)? {
+                Some(stat) if is_dir(&stat) => Ok(()),
+                _ => {
+                    remove_all(to.as_fd(), name)?;
+                    rustix::fs::mkdirat(&to, name, Mode::from_raw_mode(0o700))
+                }
+            },
+            Some(_) => {
+                remove_all(to.as_fd(), name)?;
+                rustix::fs::linkat(&from, name, &to, name, AtFlags::empty())
+            }
+        }
+    }
+
+    /// Gives a directory the attributes that it has in the copy, if it is one.
+    fn attributes(&self, path: &Path) -> Result<(), Errno> {
+        match (subdir(&self.from, Some(path))?, subdir(&self.to, Some(path))?) {
+            (Some(from), Some(to)) => flat::copy_attributes(from.as_fd(), to.as_fd()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A directory below `root`, through no link; `None` if there is none.
+fn subdir(root: &OwnedFd, path: Option<&Path>) -> Result<Option<OwnedFd>, Errno> {
+    let mut dir = rustix::io::fcntl_dupfd_cloexec(root, 0)?;
+    let names: Vec<OsString> = path.into_iter().flat_map(Path::iter).map(OsStr::to_owned).collect();
+    for name in names {
+        dir = match open_child(dir.as_fd(), &name, OFlags::RDONLY | OFlags::DIRECTORY) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+            Err(errno) => return Err(errno),
+        };
+    }
+    Ok(Some(dir))
+}
