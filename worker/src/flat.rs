@@ -84,6 +84,16 @@ fn gather(
 
 /// Applies one layer directory to a tree that has no whiteouts. Files are linked, not copied.
 pub(crate) fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
+    link(layer, root, false)
+}
+
+/// Makes an empty directory a layer like another one. Files are linked, not copied. Fails with `NOTSUP` on a layer that
+/// hides something below it.
+pub(crate) fn link_layer(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
+    link(layer, root, true)
+}
+
+fn link(layer: OwnedFd, root: BorrowedFd<'_>, only_adds: bool) -> Result<(), Errno> {
     struct Frame {
         src: OwnedFd,
         dst: OwnedFd,
@@ -101,15 +111,23 @@ pub(crate) fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), E
         let Some(stat) = lstat(src, &name)? else { continue };
         let kind = FileType::from_raw_mode(stat.st_mode);
         if is_whiteout(&stat) {
+            if only_adds {
+                return Err(Errno::NOTSUP);
+            }
             remove_all(dst, &name)?;
             continue;
         }
         if kind != FileType::Directory {
-            remove_all(dst, &name)?;
+            if !only_adds {
+                remove_all(dst, &name)?;
+            }
             rustix::fs::linkat(src, &name, dst, &name, AtFlags::empty())?;
             continue;
         }
         let child = open_child(src, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        if only_adds && is_opaque(child.as_fd()) {
+            return Err(Errno::NOTSUP);
+        }
         let there = lstat(dst, &name)?.map(|stat| FileType::from_raw_mode(stat.st_mode));
         if there.is_some() && (there != Some(FileType::Directory) || is_opaque(child.as_fd())) {
             remove_all(dst, &name)?;

@@ -14,6 +14,8 @@ use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
 
 const DOCKERFILE: &str = "FROM scratch\nCOPY tree /\n";
+/// The same on top of something.
+const ON_A_BASE: &str = "FROM scratch AS base\nCOPY base /\nFROM base\nCOPY tree /\n";
 
 /// What matters of a tree, by path: type, permissions, content or target, and the first of a file's names. Times are no
 /// content: a step is not run again for them.
@@ -115,15 +117,26 @@ fn edit(random: &mut StdRng, root: &Path) {
 }
 
 /// Edits and builds, with `build` filling the second directory from the first.
-fn check(seed: u64, build: impl Fn(&Path, &Path)) {
+fn check(seed: u64, dockerfile: &str, build: impl Fn(&Path, &Path)) {
     let mut random = StdRng::seed_from_u64(seed);
-    let context = Context::new(DOCKERFILE);
+    let context = Context::new(dockerfile);
     context.file("tree/a/b", "1").file("tree/c", "2");
+    context
+        .file("base/a/b", "below")
+        .file("base/a/base", "3")
+        .file("base/c", "below")
+        .file("base/d/base", "4");
     let tree = context.path().join("tree");
+    let base = match dockerfile {
+        ON_A_BASE => listing(&context.path().join("base")),
+        _ => BTreeMap::new(),
+    };
     for round in 0..16 {
         let out = TempDir::new().expect("temporary directory");
         build(context.path(), out.path());
-        assert_eq!(listing(out.path()), listing(&tree), "seed {seed}, round {round}");
+        let mut expected = base.clone();
+        expected.extend(listing(&tree));
+        assert_eq!(listing(out.path()), expected, "seed {seed}, round {round}");
         for _ in 0..random.random_range(1..6) {
             edit(&mut random, &tree);
         }
@@ -134,8 +147,8 @@ fn check(seed: u64, build: impl Fn(&Path, &Path)) {
 fn edits_of_every_kind_arrive() {
     let mut kiln = Kiln::with_mirror("127.0.0.1:1");
     kiln.start();
-    for seed in 0..4 {
-        check(seed, |context, out| {
+    for (seed, dockerfile) in (0..).zip([DOCKERFILE, DOCKERFILE, ON_A_BASE, ON_A_BASE, ON_A_BASE]) {
+        check(seed, dockerfile, |context, out| {
             kiln.build(context, &["-o", &format!("type=local,dest={}", out.display())]).ok();
         });
     }
@@ -156,7 +169,7 @@ fn directories_without_a_name_do_not_mix() {
         run(command.args(["--output", &format!("type=local,dest={}", out.display())]));
     };
     for seed in 0..2 {
-        check(seed, build);
+        check(seed, DOCKERFILE, build);
     }
     // As alike as they can be without being the same.
     let pair = ["one", "two"].map(|word| {

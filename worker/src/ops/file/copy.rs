@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::actions::{FileError, timestamp};
+use super::again::Only;
 use super::crew::{Crew, Ending, Job, Target};
 use super::modestr::ModeChange;
 use super::root::{
@@ -25,12 +26,13 @@ use super::{unpack, wildcard};
 
 const DEFAULT_DIR_MODE: u32 = 0o755;
 
-/// Copies what `action` names from `src` onto `dst`.
+/// Copies what `action` names from `src` onto `dst`; with `only`, of a source without patterns just that.
 pub(crate) fn copy(
     src: Root<'_>,
     dst: Root<'_>,
     action: &pb::FileActionCopy,
     owner: Option<Owner>,
+    only: Option<Only>,
     cancel: &CancellationToken,
 ) -> Result<(), FileError> {
     if !action.create_dest_path {
@@ -52,7 +54,7 @@ pub(crate) fn copy(
             false => Err(FileError::Text(format!("{} not found", clean(&action.src)))),
         };
     }
-    let options = Options::new(action, owner)?;
+    let options = Options { only, ..Options::new(action, owner)? };
     let mut required = Required::new(&action.required_paths);
     for source in &sources {
         if action.attempt_unpack_docker_compatibility
@@ -75,6 +77,8 @@ struct Options {
     include: Option<PatternMatcher>,
     exclude: Option<PatternMatcher>,
     new_dir: NewDir,
+    /// The rest is there already.
+    only: Option<Only>,
 }
 
 impl Options {
@@ -101,6 +105,7 @@ impl Options {
             include: matcher(&action.include_patterns, "includepatterns")?,
             exclude: matcher(&action.exclude_patterns, "excludepatterns")?,
             new_dir: NewDir { mode: dir_mode & 0o7777, owner, time },
+            only: None,
         })
     }
 }
@@ -282,6 +287,11 @@ impl Copier<'_> {
         let kind = FileType::from_raw_mode(stat.st_mode);
         if included && !rel.is_empty() {
             self.required.saw(self.source, &rel);
+        }
+        if let Some(only) = self.options.only.as_ref().filter(|_| !rel.is_empty())
+            && !(only.has(&rel) || kind == FileType::Directory && only.leads_on(&rel))
+        {
+            return Ok(());
         }
         if kind == FileType::Directory {
             let taken_back =

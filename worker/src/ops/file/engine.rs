@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 
-use kiln_cache::{Ref, SnapshotMeta, Staged};
+use kiln_cache::{Ref, SnapshotMeta, SnapshotRef, Staged};
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
 use tokio_util::sync::CancellationToken;
 
 use super::actions::{self, FileError};
+use super::again::{Only, Repeat};
 use super::copy;
 use super::plan::{Operand, Plan, Step, owner};
 use super::root::Root;
@@ -94,8 +95,13 @@ impl<'a> Engine<'a> {
         let plan = self.plan;
         let step = &plan.steps[index];
         self.open(step)?;
-        let live = self.base(step.base)?;
-        if let Err(error) = self.act(index, step, &live) {
+        let repeat = match self.actions {
+            [only] => Repeat::of(only, step, |operand| self.resolve(operand)),
+            _ => None,
+        };
+        let (live, linked) = self.base(step.base, repeat.as_ref())?;
+        let (layer, only) = linked.unzip();
+        if let Err(error) = self.act(index, step, &live, only) {
             self.made.insert(index, Made::Live(live));
             return Err(error);
         }
@@ -106,6 +112,12 @@ impl<'a> Engine<'a> {
             drop(view);
             let result =
                 self.layers.snapshots().commit(staged, SnapshotMeta::new(self.description)).map_err(text)?;
+            if let Some(layer) = layer {
+                layer.remeasure().map_err(text)?;
+            }
+            if let Some(repeat) = repeat {
+                repeat.note(&result);
+            }
             Made::Done(Some(result))
         };
         self.made.insert(index, made);
@@ -125,7 +137,7 @@ impl<'a> Engine<'a> {
         (0..self.actions.len()).map(&mut state).collect()
     }
 
-    fn act(&self, index: usize, step: &Step, live: &Live) -> Result<(), FileError> {
+    fn act(&self, index: usize, step: &Step, live: &Live, only: Option<Only>) -> Result<(), FileError> {
         let root = Root(live.view.fd());
         let action = &self.actions[index];
         let view = |operand: Operand| self.views.get(&operand).map(|view| Root(view.fd()));
@@ -139,29 +151,42 @@ impl<'a> Engine<'a> {
                 let Some(source) = step.source.and_then(view) else {
                     return Err(FileError::Text("copy has no source".into()));
                 };
-                copy::copy(source, root, action, owner, self.cancel)
+                copy::copy(source, root, action, owner, only, self.cancel)
             }
             None => Err(FileError::Text("unsupported: unknown kind of file action".into())),
         }
     }
 
-    /// The layer that an action writes: its base's own if nobody else sees that, else a new one on top.
-    fn base(&mut self, operand: Operand) -> Result<Live, FileError> {
+    /// The layer that an action writes: its base's own if nobody else sees that, else a new one on top. If that begins
+    /// as a former copy, with the layer which that made, and what is left to copy.
+    fn base(
+        &mut self,
+        operand: Operand,
+        repeat: Option<&Repeat<'_>>,
+    ) -> Result<(Live, Option<(SnapshotRef, Only)>), FileError> {
         if let Operand::Action(index) = operand
             && self.plan.steps[index].folded
             && let Some(Made::Live(live)) = self.made.remove(&index)
         {
-            return Ok(live);
+            return Ok((live, None));
         }
         let parent = self.resolve(operand);
-        let staged = self.layers.snapshots().stage(parent.as_ref()).map_err(text)?;
+        let snapshots = self.layers.snapshots();
+        let mut staged = snapshots.stage(parent.as_ref()).map_err(text)?;
+        let mut linked = None;
+        if let Some(repeat) = repeat.filter(|repeat| repeat.is_known()) {
+            linked = repeat.prepare(snapshots, &staged);
+            if linked.is_none() {
+                staged = snapshots.stage(parent.as_ref()).map_err(text)?;
+            }
+        }
         let below = self.layers.chain(&parent).map_err(text)?;
         let view = match below.is_empty() {
             true => View::directory(staged.fs(), below),
             false => View::writable(below, staged.fs(), staged.work().map_err(text)?),
         };
         let view = view.map_err(text)?;
-        Ok(Live { view, staged })
+        Ok((Live { view, staged }, linked))
     }
 
     /// Opens read-only views of what an action reads. Those of actions before stay for the next ones.

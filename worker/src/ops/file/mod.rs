@@ -4,6 +4,7 @@
 //! on roots that they know only as descriptors.
 
 mod actions;
+pub(crate) mod again;
 mod copy;
 mod crew;
 mod describe;
@@ -146,7 +147,7 @@ pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), 
         create_dest_path: true,
         ..Default::default()
     };
-    copy::copy(root::Root(from), root::Root(to), &action, None, &CancellationToken::new())
+    copy::copy(root::Root(from), root::Root(to), &action, None, None, &CancellationToken::new())
 }
 
 impl Op<Ref> for FileOp {

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
@@ -105,6 +106,19 @@ pub(crate) fn lstat(dir: BorrowedFd<'_>, name: &OsStr) -> Result<Option<Stat>, E
 /// Opens one name of a directory, never through a symlink.
 pub(crate) fn open_child(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// A directory below `root`, through no link; `None` if there is none. `path` has no `..`.
+pub(crate) fn descend(root: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>, Errno> {
+    let mut dir = rustix::io::fcntl_dupfd_cloexec(root, 0)?;
+    for name in path {
+        dir = match open_child(dir.as_fd(), name, OFlags::RDONLY | OFlags::DIRECTORY) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+            Err(errno) => return Err(errno),
+        };
+    }
+    Ok(Some(dir))
 }
 
 /// Opens anew what `found` (opened with `O_PATH`) stands for, if it is a regular file. Nothing else is opened at all: a

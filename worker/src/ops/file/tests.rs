@@ -69,7 +69,7 @@ impl Dirs {
 
     fn copy_as(&self, action: &pb::FileActionCopy, owner: Option<Owner>) -> Result<(), FileError> {
         with(self.src.path(), |src| {
-            with(self.dst.path(), |dst| copy::copy(src, dst, action, owner, &CancellationToken::new()))
+            with(self.dst.path(), |dst| copy::copy(src, dst, action, owner, None, &CancellationToken::new()))
         })
     }
 
@@ -428,7 +428,7 @@ fn a_cancelled_copy_ends() {
     let cancel = CancellationToken::new();
     cancel.cancel();
     let result = with(dirs.src(), |src| {
-        with(dirs.dst(), |dst| copy::copy(src, dst, &action("/d", "/x"), None, &cancel))
+        with(dirs.dst(), |dst| copy::copy(src, dst, &action("/d", "/x"), None, None, &cancel))
     });
     assert!(matches!(result, Err(FileError::Cancelled)));
 }

@@ -2,7 +2,6 @@
 //! linking all files of the copy. Owns what the copy remembers of its snapshot; knows nothing of sessions. Blocking.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -13,7 +12,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::flat;
-use crate::ops::file::root::{lstat, open_child, remove_all};
+use crate::ops::file::again::Notes;
+use crate::ops::file::root::{descend, lstat, remove_all};
 use crate::worker::Layers;
 
 /// Name under which a directory remembers the snapshot that shows its present state.
@@ -51,6 +51,9 @@ pub(super) fn snapshot(
         None => Digests::new(),
     };
     changes.iter().for_each(|change| note(&mut digests, change));
+    let mut copies = former.as_ref().map(Notes::of).unwrap_or_default();
+    let changed = changes.iter().filter(|change| change.kind != ChangeKind::Touched);
+    copies.add(changed.map(|change| change.path.as_str()));
     let id = former.map(|former| former.id().to_owned());
     let advanced = match id.filter(|_| changes.len() <= MAX_CHANGES) {
         Some(id) => advance(layers, dir, &id, changes).unwrap_or_else(|error| {
@@ -70,6 +73,7 @@ pub(super) fn snapshot(
     let meta = SnapshotMeta::of_type(RecordType::LocalSource, description);
     let snapshot = layers.snapshots().commit(staged, meta).map_err(text)?;
     contenthash::record_files(&snapshot, digests).map_err(text)?;
+    copies.keep(&snapshot);
     dir.set_kv(SNAPSHOT, snapshot.id().as_bytes()).map_err(text)?;
     Ok(snapshot)
 }
@@ -139,9 +143,9 @@ impl Pair {
     /// Makes one entry what it is in the copy. Neither tree has a link in the place of a directory that the other
     /// has, once the changes before this one are made.
     fn entry(&self, path: &Path) -> Result<(), Errno> {
-        let (Some(name), parent) = (path.file_name(), path.parent()) else { return Ok(()) };
-        let Some(from) = subdir(&self.from, parent)? else { return Ok(()) };
-        let Some(to) = subdir(&self.to, parent)? else { return Err(Errno::NOENT) };
+        let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else { return Ok(()) };
+        let Some(from) = descend(&self.from, parent)? else { return Ok(()) };
+        let Some(to) = descend(&self.to, parent)? else { return Err(Errno::NOENT) };
         let is_dir = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         match lstat(from.as_fd(), name)? {
             None => remove_all(to.as_fd(), name),
@@ -161,23 +165,9 @@ impl Pair {
 
     /// Gives a directory the attributes that it has in the copy, if it is one.
     fn attributes(&self, path: &Path) -> Result<(), Errno> {
-        match (subdir(&self.from, Some(path))?, subdir(&self.to, Some(path))?) {
+        match (descend(&self.from, path)?, descend(&self.to, path)?) {
             (Some(from), Some(to)) => flat::copy_attributes(from.as_fd(), to.as_fd()),
             _ => Ok(()),
         }
     }
-}
-
-/// A directory below `root`, through no link; `None` if there is none.
-fn subdir(root: &OwnedFd, path: Option<&Path>) -> Result<Option<OwnedFd>, Errno> {
-    let mut dir = rustix::io::fcntl_dupfd_cloexec(root, 0)?;
-    let names: Vec<OsString> = path.into_iter().flat_map(Path::iter).map(OsStr::to_owned).collect();
-    for name in names {
-        dir = match open_child(dir.as_fd(), &name, OFlags::RDONLY | OFlags::DIRECTORY) {
-            Ok(dir) => dir,
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-            Err(errno) => return Err(errno),
-        };
-    }
-    Ok(Some(dir))
 }
