@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kiln_cache::SnapshotRef;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -92,6 +93,17 @@ impl View {
         let failed = |source| ViewError::Directory { path: path.to_owned(), source };
         let fd = mount::clone_tree(path, false).map_err(failed)?;
         mount::set_attrs(fd.as_fd(), HARMLESS, false).map_err(failed)?;
+        Ok(Self { fd, _held: held })
+    }
+
+    /// The directory at `path` itself, not a mount of its own: files can be linked from and to it.
+    ///
+    /// # Errors
+    /// If it can't be opened.
+    pub(crate) fn plain(path: &Path, held: Vec<SnapshotRef>) -> Result<Self, ViewError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|source| ViewError::Open { path: path.to_owned(), source })?;
         Ok(Self { fd, _held: held })
     }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use kiln_cache::{RecordType, Ref, SnapshotRef, Snapshots, Staged};
+use kiln_cache::{RecordType, Ref, SnapshotRef, Snapshots, Staged, StoreError};
 use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
@@ -129,6 +129,11 @@ impl<'a> Repeat<'a> {
         Some(Self { action: copy, key, source, former })
     }
 
+    /// The client's directory.
+    pub(super) fn source(&self) -> &SnapshotRef {
+        &self.source
+    }
+
     /// Whether such a copy was made before.
     pub(super) fn is_known(&self) -> bool {
         self.former.is_some()
@@ -188,7 +193,8 @@ impl<'a> Repeat<'a> {
     }
 
     /// Remembers what the copy made.
-    pub(super) fn note(self, result: &SnapshotRef) {
+    pub(super) fn note(self, result: &SnapshotRef) -> Result<(), StoreError> {
+        self.source.remeasure()?;
         let _noting = NOTING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut notes = Notes::of(&self.source);
         notes.notes.retain(|note| note.key != self.key);
@@ -196,6 +202,7 @@ impl<'a> Repeat<'a> {
         let surplus = notes.notes.len().saturating_sub(MAX_NOTES);
         notes.notes.drain(..surplus);
         notes.keep(&self.source);
+        Ok(())
     }
 }
 

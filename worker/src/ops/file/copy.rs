@@ -26,13 +26,22 @@ use super::{unpack, wildcard};
 
 const DEFAULT_DIR_MODE: u32 = 0o755;
 
-/// Copies what `action` names from `src` onto `dst`; with `only`, of a source without patterns just that.
+/// What is known of a copy's source beside the action.
+#[derive(Debug, Default)]
+pub(crate) struct Origin {
+    /// Just this is copied, of a source without patterns: the rest is there already.
+    pub(crate) only: Option<Only>,
+    /// See [`Style::link`].
+    pub(crate) link: bool,
+}
+
+/// Copies what `action` names from `src` onto `dst`.
 pub(crate) fn copy(
     src: Root<'_>,
     dst: Root<'_>,
     action: &pb::FileActionCopy,
     owner: Option<Owner>,
-    only: Option<Only>,
+    from: Origin,
     cancel: &CancellationToken,
 ) -> Result<(), FileError> {
     if !action.create_dest_path {
@@ -54,7 +63,7 @@ pub(crate) fn copy(
             false => Err(FileError::Text(format!("{} not found", clean(&action.src)))),
         };
     }
-    let options = Options { only, ..Options::new(action, owner)? };
+    let options = Options { from, ..Options::new(action, owner)? };
     let mut required = Required::new(&action.required_paths);
     for source in &sources {
         if action.attempt_unpack_docker_compatibility
@@ -77,8 +86,7 @@ struct Options {
     include: Option<PatternMatcher>,
     exclude: Option<PatternMatcher>,
     new_dir: NewDir,
-    /// The rest is there already.
-    only: Option<Only>,
+    from: Origin,
 }
 
 impl Options {
@@ -105,7 +113,7 @@ impl Options {
             include: matcher(&action.include_patterns, "includepatterns")?,
             exclude: matcher(&action.exclude_patterns, "excludepatterns")?,
             new_dir: NewDir { mode: dir_mode & 0o7777, owner, time },
-            only: None,
+            from: Origin::default(),
         })
     }
 }
@@ -181,7 +189,12 @@ fn copy_one(
         to = dst.place(&dest_clean, true).map_err(dest_failed)?;
     }
 
-    let style = Style { owner: options.owner, mode: options.mode.clone(), time: options.time };
+    let style = Style {
+        owner: options.owner,
+        mode: options.mode.clone(),
+        time: options.time,
+        link: options.from.link,
+    };
     let crew = Crew::new(style);
     let dir = rustix::io::fcntl_dupfd_cloexec(&to.dir, 0).map_err(dest_failed)?;
     let below = crew.target(dir, String::new(), None, None);
@@ -288,7 +301,7 @@ impl Copier<'_> {
         if included && !rel.is_empty() {
             self.required.saw(self.source, &rel);
         }
-        if let Some(only) = self.options.only.as_ref().filter(|_| !rel.is_empty())
+        if let Some(only) = self.options.from.only.as_ref().filter(|_| !rel.is_empty())
             && !(only.has(&rel) || kind == FileType::Directory && only.leads_on(&rel))
         {
             return Ok(());

@@ -94,14 +94,22 @@ impl<'a> Engine<'a> {
         }
         let plan = self.plan;
         let step = &plan.steps[index];
-        self.open(step)?;
+        // An operation with more actions may write into what the first one made.
         let repeat = match self.actions {
             [only] => Repeat::of(only, step, |operand| self.resolve(operand)),
             _ => None,
         };
+        let link = repeat.is_some() && self.resolve(step.base).is_none();
+        if let (Some(operand), Some(repeat), true) = (step.source, &repeat, link) {
+            let source = repeat.source();
+            let view = View::plain(&source.dir(), vec![source.clone()]).map_err(text)?;
+            self.views.insert(operand, view);
+        }
+        self.open(step)?;
         let (live, linked) = self.base(step.base, repeat.as_ref())?;
         let (layer, only) = linked.unzip();
-        if let Err(error) = self.act(index, step, &live, only) {
+        let from = copy::Origin { only, link };
+        if let Err(error) = self.act(index, step, &live, from) {
             self.made.insert(index, Made::Live(live));
             return Err(error);
         }
@@ -116,7 +124,7 @@ impl<'a> Engine<'a> {
                 layer.remeasure().map_err(text)?;
             }
             if let Some(repeat) = repeat {
-                repeat.note(&result);
+                repeat.note(&result).map_err(text)?;
             }
             Made::Done(Some(result))
         };
@@ -137,7 +145,7 @@ impl<'a> Engine<'a> {
         (0..self.actions.len()).map(&mut state).collect()
     }
 
-    fn act(&self, index: usize, step: &Step, live: &Live, only: Option<Only>) -> Result<(), FileError> {
+    fn act(&self, index: usize, step: &Step, live: &Live, from: copy::Origin) -> Result<(), FileError> {
         let root = Root(live.view.fd());
         let action = &self.actions[index];
         let view = |operand: Operand| self.views.get(&operand).map(|view| Root(view.fd()));
@@ -151,7 +159,7 @@ impl<'a> Engine<'a> {
                 let Some(source) = step.source.and_then(view) else {
                     return Err(FileError::Text("copy has no source".into()));
                 };
-                copy::copy(source, root, action, owner, only, self.cancel)
+                copy::copy(source, root, action, owner, from, self.cancel)
             }
             None => Err(FileError::Text("unsupported: unknown kind of file action".into())),
         }
@@ -181,9 +189,10 @@ impl<'a> Engine<'a> {
             }
         }
         let below = self.layers.chain(&parent).map_err(text)?;
-        let view = match below.is_empty() {
-            true => View::directory(staged.fs(), below),
-            false => View::writable(below, staged.fs(), staged.work().map_err(text)?),
+        let view = match (below.is_empty(), repeat) {
+            (true, Some(_)) => View::plain(staged.fs(), below),
+            (true, None) => View::directory(staged.fs(), below),
+            (false, _) => View::writable(below, staged.fs(), staged.work().map_err(text)?),
         };
         let view = view.map_err(text)?;
         Ok((Live { view, staged }, linked))

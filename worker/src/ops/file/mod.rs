@@ -147,7 +147,14 @@ pub(crate) fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), 
         create_dest_path: true,
         ..Default::default()
     };
-    copy::copy(root::Root(from), root::Root(to), &action, None, None, &CancellationToken::new())
+    copy::copy(
+        root::Root(from),
+        root::Root(to),
+        &action,
+        None,
+        copy::Origin::default(),
+        &CancellationToken::new(),
+    )
 }
 
 impl Op<Ref> for FileOp {

@@ -69,7 +69,9 @@ impl Dirs {
 
     fn copy_as(&self, action: &pb::FileActionCopy, owner: Option<Owner>) -> Result<(), FileError> {
         with(self.src.path(), |src| {
-            with(self.dst.path(), |dst| copy::copy(src, dst, action, owner, None, &CancellationToken::new()))
+            with(self.dst.path(), |dst| {
+                copy::copy(src, dst, action, owner, copy::Origin::default(), &CancellationToken::new())
+            })
         })
     }
 
@@ -428,7 +430,9 @@ fn a_cancelled_copy_ends() {
     let cancel = CancellationToken::new();
     cancel.cancel();
     let result = with(dirs.src(), |src| {
-        with(dirs.dst(), |dst| copy::copy(src, dst, &action("/d", "/x"), None, None, &cancel))
+        with(dirs.dst(), |dst| {
+            copy::copy(src, dst, &action("/d", "/x"), None, copy::Origin::default(), &cancel)
+        })
     });
     assert!(matches!(result, Err(FileError::Cancelled)));
 }

@@ -31,7 +31,13 @@ pub(crate) struct Style {
     pub(crate) mode: Option<ModeChange>,
     /// Time of the copies; without, that of the originals.
     pub(crate) time: Option<Timespec>,
+    /// The originals are a snapshot of a client's directory, and nothing writes into the copies: one that differs in
+    /// nothing may be a further name of the original. Only one, or somebody could meet the same file under two names.
+    pub(crate) link: bool,
 }
+
+/// A file of a client's directory has so many names: in the copy of the directory, and in its snapshot.
+const OWN_NAMES: u64 = 2;
 
 /// First copy of each inode that has several names: its path below the root of the copy.
 #[derive(Default)]
@@ -135,6 +141,9 @@ impl Style {
         target: &OsStr,
         buffer: &mut Vec<u8>,
     ) -> Result<(), Failed> {
+        if self.link && self.keeps(stat) && link_once(src, name, stat, dst, target)? {
+            return Ok(());
+        }
         let mut from = File::from(open_child(src, name, OFlags::RDONLY).map_err(|e| ("open", e))?);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let to =
@@ -165,6 +174,15 @@ impl Style {
         rustix::fs::futimens(to, &Timestamps { last_access: time, last_modification: time })
     }
 
+    /// Whether a file's copy differs in nothing.
+    fn keeps(&self, stat: &Stat) -> bool {
+        let owner = self.owner_of(stat);
+        let time = self.time_of(stat);
+        (owner.uid, owner.gid) == (stat.st_uid, stat.st_gid)
+            && self.mode_of(stat, false) == stat.st_mode & 0o7777
+            && (time.tv_sec, time.tv_nsec) == (stat.st_mtime, stat.st_mtime_nsec as _)
+    }
+
     fn owner_of(&self, stat: &Stat) -> Owner {
         self.owner.unwrap_or(Owner { uid: stat.st_uid, gid: stat.st_gid })
     }
@@ -180,6 +198,26 @@ impl Style {
     pub(crate) fn time_of(&self, stat: &Stat) -> Timespec {
         self.time.unwrap_or(Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ })
     }
+}
+
+/// Makes `target` a name of the original if that has none yet beside its own; says whether it did.
+fn link_once(
+    src: BorrowedFd<'_>,
+    name: &OsStr,
+    stat: &Stat,
+    dst: BorrowedFd<'_>,
+    target: &OsStr,
+) -> Result<bool, Failed> {
+    if stat.st_nlink > OWN_NAMES || rustix::fs::linkat(src, name, dst, target, AtFlags::empty()).is_err() {
+        return Ok(false);
+    }
+    // Another copy may have done the same meanwhile: then neither keeps it.
+    let now = rustix::fs::statat(dst, target, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| ("stat", e))?;
+    if now.st_nlink <= OWN_NAMES + 1 {
+        return Ok(true);
+    }
+    rustix::fs::unlinkat(dst, target, AtFlags::empty()).map_err(|e| ("remove", e))?;
+    Ok(false)
 }
 
 /// Copies all that is in a file.
