@@ -121,6 +121,37 @@ async fn a_second_transfer_moves_only_what_differs_and_never_writes_in_place() {
 }
 
 #[tokio::test]
+async fn nothing_is_changed_before_that_is_said() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    write(from.path(), "a/file", "content");
+    let saying = |result: fn() -> std::io::Result<()>| ReceiveOptions {
+        on_begin: Some(Box::new(result)),
+        ..Default::default()
+    };
+    let refusing = || saying(|| Err(std::io::Error::other("not now")));
+    let refused = transfer(from.path(), Selection::default(), to.path(), refusing()).await.1.unwrap_err();
+    assert!(refused.to_string().contains("not now"), "{refused}");
+    assert_eq!(paths(to.path()), [""; 0]);
+    transfer(from.path(), Selection::default(), to.path(), saying(|| Ok(()))).await.1.unwrap();
+    // Where nothing differs there is nothing to say.
+    transfer(from.path(), Selection::default(), to.path(), refusing()).await.1.unwrap();
+    let edits: [fn(&Path); 4] = [
+        |root| std::fs::remove_file(root.join("a/file")).unwrap(),
+        |root| write(root, "a/file", "other"),
+        |root| symlink("x", root.join("link")).unwrap(),
+        |root| std::fs::hard_link(root.join("a/file"), root.join("b")).unwrap(),
+    ];
+    for edit in edits {
+        edit(from.path());
+        let before = listing(to.path());
+        transfer(from.path(), Selection::default(), to.path(), refusing()).await.1.unwrap_err();
+        assert_eq!(listing(to.path()), before);
+        transfer(from.path(), Selection::default(), to.path(), saying(|| Ok(()))).await.1.unwrap();
+        assert_eq!(listing(to.path()), listing(from.path()));
+    }
+}
+
+#[tokio::test]
 async fn hard_links_are_broken_and_made_by_later_transfers() {
     let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
     write(from.path(), "one", "same");

@@ -22,7 +22,9 @@ impl Bridge {
         if self.containers.contains_key(&id) {
             return Err(exists());
         }
-        let network = request.network();
+        let network = pb::NetMode::try_from(request.network).map_err(|_| {
+            BuildError::new(Code::InvalidArgument, format!("unknown network mode {}", request.network))
+        })?;
         if let Some(filter) = request.constraints.iter().flat_map(|constraints| &constraints.filter).next() {
             return Err(BuildError::unsupported(format_args!("worker constraint {filter:?}")));
         }

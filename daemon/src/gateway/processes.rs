@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::sync::{RwLock, mpsc};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
 use super::Bridge;
@@ -29,6 +30,8 @@ const INPUTS: usize = 16;
 const PIECE: usize = 32 << 10;
 /// How long a process's output is waited for after its end: what it left running may hold the streams open.
 const DRAIN: Duration = Duration::from_secs(1);
+/// At most this much is in a pipe at once.
+const PIPE: usize = 1 << 20;
 /// The exit code of a process that has none.
 const UNKNOWN: u32 = 255;
 
@@ -183,16 +186,15 @@ async fn follow(line: Line, mut process: Process, fds: Vec<u32>, inputs: mpsc::R
     let stdin = process.stdin.take();
     let outputs = std::mem::take(&mut process.outputs);
     let outcome = {
-        let mut pumps = pin!(join_all(outputs.into_iter().map(|(fd, output)| pump(
-            &line,
-            fd,
-            output,
-            fds.contains(&fd)
-        ))));
+        let over = CancellationToken::new();
+        let outputs = outputs.into_iter();
+        let mut pumps =
+            pin!(join_all(outputs.map(|(fd, output)| { pump(&line, fd, output, fds.contains(&fd), &over) })));
         let ended = async {
             tokio::select! {
                 outcome = process.wait() => {
-                    let _ = tokio::time::timeout(DRAIN, &mut pumps).await;
+                    over.cancel();
+                    let _ = (&mut pumps).await;
                     outcome
                 }
                 _ = &mut pumps => process.wait().await,
@@ -220,14 +222,36 @@ async fn follow(line: Line, mut process: Process, fds: Vec<u32>, inputs: mpsc::R
     line.say(Input::Done(DoneMessage {})).await;
 }
 
-/// Hands on what a process writes; an error is the end of it, as of a terminal that nobody has open any more.
-async fn pump(line: &Line, fd: u32, mut output: Receiver, wanted: bool) {
+/// Hands on what a process writes; an error is the end of it, as of a terminal that nobody has open any more. When the
+/// process is over, so is what comes late: another one may have the other end open. A slow client does not count.
+async fn pump(line: &Line, fd: u32, mut output: Receiver, wanted: bool, over: &CancellationToken) {
     let mut piece = vec![0; PIECE];
-    while let Ok(count @ 1..) = output.read(&mut piece).await {
+    let say = async |data: &[u8]| {
         if wanted {
-            let data = piece[..count].to_vec();
-            line.say(Input::File(FdMessage { fd, eof: false, data })).await;
+            line.say(Input::File(FdMessage { fd, eof: false, data: data.to_vec() })).await;
         }
+    };
+    let late = async {
+        over.cancelled().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    let mut late = pin!(late);
+    loop {
+        tokio::select! {
+            read = output.read(&mut piece) => match read {
+                Ok(count @ 1..) => say(&piece[..count]).await,
+                _ => return,
+            },
+            () = &mut late => break,
+        }
+    }
+    // What it wrote itself may lie there still.
+    let mut left = PIPE;
+    while left > 0
+        && let Ok(count @ 1..) = output.try_read(&mut piece)
+    {
+        say(&piece[..count]).await;
+        left = left.saturating_sub(count);
     }
 }
 

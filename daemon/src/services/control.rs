@@ -115,6 +115,8 @@ impl Control for ControlService {
 
     async fn prune(&self, request: Request<PruneRequest>) -> Result<Response<Self::PruneStream>, Status> {
         let (engine, request) = (self.0.engine.clone(), request.into_inner());
+        // What builds that have ended still hold would stay.
+        self.0.history.settled().await;
         let (tell, told) = mpsc::channel(PRUNED);
         let pruning = blocking(move || {
             // Who no longer listens wanted it done all the same.

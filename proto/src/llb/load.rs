@@ -62,6 +62,9 @@ pub enum LoadError {
     /// The terminal pseudo-operation names no result.
     #[error("invalid LLB with no inputs on last vertex")]
     NoResult,
+    /// The terminal pseudo-operation names more than one result.
+    #[error("invalid last vertex inputs: {0}")]
+    ManyResults(usize),
     /// Operations that need each other (only possible with colliding digests).
     #[error("invalid LLB with a cycle at {0}")]
     Cycle(String),
@@ -91,11 +94,13 @@ pub fn load(def: &pb::Definition) -> Result<Loaded, LoadError> {
         return Err(LoadError::TooSmall(by_digest.len()));
     }
     let mut all = each(many, parsed, |parsed| parsed.resolve(&by_digest).map(Some))?;
-    let &(root, root_output) = all
-        .last()
-        .and_then(Option::as_ref)
-        .and_then(|last| last.inputs.first())
-        .ok_or(LoadError::NoResult)?;
+    let last = all.last().and_then(Option::as_ref).map_or(&[][..], |last| &last.inputs);
+    let &[(root, root_output)] = last else {
+        return Err(match last.len() {
+            0 => LoadError::NoResult,
+            many => LoadError::ManyResults(many),
+        });
+    };
     let order = topological(&all, root)?;
     let no_metadata = Arc::new(pb::OpMetadata::default());
     let mut all_metadata: HashMap<usize, Arc<pb::OpMetadata>> = HashMap::new();
@@ -277,9 +282,22 @@ fn validate_exec(exec: &pb::ExecOp, input_ok: &dyn Fn(i64) -> bool) -> Result<()
     if root.mount_type() != pb::MountType::Bind {
         return Err(format!("invalid mount type {} for rootfs", root.mount_type().as_str_name()));
     }
-    match exec.mounts.iter().find(|m| !input_ok(m.input)) {
-        Some(m) => Err(format!("invalid mount input index {} at {}", m.input, m.dest)),
-        None => Ok(()),
+    pb::NetMode::try_from(exec.network).map_err(|_| format!("unknown network mode {}", exec.network))?;
+    exec.mounts.iter().try_for_each(|mount| validate_mount(mount, input_ok))
+}
+
+fn validate_mount(mount: &pb::Mount, input_ok: &dyn Fn(i64) -> bool) -> Result<(), String> {
+    if !input_ok(mount.input) {
+        return Err(format!("invalid mount input index {} at {}", mount.input, mount.dest));
+    }
+    let kind = pb::MountType::try_from(mount.mount_type)
+        .map_err(|_| format!("invalid mount type {} at {}", mount.mount_type, mount.dest))?;
+    match &mount.cache_opt {
+        None if kind == pb::MountType::Cache => Err(format!("missing cache mount options at {}", mount.dest)),
+        Some(options) if pb::CacheSharingOpt::try_from(options.sharing).is_err() => {
+            Err(format!("invalid cache sharing option: {}", options.sharing))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -401,13 +419,46 @@ mod tests {
         let negative = op(pb::Op { inputs: vec![negative], ..Default::default() });
         assert_eq!(text(vec![good.def[0].clone(), negative]), fail("invalid input 0 output index -1"));
 
-        let mut b = Builder::new();
-        let exec = pb::Op { op: Some(op::Op::Exec(Box::default())), ..Default::default() };
-        let e = b.add(&exec, Default::default());
-        assert_eq!(
-            load(&b.finish(&edge(&e))).map(|_| ()).map_err(|e| e.to_string()),
-            fail("invalid exec op with no meta")
-        );
+        let twice = op(pb::Op { inputs: vec![edge(&a), edge(&a)], ..Default::default() });
+        assert_eq!(text(vec![good.def[0].clone(), twice]), fail("invalid last vertex inputs: 2"));
+    }
+
+    #[test]
+    fn executions_that_mean_nothing_are_refused() {
+        let meta = || Some(pb::Meta { args: vec!["x".into()], ..Default::default() });
+        let mounts = |more: &[pb::Mount]| {
+            let root = pb::Mount { dest: "/".into(), input: -1, ..Default::default() };
+            [&[root], more].concat()
+        };
+        let mount = |mount_type, sharing: Option<i32>| pb::Mount {
+            dest: "/m".into(),
+            input: -1,
+            mount_type,
+            cache_opt: sharing.map(|sharing| pb::CacheOpt { id: "c".into(), sharing }),
+            ..Default::default()
+        };
+        let cache = pb::MountType::Cache as i32;
+        let exec = |network, more: &[pb::Mount]| pb::ExecOp {
+            meta: meta(),
+            network,
+            mounts: mounts(more),
+            ..Default::default()
+        };
+        let cases = [
+            (pb::ExecOp::default(), Err("invalid exec op with no meta")),
+            (exec(0, &[mount(cache, Some(1))]), Ok(())),
+            (exec(7, &[]), Err("unknown network mode 7")),
+            (exec(0, &[mount(42, None)]), Err("invalid mount type 42 at /m")),
+            (exec(0, &[mount(cache, None)]), Err("missing cache mount options at /m")),
+            (exec(0, &[mount(cache, Some(77))]), Err("invalid cache sharing option: 77")),
+        ];
+        for (exec, expected) in cases {
+            let mut b = Builder::new();
+            let op = pb::Op { op: Some(op::Op::Exec(Box::new(exec))), ..Default::default() };
+            let vertex = b.add(&op, Default::default());
+            let loaded = load(&b.finish(&edge(&vertex))).map(|_| ()).map_err(|e| e.to_string());
+            assert_eq!(loaded, expected.map_err(str::to_owned));
+        }
     }
 
     #[test]

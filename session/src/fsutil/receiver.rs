@@ -78,6 +78,8 @@ pub struct ReceiveOptions {
     pub ownership: Ownership,
     /// Told of the running count of bytes.
     pub progress: Option<Progress>,
+    /// Called once, before anything is changed; nothing is if it fails.
+    pub on_begin: Option<Box<dyn FnOnce() -> std::io::Result<()> + Send>>,
     /// Told of each change once it is made, on the receiving thread. Directories whose mode or owner only changed
     /// count as written.
     pub on_change: Option<Box<dyn FnMut(Change) + Send>>,
@@ -267,6 +269,7 @@ impl Receiver {
             if self.writing.len() >= MAX_OPEN {
                 return Err(TransferError::Protocol(format!("more than {MAX_OPEN} files at once")));
             }
+            begin(&mut self.options)?;
             let dir = open_cached(&self.root, &mut self.parent, parent)?;
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let hash = self.options.on_change.is_some();
@@ -361,6 +364,7 @@ impl Receiver {
                 found.st_mode & 0o7777 != gomode::permissions(stat.mode) || !self.same_owner(&found, &stat);
             touched = fsops::mtime_ns(&found) != stat.mod_time;
         } else {
+            begin(&mut self.options)?;
             let dir = open_cached(&self.root, &mut self.top, parent)?;
             let make = || -> Result<(), std::io::Error> {
                 if found.is_some() {
@@ -371,6 +375,7 @@ impl Receiver {
             make().map_err(|error| TransferError::io("make directory", &stat.path, error))?;
         }
         if fresh {
+            begin(&mut self.options)?;
             self.changed(stat.path.clone(), parent_meta.filter(|_| !existed));
         }
         let path = stat.path.clone();
@@ -388,6 +393,7 @@ impl Receiver {
         parent: &str,
         name: &str,
     ) -> Result<(), TransferError> {
+        begin(&mut self.options)?;
         let temp = format!("{}s", self.temp_prefix);
         let dir = open_cached(&self.root, &mut self.top, parent)?;
         let made = if kind == FileType::Symlink {
@@ -416,6 +422,7 @@ impl Receiver {
         let (from_parent, from_name) = path::split(&stat.linkname);
         let (parent, name) = path::split(&stat.path);
         let from = fsops::open_dir(self.root.as_fd(), from_parent).map_err(|error| failed(error.into()))?;
+        begin(&mut self.options)?;
         let dir = open_cached(&self.root, &mut self.parent, parent)?;
         let source = fsops::lstat(&from, from_name).map_err(|error| failed(error.into()))?;
         let source = source.ok_or_else(|| failed(Errno::NOENT.into()))?;
@@ -446,6 +453,7 @@ impl Receiver {
                 continue;
             }
             let path = path::join(&dir.path, &text);
+            begin(&mut self.options)?;
             fsops::remove_all(&fd, &name).map_err(|error| TransferError::io("remove", &path, error))?;
             self.note(Change { path, kind: ChangeKind::Deleted, digest: None }, dir.meta);
         }
@@ -517,6 +525,14 @@ impl Drop for Receiver {
         for (id, writing) in self.writing.drain() {
             let _ = fs::unlinkat(&writing.dir, format!("{}{id}", self.temp_prefix), AtFlags::empty());
         }
+    }
+}
+
+/// To be called before every change.
+fn begin(options: &mut ReceiveOptions) -> Result<(), TransferError> {
+    match options.on_begin.take() {
+        Some(on_begin) => on_begin().map_err(|error| TransferError::io("begin to change", "", error)),
+        None => Ok(()),
     }
 }
 

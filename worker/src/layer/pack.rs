@@ -208,6 +208,8 @@ impl<W: Write> Packer<'_, W> {
     fn time(&self, stat: &Stat) -> (i64, u32) {
         match self.options.clamp {
             Some(latest) if stat.st_mtime >= latest => (latest, 0),
+            // Other builders' layers tell whole seconds; a fraction costs two blocks for each entry.
+            _ if self.options.overlay => (stat.st_mtime, 0),
             _ => (stat.st_mtime, stat.st_mtime_nsec as u32),
         }
     }

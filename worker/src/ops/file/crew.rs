@@ -94,12 +94,25 @@ impl Shared {
         loop {
             // Others wait for the lock where they would wait for a job.
             let Ok(job) = lock(jobs).recv() else { return };
+            // Also if the work panics: somebody may wait for it.
+            let _done = Done(self);
             self.work(job, &mut buffer);
-            let mut pending = lock(&self.pending);
-            *pending -= 1;
-            if *pending == 0 {
-                self.idle.notify_all();
-            }
+        }
+    }
+}
+
+/// A queued job, until it is done.
+struct Done<'a>(&'a Shared);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(FileError::Text("a thread that copied files panicked".into()));
+        }
+        let mut pending = lock(&self.0.pending);
+        *pending -= 1;
+        if *pending == 0 {
+            self.0.idle.notify_all();
         }
     }
 }
@@ -197,9 +210,8 @@ impl Crew {
     fn dismiss(&mut self) {
         self.queue = None;
         for helper in self.helpers.drain(..) {
-            if helper.join().is_err() {
-                self.shared.fail(FileError::Text("a thread that copied files panicked".into()));
-            }
+            // One that panicked has said so.
+            let _ = helper.join();
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use kiln_cache::{MutableKind, Ref};
 use kiln_proto::pb;
-use kiln_session::fsutil::{ChangeKind, ReceiveMode, ReceiveOptions};
+use kiln_session::fsutil::{ReceiveMode, ReceiveOptions};
 use kiln_session::{FileSyncRequest, Session};
 use kiln_solver::op::{CacheMap, Failure, Op, OpClass, OpContext, OpError};
 use kiln_solver::progress::StatusHandle;
@@ -98,17 +98,15 @@ impl LocalSource {
         let status = format!("transferring {}:", self.request.dir_name);
         let meter = Arc::new(Meter::new(ctx.progress.status(&status, "transferring", 0)));
         let reporting = meter.clone();
-        let (changing, mut noted) = (dir.clone(), false);
+        let changing = dir.clone();
         let changes = Arc::new(Mutex::new(Vec::new()));
         let seen = changes.clone();
         let options = ReceiveOptions {
             mode,
             progress: Some(Arc::new(move |bytes| reporting.update(bytes))),
             // If this transfer breaks off, the next one must not take the former snapshot for the present state.
+            on_begin: Some(Box::new(move || mirror::forget(&changing))),
             on_change: Some(Box::new(move |change| {
-                if !noted && change.kind != ChangeKind::Touched {
-                    noted = mirror::forget(&changing);
-                }
                 seen.lock().unwrap_or_else(PoisonError::into_inner).push(change);
             })),
             guard: Some(Box::new(dir.clone())),

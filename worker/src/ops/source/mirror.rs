@@ -33,9 +33,9 @@ pub(super) fn former(layers: &Layers, dir: &MutableDir) -> Result<Option<Snapsho
     }
 }
 
-/// To be called before anything is changed in the directory; true if it was noted.
-pub(super) fn forget(dir: &MutableDir) -> bool {
-    dir.set_kv(SNAPSHOT, b"").is_ok()
+/// To be called before anything is changed in the directory.
+pub(super) fn forget(dir: &MutableDir) -> std::io::Result<()> {
+    dir.set_kv(SNAPSHOT, b"").map_err(std::io::Error::other)
 }
 
 /// A snapshot of the directory's present state. `former` showed it before `changes` were made.
