@@ -66,8 +66,8 @@ fn everything_survives_every_compression() {
             let meta = std::fs::metadata(dir.join(name)).expect("stat");
             (meta.mtime(), meta.mtime_nsec())
         };
-        assert_eq!(times(target.path(), "d/file"), (1_500_000_000, 123_456_789));
-        assert_eq!(times(target.path(), "empty"), (-2, 500_000_000));
+        assert_eq!(times(target.path(), "d/file"), (1_500_000_000, 0), "whole seconds");
+        assert_eq!(times(target.path(), "empty"), (-2, 0), "rounded down");
         assert_eq!(times(target.path(), "d"), (1_400_000_000, 0), "directory times are set last");
     }
 }
@@ -108,7 +108,7 @@ fn other_tools_read_what_is_written() {
         let script = "import sys, tarfile
 t = tarfile.open(sys.argv[1], sys.argv[2])
 m = t.getmember('d/file')
-assert m.pax_headers['mtime'] == '1500000000.123456789', m.pax_headers
+assert 'mtime' not in m.pax_headers and m.mtime == 1500000000, m.pax_headers
 assert m.pax_headers['SCHILY.xattr.user.note'] == 'a\\nb\\x00c', m.pax_headers
 assert len([n for n in t.getnames() if n.endswith('f' * 200)]) == 1
 assert t.getmember('long-link').linkname == 't' * 300
