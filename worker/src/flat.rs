@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid
 use rustix::io::Errno;
 
 use crate::layer::fsutil::is_whiteout;
-use crate::ops::file::root::{lstat, open_child, read_names, remove_all};
+use crate::ops::file::root::{lstat, open_child, open_root, read_names, remove_all};
 use crate::view::ViewError;
 
 /// Layers that are mounted as they are; more are gathered. Far below what the kernel takes, because the time of
@@ -66,8 +66,7 @@ fn gather(
     let fail = |message: String| ViewError::Flatten { snapshot: top.id().to_owned(), message };
     let staged = snapshots.stage(None).map_err(|err| fail(err.to_string()))?;
     let open = |path: &std::path::Path| {
-        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|source| ViewError::Open { path: path.to_owned(), source })
+        open_root(path).map_err(|source| ViewError::Open { path: path.to_owned(), source })
     };
     let root = open(staged.fs())?;
     for layer in below.into_iter().chain(layers) {

@@ -150,7 +150,7 @@ impl Walk<'_> {
             let Some(name) = frame.names.next() else {
                 let frame = stack.pop();
                 if let Some(Frame { out: Some(out), new, stat, .. }) = &frame {
-                    self.transfer.attributes(stat, new.as_fd(), out.as_fd()).map_err(failed)?;
+                    self.transfer.style().attributes(stat, new.as_fd(), out.as_fd()).map_err(failed)?;
                 }
                 continue;
             };

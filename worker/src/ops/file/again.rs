@@ -15,11 +15,12 @@ use kiln_proto::pattern::has_wildcard;
 use kiln_proto::pb;
 use kiln_proto::pb::file_action::Action;
 use prost::Message;
-use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
 use super::plan::{Operand, Step};
-use super::root::{clean, descend, lstat, remove_all};
+use super::root::{clean, descend, lstat, open_root, remove_all};
+use super::transfer::OWN_NAMES;
 use crate::flat;
 
 /// Name under which a snapshot of a client's directory has its notes.
@@ -167,9 +168,11 @@ impl<'a> Repeat<'a> {
                 only.extend(below.to_str().map(str::to_owned));
             }
         }
-        let Some(from) = descend(&open(&self.source.dir())?, Path::new(within))? else { return Ok(None) };
-        let to = open(staged.fs())?;
-        flat::link_layer(open(&layer.dir())?, to.as_fd())?;
+        let Some(from) = descend(&open_root(&self.source.dir())?, Path::new(within))? else {
+            return Ok(None);
+        };
+        let to = open_root(staged.fs())?;
+        flat::link_layer(open_root(&layer.dir())?, to.as_fd())?;
         let dest = clean(&self.action.dest);
         let Some(to) = descend(&to, Path::new(dest.trim_matches('/')))? else { return Ok(None) };
         for path in &only {
@@ -178,9 +181,8 @@ impl<'a> Repeat<'a> {
                 remove(&to, path)?;
                 continue;
             };
-            // One name is the directory's copy, one the snapshot. More are names in the tree, of which others may not
-            // have changed.
-            if is(&now, FileType::RegularFile) && now.st_nlink > 2 {
+            // More names may be in the tree, and of those others may not have changed.
+            if is(&now, FileType::RegularFile) && now.st_nlink > OWN_NAMES {
                 return Ok(None);
             }
             let keeps = is(&now, FileType::Directory)
@@ -208,10 +210,6 @@ impl<'a> Repeat<'a> {
 
 fn is(stat: &Stat, kind: FileType) -> bool {
     FileType::from_raw_mode(stat.st_mode) == kind
-}
-
-fn open(dir: &Path) -> Result<OwnedFd, Errno> {
-    rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// What is at a path, through no link.

@@ -108,6 +108,11 @@ pub(crate) fn open_child(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> Re
     rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
+/// Opens a directory of Kiln's own by its path, to look up what is below it.
+pub(crate) fn open_root(dir: &Path) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
 /// A directory below `root`, through no link; `None` if there is none. `path` has no `..`.
 pub(crate) fn descend(root: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>, Errno> {
     let mut dir = rustix::io::fcntl_dupfd_cloexec(root, 0)?;

@@ -37,7 +37,7 @@ pub(crate) struct Style {
 }
 
 /// A file of a client's directory has so many names: in the copy of the directory, and in its snapshot.
-const OWN_NAMES: u64 = 2;
+pub(super) const OWN_NAMES: u64 = 2;
 
 /// First copy of each inode that has several names: its path below the root of the copy.
 #[derive(Default)]
@@ -90,14 +90,9 @@ impl Transfer {
         }
     }
 
-    /// As [`Style::attributes`].
-    pub(crate) fn attributes(
-        &self,
-        stat: &Stat,
-        from: BorrowedFd<'_>,
-        to: BorrowedFd<'_>,
-    ) -> Result<(), Errno> {
-        self.style.attributes(stat, from, to)
+    /// How the copies differ.
+    pub(crate) fn style(&self) -> &Style {
+        &self.style
     }
 }
 

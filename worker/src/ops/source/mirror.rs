@@ -8,12 +8,12 @@ use std::path::Path;
 use kiln_cache::contenthash;
 use kiln_cache::{MutableDir, RecordType, SnapshotMeta, SnapshotRef, Staged};
 use kiln_session::fsutil::{Change, ChangeKind};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
 use crate::flat;
 use crate::ops::file::again::Notes;
-use crate::ops::file::root::{descend, lstat, remove_all};
+use crate::ops::file::root::{descend, lstat, open_root, remove_all};
 use crate::worker::Layers;
 
 /// Name under which a directory remembers the snapshot that shows its present state.
@@ -83,8 +83,7 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 fn open(path: &Path) -> Result<OwnedFd, String> {
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| format!("{}: {error}", path.display()))
+    open_root(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn note(digests: &mut Digests, change: &Change) {
