@@ -4,16 +4,16 @@
 //! gathered (by hard links, so no content is copied) in one directory that stands for them. It is
 //! only a shortcut for mounting: the chain itself, its hashes and its blobs never see it.
 
-use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ffi::OsStr;
+use std::os::fd::BorrowedFd;
 
 use kiln_cache::layerview::OPAQUE;
 use kiln_cache::{RecordType, SnapshotMeta, SnapshotRef, Snapshots};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use crate::layer::fsutil::is_whiteout;
-use crate::ops::file::root::{lstat, open_child, open_root, read_names, remove_all};
+use crate::linktree::overlay_onto;
+use crate::ops::file::root::open_root;
 use crate::view::ViewError;
 
 /// Layers that are mounted as they are; more are gathered. Far below what the kernel takes, because the time of
@@ -71,7 +71,7 @@ fn gather(
     let root = open(staged.fs())?;
     for layer in below.into_iter().chain(layers) {
         let dir = open(&layer.dir())?;
-        overlay_onto(dir, root.as_fd()).map_err(|errno| fail(format!("layer {}: {errno}", layer.id())))?;
+        overlay_onto(&dir, &root).map_err(|errno| fail(format!("layer {}: {errno}", layer.id())))?;
     }
     let meta = SnapshotMeta::of_type(RecordType::Internal, format!("flattened layers up to {}", top.id()));
     let flat = snapshots.commit(staged, meta).map_err(|err| fail(err.to_string()))?;
@@ -79,67 +79,6 @@ fn gather(
         layer.remeasure().map_err(|err| fail(err.to_string()))?;
     }
     Ok(flat)
-}
-
-/// Applies one layer directory to a tree that has no whiteouts. Files are linked, not copied.
-pub(crate) fn overlay_onto(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
-    link(layer, root, false)
-}
-
-/// Makes an empty directory a layer like another one. Files are linked, not copied. Fails with `NOTSUP` on a layer that
-/// hides something below it.
-pub(crate) fn link_layer(layer: OwnedFd, root: BorrowedFd<'_>) -> Result<(), Errno> {
-    link(layer, root, true)
-}
-
-fn link(layer: OwnedFd, root: BorrowedFd<'_>, only_adds: bool) -> Result<(), Errno> {
-    struct Frame {
-        src: OwnedFd,
-        dst: OwnedFd,
-        names: Vec<OsString>,
-    }
-    let names = read_names(layer.as_fd())?;
-    let mut stack = vec![Frame { src: layer, dst: rustix::io::fcntl_dupfd_cloexec(root, 0)?, names }];
-    while let Some(frame) = stack.last_mut() {
-        let Some(name) = frame.names.pop() else {
-            copy_attributes(frame.src.as_fd(), frame.dst.as_fd())?;
-            stack.pop();
-            continue;
-        };
-        let (src, dst) = (frame.src.as_fd(), frame.dst.as_fd());
-        let Some(stat) = lstat(src, &name)? else { continue };
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        if is_whiteout(&stat) {
-            if only_adds {
-                return Err(Errno::NOTSUP);
-            }
-            remove_all(dst, &name)?;
-            continue;
-        }
-        if kind != FileType::Directory {
-            if !only_adds {
-                remove_all(dst, &name)?;
-            }
-            rustix::fs::linkat(src, &name, dst, &name, AtFlags::empty())?;
-            continue;
-        }
-        let child = open_child(src, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        if only_adds && is_opaque(child.as_fd()) {
-            return Err(Errno::NOTSUP);
-        }
-        let there = lstat(dst, &name)?.map(|stat| FileType::from_raw_mode(stat.st_mode));
-        if there.is_some() && (there != Some(FileType::Directory) || is_opaque(child.as_fd())) {
-            remove_all(dst, &name)?;
-        }
-        match rustix::fs::mkdirat(dst, &name, Mode::from_raw_mode(0o700)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(errno),
-        }
-        let target = open_child(dst, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let names = read_names(child.as_fd())?;
-        stack.push(Frame { src: child, dst: target, names });
-    }
-    Ok(())
 }
 
 /// Whether a directory of a layer hides what is below it.

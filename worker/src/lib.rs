@@ -6,6 +6,7 @@ mod flat;
 pub mod image;
 pub mod layer;
 mod lenders;
+mod linktree;
 mod locks;
 mod mount;
 pub mod ops;

@@ -1,8 +1,9 @@
 //! Digests of entries: one file, one directory with all below it, one layer with its marks.
 //!
-//! A tree is first walked into a flat list, then the files whose digest isn't known are read, on
-//! all cores, then the list is folded. Nothing recurses.
+//! A tree is first walked into a flat list, on all cores, then the files whose digest isn't known are read, on
+//! all cores too, then the list is folded. Nothing recurses.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,6 +21,8 @@ const BUFFER: usize = 128 << 10;
 /// Reading on several threads pays from this many bytes or files on.
 const WORTHWHILE_BYTES: u64 = 1 << 20;
 const WORTHWHILE_FILES: usize = 64;
+/// A tree is walked in parts if one of its levels has so many directories.
+const WORTHWHILE_DIRS: usize = 16;
 
 /// A view together with what is known of its layers' files.
 pub(super) struct Hasher<'a> {
@@ -31,6 +34,15 @@ pub(super) struct Hasher<'a> {
 struct LayerFiles {
     layer: SnapshotRef,
     known: Option<Arc<Files>>,
+}
+
+/// What is known of a tree before it is listed, by path.
+#[derive(Default)]
+struct Ahead {
+    /// What is in a directory.
+    listed: HashMap<Vec<u8>, Vec<(Vec<u8>, Node)>>,
+    /// A directory and all below it.
+    walked: HashMap<Vec<u8>, Vec<Item>>,
 }
 
 /// An entry of a walked tree.
@@ -68,26 +80,63 @@ impl<'a> Hasher<'a> {
 
     /// An entry and all below it, parents first, siblings in byte order of their names.
     pub(super) fn walk(&self, node: &Node) -> Result<Vec<Item>> {
-        let name = node.path().rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec();
-        let mut items = vec![self.item(name, node.clone())?];
-        // Directories that are being listed: index of the item, and entries still to come.
-        let mut open = Vec::new();
-        if node.is_dir() {
-            open.push((0, self.view.children(node)?.into_iter()));
+        let ahead = self.ahead(node)?;
+        self.list(node, ahead)
+    }
+
+    /// Walks the parts of a tree that has many directories, on all cores.
+    fn ahead(&self, node: &Node) -> Result<Ahead> {
+        let mut ahead = Ahead::default();
+        let mut level: Vec<Node> = node.is_dir().then(|| node.clone()).into_iter().collect();
+        while !level.is_empty() && level.len() < WORTHWHILE_DIRS {
+            let mut next = Vec::new();
+            for dir in level {
+                let children = self.view.children(&dir)?;
+                next.extend(children.iter().map(|(_, child)| child).filter(|child| child.is_dir()).cloned());
+                ahead.listed.insert(dir.path().to_vec(), children);
+            }
+            level = next;
         }
-        while let Some((at, children)) = open.last_mut() {
-            let Some((name, child)) = children.next() else {
+        let walked = Mutex::new(HashMap::with_capacity(level.len()));
+        in_parallel(&level, true, |dir| {
+            let items = self.list(dir, Ahead::default())?;
+            walked.lock().unwrap_or_else(PoisonError::into_inner).insert(dir.path().to_vec(), items);
+            Ok(())
+        })?;
+        ahead.walked = walked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(ahead)
+    }
+
+    fn list(&self, node: &Node, mut ahead: Ahead) -> Result<Vec<Item>> {
+        let name = node.path().rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec();
+        let mut items = Vec::new();
+        // Directories that are being listed: index of the item, and entries still to come.
+        let mut open: Vec<(usize, std::vec::IntoIter<(Vec<u8>, Node)>)> = Vec::new();
+        let mut next = Some((name, node.clone()));
+        loop {
+            if let Some((name, node)) = next.take() {
+                match ahead.walked.remove(node.path()) {
+                    Some(walked) => items.extend(walked),
+                    None => {
+                        if node.is_dir() {
+                            let children = match ahead.listed.remove(node.path()) {
+                                Some(children) => children,
+                                None => self.view.children(&node)?,
+                            };
+                            open.push((items.len(), children.into_iter()));
+                        }
+                        items.push(self.item(name, node)?);
+                    }
+                }
+            }
+            let Some((at, children)) = open.last_mut() else { return Ok(items) };
+            next = children.next();
+            if next.is_none() {
                 let at = *at;
                 items[at].below = items.len() - at - 1;
                 open.pop();
-                continue;
-            };
-            items.push(self.item(name, child.clone())?);
-            if child.is_dir() {
-                open.push((items.len() - 1, self.view.children(&child)?.into_iter()));
             }
         }
-        Ok(items)
     }
 
     pub(super) fn item(&self, name: Vec<u8>, node: Node) -> Result<Item> {

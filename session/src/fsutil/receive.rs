@@ -12,8 +12,12 @@ use tokio::sync::mpsc;
 use super::receiver::{ReceiveOptions, Received, Receiver};
 use super::{PacketStream, TransferError};
 
-/// Packets that may wait for the thread which applies them; more wait in the connection.
-const QUEUE: usize = 256;
+/// Packets that are handed to the thread which applies them at once, so that many small ones do not wake it each.
+const BATCH: usize = 64;
+/// Batches that may wait for that thread; more packets wait in the connection.
+const QUEUE: usize = 4;
+
+type Batch = Vec<Result<Packet, tonic::Status>>;
 
 /// Receives a transfer into the directory `dest`, which must exist. Requests go out on `packets`, which must not be
 /// bounded: a receiver that waits to send while its peer does the same would wait for ever.
@@ -23,7 +27,7 @@ const QUEUE: usize = 256;
 pub async fn receive(
     dest: &Path,
     options: ReceiveOptions,
-    mut incoming: PacketStream,
+    incoming: PacketStream,
     packets: mpsc::UnboundedSender<Packet>,
 ) -> Result<Received, TransferError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -33,14 +37,16 @@ pub async fn receive(
     let (sender, receiver) = mpsc::channel(QUEUE);
     let worker = tokio::task::spawn_blocking(move || apply(root, options, receiver, &packets));
     let mut transferred = 0;
-    while let Some(packet) = incoming.next().await {
-        if let (Ok(packet), Some(progress)) = (&packet, &progress) {
-            transferred += prost::Message::encoded_len(packet) as u64;
+    let mut batches = incoming.ready_chunks(BATCH);
+    while let Some(batch) = batches.next().await {
+        if let Some(progress) = &progress {
+            transferred +=
+                batch.iter().flatten().map(|packet| prost::Message::encoded_len(packet) as u64).sum::<u64>();
             progress(transferred);
         }
-        let failed = packet.is_err();
+        let failed = batch.iter().any(Result::is_err);
         // The worker only stops listening when it is done or has failed; its result says which.
-        if sender.send(packet).await.is_err() || failed {
+        if sender.send(batch).await.is_err() || failed {
             break;
         }
     }
@@ -53,7 +59,7 @@ pub async fn receive(
 fn apply(
     root: std::os::fd::OwnedFd,
     mut options: ReceiveOptions,
-    mut packets: mpsc::Receiver<Result<Packet, tonic::Status>>,
+    mut packets: mpsc::Receiver<Batch>,
     out: &mpsc::UnboundedSender<Packet>,
 ) -> Result<Received, TransferError> {
     let guard = options.guard.take();
@@ -69,10 +75,18 @@ fn apply(
 
 fn run(
     mut receiver: Receiver,
-    packets: &mut mpsc::Receiver<Result<Packet, tonic::Status>>,
+    packets: &mut mpsc::Receiver<Batch>,
     out: &mpsc::UnboundedSender<Packet>,
 ) -> Result<Received, TransferError> {
-    let mut next = || packets.blocking_recv().ok_or(TransferError::Closed)?.map_err(TransferError::from);
+    let mut batch = Batch::new().into_iter();
+    let mut next = || {
+        loop {
+            match batch.next() {
+                Some(packet) => return packet.map_err(TransferError::from),
+                None => batch = packets.blocking_recv().ok_or(TransferError::Closed)?.into_iter(),
+            }
+        }
+    };
     let reply = |kind: PacketType, id| {
         let packet = Packet { r#type: kind.into(), id, ..Default::default() };
         out.send(packet).map_err(|_| TransferError::Closed)

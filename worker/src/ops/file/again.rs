@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use super::plan::{Operand, Step};
 use super::root::{clean, descend, lstat, open_root, remove_all};
 use super::transfer::OWN_NAMES;
-use crate::flat;
+use crate::linktree;
 
 /// Name under which a snapshot of a client's directory has its notes.
 const NOTES: &str = "copies";
@@ -172,7 +172,7 @@ impl<'a> Repeat<'a> {
             return Ok(None);
         };
         let to = open_root(staged.fs())?;
-        flat::link_layer(open_root(&layer.dir())?, to.as_fd())?;
+        linktree::link_layer(&open_root(&layer.dir())?, &to)?;
         let dest = clean(&self.action.dest);
         let Some(to) = descend(&to, Path::new(dest.trim_matches('/')))? else { return Ok(None) };
         for path in &only {

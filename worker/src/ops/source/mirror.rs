@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
 use crate::flat;
+use crate::linktree;
 use crate::ops::file::again::Notes;
 use crate::ops::file::root::{descend, lstat, open_root, remove_all};
 use crate::worker::Layers;
@@ -66,7 +67,7 @@ pub(super) fn snapshot(
         Some(staged) => staged,
         None => {
             let staged = layers.snapshots().stage(None).map_err(text)?;
-            flat::overlay_onto(open(dir.path())?, open(staged.fs())?.as_fd()).map_err(text)?;
+            linktree::overlay_onto(&open(dir.path())?, &open(staged.fs())?).map_err(text)?;
             staged
         }
     };
