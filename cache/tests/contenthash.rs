@@ -321,7 +321,7 @@ fn digests_that_were_handed_over_are_not_computed_again() {
     let f = fixture();
     let normal = f.tree(sample);
     let handed = f.tree(sample);
-    record_files(&handed, [(b"d/f".to_vec(), *blake3::hash(b"x\n").as_bytes())]).unwrap();
+    record_files(&handed, [(b"d/f".to_vec(), *blake3::hash(b"x\n").as_bytes())].into()).unwrap();
     fs::write(handed.dir().join("d/f"), "!\n").unwrap();
     assert_eq!(digest(&handed, path("/d")), digest(&normal, path("/d")));
 }

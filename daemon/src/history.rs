@@ -2,6 +2,7 @@
 //! store's named values; nothing here influences a build.
 
 mod contents;
+mod filter;
 mod recording;
 #[cfg(test)]
 mod tests;
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use dashmap::DashMap;
-use kiln_cache::{Filter, Values};
+use kiln_cache::Values;
 use kiln_proto::control::{
     self, BuildHistoryEvent, BuildHistoryEventType, BuildHistoryRecord, BuildHistoryRequest, StatusResponse,
     UpdateBuildHistoryRequest,
@@ -28,6 +29,8 @@ use crate::explain::Explanations;
 use crate::progress::ProgressLog;
 use crate::traces::Wanted;
 use contents::{CONTENT, Content, Packed};
+use filter::Filters;
+pub use filter::build_status;
 pub(crate) use recording::{Outcome, Recording};
 
 /// Records by ref.
@@ -381,17 +384,11 @@ impl History {
         let Ok(limit) = usize::try_from(request.limit) else {
             return Err(BuildError::new(Code::InvalidArgument, "limit must not be negative"));
         };
-        let invalid = |text: String| BuildError::new(Code::InvalidArgument, text);
-        let relative = |filter: &&String| filter.contains(['<', '>']) || filter.contains("duration");
-        if let Some(filter) = request.filter.iter().find(relative) {
-            return Err(invalid(format!("unsupported: history filter {filter:?} on times")));
-        }
-        let filter = Filter::parse(&request.filter).map_err(|error| invalid(error.to_string()))?;
+        let filters = Filters::parse(&request.filter)?;
         // Subscribed before looking, so that nothing falls between.
         let live = (!request.early_exit).then(|| self.events.subscribe());
         let wanted = |record: &BuildHistoryRecord| {
-            (request.r#ref.is_empty() || record.r#ref == request.r#ref)
-                && filter.holds(&|name| field(record, name))
+            (request.r#ref.is_empty() || record.r#ref == request.r#ref) && filters.holds(record)
         };
         let event = |kind: BuildHistoryEventType, record| BuildHistoryEvent {
             r#type: kind as i32,
@@ -430,27 +427,6 @@ fn is_former(finished: &HashMap<String, Finished>, record: &BuildHistoryRecord) 
 
 fn time(timestamp: &Option<prost_types::Timestamp>) -> SystemTime {
     timestamp.and_then(|time| SystemTime::try_from(time).ok()).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-/// How a build stands.
-pub fn build_status(record: &BuildHistoryRecord) -> &'static str {
-    match &record.error {
-        _ if record.completed_at.is_none() => "Running",
-        None => "Completed",
-        Some(error) if error.code == Code::Cancelled as i32 => "Canceled",
-        Some(_) => "Error",
-    }
-}
-
-/// A field of a record by its name in filters.
-fn field(record: &BuildHistoryRecord, name: &str) -> Option<String> {
-    let attrs = &record.frontend_attrs;
-    match name {
-        "ref" => Some(record.r#ref.clone()),
-        "status" => Some(build_status(record).to_ascii_lowercase()),
-        "repository" => attrs.get("vcs:source").or_else(|| attrs.get("context")).cloned(),
-        _ => None,
-    }
 }
 
 /// Each message with its length before it.

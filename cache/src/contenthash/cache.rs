@@ -11,10 +11,10 @@ use crate::snapshots::SnapshotRef;
 use crate::values;
 
 /// Digests of the contents of a layer's files, by path.
-pub(super) type Files = HashMap<Vec<u8>, [u8; 32]>;
+pub type Files = HashMap<Vec<u8>, [u8; 32]>;
 
-/// Entries kept in memory over all layers.
-const KEPT: usize = 20_000;
+/// Entries kept in memory over all layers, while the store is busy.
+const KEPT: usize = 100_000;
 
 /// Tables in memory, so that a burst of queries reads them once.
 #[derive(Default)]
@@ -40,6 +40,8 @@ impl ContentCache {
         }
         if files.len() <= KEPT {
             kept.insert(layer.to_owned(), Arc::clone(files));
+        } else {
+            kept.remove(layer);
         }
     }
 }
@@ -103,22 +105,26 @@ pub(super) fn files(layer: &SnapshotRef) -> Result<Arc<Files>> {
     Ok(files)
 }
 
-pub(super) fn add_files(layer: &SnapshotRef, files: Vec<(Vec<u8>, [u8; 32])>) -> Result<()> {
+pub(super) fn add_files(layer: &SnapshotRef, files: Files) -> Result<()> {
     if files.is_empty() {
         return Ok(());
     }
     let shared = layer.shared();
     shared.check_open()?;
+    let known = self::files(layer)?;
     let mut segment = Segment::default();
-    for (path, digest) in files {
-        segment.paths.push(path);
-        segment.digests.extend_from_slice(&digest);
+    for (path, digest) in &files {
+        segment.paths.push(path.clone());
+        segment.digests.extend_from_slice(digest);
     }
     let mut batch = Batch::new();
     let key = values::key(b's', layer.id(), &format!("f{}", fsx::random_id()));
     batch.put(Cf::Content, key, codec::encode(&segment));
+    drop(segment);
     shared.kv.write(batch)?;
     shared.signal.dirty();
-    shared.content.lock().remove(layer.id());
+    let mut all = files;
+    all.extend(known.iter().map(|(path, digest)| (path.clone(), *digest)));
+    shared.content.insert(layer.id(), &Arc::new(all));
     Ok(())
 }

@@ -179,10 +179,10 @@ impl<'a> Hasher<'a> {
             found.lock().unwrap_or_else(PoisonError::into_inner).push((at, digest));
             Ok(())
         })?;
-        let mut fresh: Vec<Vec<_>> = self.layers.iter().map(|_| Vec::new()).collect();
+        let mut fresh: Vec<Files> = self.layers.iter().map(|_| Files::new()).collect();
         for (at, digest) in found.into_inner().unwrap_or_else(PoisonError::into_inner) {
             items[at].content = Some(digest);
-            fresh[items[at].node.layer()].push((items[at].node.path().to_vec(), digest));
+            fresh[items[at].node.layer()].insert(items[at].node.path().to_vec(), digest);
         }
         for (files, fresh) in self.layers.iter_mut().zip(fresh) {
             if !fresh.is_empty() {

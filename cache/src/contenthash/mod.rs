@@ -7,6 +7,7 @@ mod entry;
 mod manifest;
 mod query;
 
+pub use cache::Files;
 pub(crate) use cache::{ContentCache, snapshot_prefix};
 pub use manifest::{ChangeKind, ContentChange};
 pub(crate) use manifest::{changes, sweep};
@@ -127,13 +128,13 @@ fn layer_digest(layer: &SnapshotRef) -> Result<blake3::Hash> {
 
 /// Hands over digests of file contents that were computed while the data passed, so that files
 /// need not be read again: `path` is relative to the layer's root, the digest is plain blake3.
-pub fn record_files(layer: &SnapshotRef, files: impl IntoIterator<Item = (Vec<u8>, [u8; 32])>) -> Result<()> {
-    cache::add_files(layer, files.into_iter().collect())
+pub fn record_files(layer: &SnapshotRef, files: Files) -> Result<()> {
+    cache::add_files(layer, files)
 }
 
 /// The digests of a layer's files that are known, in the form that [`record_files`] takes.
-pub fn known_files(layer: &SnapshotRef) -> Result<std::collections::BTreeMap<Vec<u8>, [u8; 32]>> {
-    Ok(cache::files(layer)?.iter().map(|(path, digest)| (path.clone(), *digest)).collect())
+pub fn known_files(layer: &SnapshotRef) -> Result<Files> {
+    Ok(cache::files(layer)?.as_ref().clone())
 }
 
 /// blake3 over a tag and parts, none of which can run into the next.

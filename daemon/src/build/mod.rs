@@ -7,6 +7,7 @@ mod request;
 mod running;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -19,7 +20,7 @@ use crate::engine::{self, BuildScope, CachePlan, EngineBuild, PlannedExport};
 use crate::error::BuildError;
 use crate::gateway::{Bridge, BuildResult, CacheEntry, FrontendRequest, Refs, Returned};
 use crate::policy::SourcePolicy;
-use crate::provenance::{self, Solved};
+use crate::provenance::{self, Solved, Subject};
 use crate::traces::TraceParent;
 use running::Running;
 
@@ -83,13 +84,6 @@ async fn run(
     let planned = engine::plan(&request.exporters)?;
     let caches = CachePlan::new(request.cache.as_ref().map_or(&[][..], |cache| &cache.exports))?;
     let provenance = provenance::Options::of(&request.frontend_attrs)?;
-    let wanted = provenance.as_ref().map(|options| provenance::Build {
-        options,
-        id: &request.r#ref,
-        started,
-        compatibility: request.compatibility_version,
-        environment: daemon.config.provenance_env_dir.as_deref(),
-    });
     let policy = SourcePolicy::new(request, daemon.engine.sessions())?;
     let build = running.engine.get_or_init(|| {
         daemon.engine.begin(BuildScope {
@@ -101,11 +95,27 @@ async fn run(
     let (bridge, returned) = Bridge::new(daemon, build.clone(), job, request, policy);
     let published = guard.publish(bridge.clone());
     // Boxed: the compiler has a limit for futures within futures.
-    let outcome =
-        produce(running, build, request, (&planned, &caches), wanted, (&bridge, returned)).boxed().await;
+    let wanted = Wanted {
+        exporters: &planned,
+        caches: &caches,
+        provenance: provenance.as_ref(),
+        started,
+        environment: daemon.config.provenance_env_dir.as_deref(),
+    };
+    let outcome = produce(running, build, request, wanted, (&bridge, returned)).boxed().await;
     drop(published);
     bridge.release_containers().await;
     outcome
+}
+
+/// What a build is to make, beside its results.
+struct Wanted<'a> {
+    exporters: &'a [PlannedExport],
+    caches: &'a CachePlan,
+    provenance: Option<&'a provenance::Options>,
+    started: SystemTime,
+    /// What the administrator adds to provenance.
+    environment: Option<&'a Path>,
 }
 
 /// Runs the frontend, builds what it returns, and exports it.
@@ -113,8 +123,7 @@ async fn produce(
     running: &Running,
     build: &Arc<EngineBuild>,
     request: &SolveRequest,
-    planned: (&[PlannedExport], &CachePlan),
-    wanted: Option<provenance::Build<'_>>,
+    wanted: Wanted<'_>,
     (bridge, returned): (&Arc<Bridge>, Returned),
 ) -> Result<SolveResponse, BuildError> {
     let (guard, job) = (running.guard(), running.guard().job());
@@ -144,14 +153,15 @@ async fn produce(
         .filter_map(|(key, value)| Some((key.clone(), String::from_utf8(value.clone()).ok()?)))
         .collect();
     let mut claims = provenance::offered(&result).await?;
-    if let Some(wanted) = wanted {
+    let subject =
+        Subject::new(bridge, &result, request, wanted.started, &guard.running(), wanted.environment);
+    if let Some(options) = wanted.provenance {
         let solved = Solved { explained: build.explain().await, made: build.results().await };
-        claims.extend(provenance::claims(bridge, &result, &solved, &wanted, &guard.running())?);
+        claims.extend(subject.claims(options, &solved)?);
     }
+    let planned = (wanted.exporters, wanted.caches);
     let images = exports::run(build, job, planned, request, &result, &claims, &mut response).await?;
     running.images.get_or_init(|| images);
-    // The record is written later, and must not keep results from being removed.
-    claims.iter_mut().for_each(|claim| claim.attestation.steps = None);
-    running.claims.get_or_init(|| claims);
+    running.subject.get_or_init(|| subject);
     Ok(SolveResponse { exporter_response: response })
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use kiln_proto::control::{Descriptor, SolveRequest};
+use kiln_solver::explain::VertexExplanation;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::task::JoinHandle;
 
@@ -14,7 +15,7 @@ use crate::error::BuildError;
 use crate::explain;
 use crate::history::{Outcome, Recording};
 use crate::jobs::JobGuard;
-use crate::provenance::Claim;
+use crate::provenance::{Options, Subject};
 use crate::traces::TraceParent;
 
 /// The answer waits for what is to be remembered of a build, but no longer than this part of its duration.
@@ -35,8 +36,8 @@ pub(super) struct Running {
     pub(super) directory: OnceLock<String>,
     /// Metadata of the frontend's result that is text.
     pub(super) metadata: OnceLock<Vec<(String, String)>>,
-    /// What is claimed of its results.
-    pub(super) claims: OnceLock<Vec<Claim>>,
+    /// What its provenance is made of, once there are results.
+    pub(super) subject: OnceLock<Subject>,
     /// The images that were made of it.
     pub(super) images: OnceLock<Vec<Descriptor>>,
     /// How it ended.
@@ -77,7 +78,7 @@ impl Running {
             engine: OnceLock::new(),
             directory: OnceLock::new(),
             metadata: OnceLock::new(),
-            claims: OnceLock::new(),
+            subject: OnceLock::new(),
             images: OnceLock::new(),
             outcome: Err(BuildError::canceled()),
             room: None,
@@ -142,16 +143,17 @@ impl Running {
             daemon.engine.build_ended();
             return None;
         };
-        let outcome = Outcome {
+        let mut outcome = Outcome {
             ended: SystemTime::now(),
             metadata: self.metadata.take().unwrap_or_default(),
-            claims: self.claims.take().unwrap_or_default(),
+            provenance: Vec::new(),
             images: self.images.take().unwrap_or_default(),
             error: std::mem::replace(&mut self.outcome, Ok(())).err(),
         };
         // A runtime that has gone takes the daemon with it.
         let runtime = tokio::runtime::Handle::try_current().ok()?;
         let (project, room) = (self.project(), self.room.take());
+        let (subject, request) = (self.subject.take(), self.request.clone());
         let (note, noted) = oneshot::channel();
         let stored = runtime.spawn(async move {
             recording.note(&outcome).await;
@@ -160,6 +162,15 @@ impl Running {
             let vertices = match &engine {
                 Some(engine) => engine.explain().await,
                 None => Vec::new(),
+            };
+            let succeeded = outcome.error.is_none();
+            let vertices = match subject.filter(|_| succeeded) {
+                Some(subject) => {
+                    let (provenance, vertices) = recorded(subject, request, vertices).await;
+                    outcome.provenance = provenance;
+                    vertices
+                }
+                None => vertices,
             };
             drop(engine);
             // What it built and nobody named is garbage like any other.
@@ -178,6 +189,29 @@ impl Running {
         });
         Some(Storing { noted, stored })
     }
+}
+
+/// The provenance that a build's record keeps, by platform; and what was decided about its vertices again. What the build
+/// holds goes with `subject`.
+async fn recorded(
+    subject: Subject,
+    request: Arc<SolveRequest>,
+    vertices: Vec<VertexExplanation>,
+) -> (Vec<(String, serde_json::Value)>, Vec<VertexExplanation>) {
+    let made = tokio::task::spawn_blocking(move || {
+        // Checked when the build began.
+        let asked = Options::of(&request.frontend_attrs).ok().flatten();
+        let builder = asked.map(|options| options.builder_id).unwrap_or_default();
+        let provenance = subject.recorded(&builder, &vertices).unwrap_or_else(|error| {
+            tracing::warn!(%error, build = request.r#ref, "provenance is not recorded");
+            Vec::new()
+        });
+        (provenance, vertices)
+    });
+    made.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "recording provenance");
+        Default::default()
+    })
 }
 
 impl Drop for Running {

@@ -13,6 +13,7 @@ pub use kiln_worker::Dns;
 pub use kiln_worker::registry::{HostConfig, RegistryConfig};
 pub use section::{ConfigError, Setting};
 pub use units::DiskSpace;
+pub(crate) use units::parse_duration;
 
 /// Everything the daemon needs to start. Build it with [`Config::default`] or [`Config::load`] and
 /// then let command line flags overwrite fields.

@@ -13,7 +13,7 @@ use super::contexts::Contexts;
 use crate::error::{BuildError, frontend_detail, source_detail};
 use crate::gateway::image_source;
 
-/// Frontend images whose language is the one that is built in, without tag and digest.
+/// Frontend images whose language is the one that is built in, without tag.
 const BUILTIN: &[&str] = &[
     "dockerfile.v0",
     "docker/dockerfile",
@@ -22,12 +22,12 @@ const BUILTIN: &[&str] = &[
     "docker.io/docker/dockerfile-upstream",
 ];
 
-/// Whether a frontend image is the built-in frontend under another name.
+/// Whether a frontend image is the built-in frontend under another name. One that is named by its digest is nothing but
+/// that image.
 pub(super) fn is_builtin(source: &str) -> bool {
-    let name = source.split('@').next().unwrap_or(source);
-    let name = match name.rsplit_once(':') {
+    let name = match source.rsplit_once(':') {
         Some((name, tag)) if !tag.contains('/') => name,
-        _ => name,
+        _ => source,
     };
     BUILTIN.contains(&name)
 }
@@ -178,15 +178,15 @@ mod tests {
 
     #[test]
     fn builtin_frontends() {
-        for name in [
-            "dockerfile.v0",
-            "docker/dockerfile:1",
-            "docker.io/docker/dockerfile:1.7-labs",
-            "docker/dockerfile@sha256:00",
-        ] {
+        for name in ["dockerfile.v0", "docker/dockerfile:1", "docker.io/docker/dockerfile:1.7-labs"] {
             assert!(is_builtin(name), "{name}");
         }
-        for name in ["tonistiigi/dockerfile:1", "localhost:5000/docker/dockerfile", "docker/dockerfile-x"] {
+        for name in [
+            "tonistiigi/dockerfile:1",
+            "localhost:5000/docker/dockerfile",
+            "docker/dockerfile-x",
+            "docker/dockerfile:1@sha256:00",
+        ] {
             assert!(!is_builtin(name), "{name}");
         }
     }

@@ -6,20 +6,24 @@ use std::time::SystemTime;
 use kiln_proto::control::{BuildHistoryRecord, BuildResultInfo, Descriptor};
 use kiln_proto::rpc::Status;
 use kiln_worker::export::{IN_TOTO, PREDICATE_TYPE};
+use serde_json::Value;
 
-use super::{History, Packed};
+use super::History;
+use super::contents::{Content, Packed};
 use crate::error::BuildError;
 use crate::progress::ProgressLog;
-use crate::provenance::Claim;
 use crate::traces::Wanted;
+
+/// The type of the provenance that records keep.
+const SLSA: &str = "https://slsa.dev/provenance/v1";
 
 /// How a build ended.
 pub(crate) struct Outcome {
     pub(crate) ended: SystemTime,
     /// What its frontend said of the result.
     pub(crate) metadata: Vec<(String, String)>,
-    /// What is claimed of its results.
-    pub(crate) claims: Vec<Claim>,
+    /// The provenance of its results, by platform; no platform's name if there is one result only.
+    pub(crate) provenance: Vec<(String, Value)>,
     /// The images that were made of them.
     pub(crate) images: Vec<Descriptor>,
     pub(crate) error: Option<BuildError>,
@@ -71,18 +75,21 @@ impl Recording {
         let mut claimed = Vec::new();
         if outcome.error.is_none() {
             let mut result = BuildResultInfo::default();
-            for Claim { platform, attestation, full } in outcome.claims {
-                let Some(full) = full else { continue };
+            for (platform, predicate) in outcome.provenance {
                 // Memory is all that it is written to.
-                let Ok(full) = Packed::new(full.to_string().as_bytes()) else { continue };
-                let mut described = full.descriptor(IN_TOTO);
-                described.annotations.insert(PREDICATE_TYPE.into(), attestation.predicate_type);
+                let packed = Content::new().and_then(|mut content| {
+                    serde_json::to_writer_pretty(&mut content, &predicate)?;
+                    content.finish()
+                });
+                let Ok(packed) = packed else { continue };
+                let mut described = packed.descriptor(IN_TOTO);
+                described.annotations.insert(PREDICATE_TYPE.into(), SLSA.into());
                 let into = match platform.is_empty() {
                     true => &mut result,
                     false => record.results.entry(platform).or_default(),
                 };
                 into.attestations.push(described);
-                claimed.push(full);
+                claimed.push(packed);
             }
             result.result_deprecated = outcome.images.first().cloned();
             result.results = (0..).zip(outcome.images).collect();

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use kiln_cache::Ref;
+use kiln_proto::control::SolveRequest;
 use kiln_proto::llb::{self, Loaded};
 use kiln_solver::explain::VertexExplanation;
 use kiln_worker::export::{Attestation, Steps};
@@ -30,85 +31,15 @@ use sources::Sources;
 /// The platform of a result that is not one of several.
 const SINGLE: &str = "";
 
+/// Builds of more steps than this are recorded without their provenance: it would be larger than all else.
+const MAX_RECORDED: usize = 10_000;
+
 /// What is claimed of one platform's result.
 pub(crate) struct Claim {
     /// Platform id; empty if there is one result only.
     pub(crate) platform: String,
     /// For the exporters.
     pub(crate) attestation: Attestation,
-    /// For the history, which keeps all that is known; nothing of what frontends claim.
-    pub(crate) full: Option<Value>,
-}
-
-/// Claims about all results of a build; those of the builds that are `running` may be its inputs.
-///
-/// # Errors
-/// A definition can't be read, which was read before.
-pub(crate) fn claims(
-    bridge: &Bridge,
-    result: &BuildResult,
-    solved: &Solved,
-    build: &Build<'_>,
-    running: &[Arc<Bridge>],
-) -> Result<Vec<Claim>, BuildError> {
-    let results: Vec<(&str, Option<&LazyRef>)> = match &result.refs {
-        Refs::Single(reference) => vec![(SINGLE, reference.as_deref())],
-        Refs::Map(refs) => refs.iter().map(|(id, reference)| (id.as_str(), reference.as_deref())).collect(),
-    };
-    let named: Vec<&str> = result.refs.all().into_iter().map(|reference| reference.id()).collect();
-    let nothing = Sources::new(&solved.explained);
-    let running = running.iter().filter(|other| !std::ptr::eq(Arc::as_ptr(other), bridge));
-    let others = running.flat_map(|other| other.all_asked());
-    let all_asked: Vec<Arc<Asked>> = bridge.all_asked().into_iter().chain(others).collect();
-    let custom = build.environment.map(environment).unwrap_or_default();
-    let mut claims = Vec::new();
-    for (platform, reference) in results {
-        let loaded = reference.map(load).transpose()?.unwrap_or_default();
-        let asked = bridge.asked(reference);
-        let mut sources = nothing.clone();
-        // What a frontend read on its way: the Dockerfile, a context's ignore file.
-        let read = asked.as_ref().map_or_else(|| bridge.built_by_itself(), |asked| asked.read.clone());
-        for other in read.iter().filter(|other| !named.contains(&other.id())) {
-            sources.add(&load(other)?, bridge);
-        }
-        sources.add(&loaded, bridge);
-        if build.options.complete_materials && !sources.complete() {
-            return Err(BuildError::build("provenance materials are incomplete"));
-        }
-        let facts = Facts {
-            options: build.options,
-            request: asked.as_ref().map(|asked| &asked.request),
-            root: bridge.root(),
-            asked: &all_asked,
-            sources: &sources,
-            loaded: &loaded,
-            custom: &custom,
-            started: build.started,
-            invocation: build.id,
-            compatibility: build.compatibility,
-        };
-        let full = predicate::make(&facts, Mode::Max);
-        let predicate = match build.options.mode {
-            Mode::Max => full.clone(),
-            Mode::Min => predicate::make(&facts, Mode::Min),
-        };
-        claims.push(Claim {
-            platform: platform.to_owned(),
-            attestation: Attestation {
-                predicate_type: build.options.version.predicate_type().to_owned(),
-                predicate,
-                subjects: Vec::new(),
-                file: build.options.filename.clone(),
-                inline_only: build.options.inline_only,
-                steps: (build.options.mode == Mode::Max).then(|| Steps {
-                    place: build.options.version.metadata(),
-                    results: steps::results(&loaded, &solved.made),
-                }),
-            },
-            full: Some(full),
-        });
-    }
-    Ok(claims)
 }
 
 /// What came of the build's definitions.
@@ -119,15 +50,136 @@ pub(crate) struct Solved {
     pub(crate) made: HashMap<Arc<str>, Vec<Ref>>,
 }
 
-/// A build as its provenance sees it.
-pub(crate) struct Build<'a> {
-    pub(crate) options: &'a Options,
-    pub(crate) id: &'a str,
-    pub(crate) started: SystemTime,
+/// A build whose results have a provenance. Holds its results.
+pub(crate) struct Subject {
+    bridge: Arc<Bridge>,
+    /// By platform.
+    results: Vec<(String, Option<Arc<LazyRef>>)>,
+    /// What all frontends were asked whose results may be inputs.
+    asked: Vec<Arc<Asked>>,
+    started: SystemTime,
+    invocation: String,
     /// The version of the results' form that the client asked for; 0 is the current one.
-    pub(crate) compatibility: i64,
-    /// Directory with what the administrator adds.
-    pub(crate) environment: Option<&'a Path>,
+    compatibility: i64,
+    /// What the administrator adds.
+    custom: Map<String, Value>,
+}
+
+impl Subject {
+    /// Of a build that began at `started`. The results of those that are `running` may be its inputs; `environment` is a
+    /// directory with what the administrator adds.
+    pub(crate) fn new(
+        bridge: &Arc<Bridge>,
+        result: &BuildResult,
+        request: &SolveRequest,
+        started: SystemTime,
+        running: &[Arc<Bridge>],
+        environment: Option<&Path>,
+    ) -> Self {
+        let results = match &result.refs {
+            Refs::Single(reference) => vec![(SINGLE.to_owned(), reference.clone())],
+            Refs::Map(refs) => refs.iter().map(|(id, reference)| (id.clone(), reference.clone())).collect(),
+        };
+        let others = running.iter().filter(|other| !Arc::ptr_eq(other, bridge));
+        Self {
+            bridge: bridge.clone(),
+            results,
+            asked: bridge.all_asked().into_iter().chain(others.flat_map(|other| other.all_asked())).collect(),
+            started,
+            invocation: request.r#ref.clone(),
+            compatibility: request.compatibility_version,
+            custom: environment.map(self::environment).unwrap_or_default(),
+        }
+    }
+
+    /// Claims about all results.
+    ///
+    /// # Errors
+    /// Materials are incomplete and must not be; or a definition can't be read, which was read before.
+    pub(crate) fn claims(&self, options: &Options, solved: &Solved) -> Result<Vec<Claim>, BuildError> {
+        let nothing = Sources::new(&solved.explained);
+        let claim = |(platform, reference): &(String, Option<Arc<LazyRef>>)| {
+            self.with_facts(options, &nothing, reference.as_deref(), |facts| {
+                if options.complete_materials && !facts.sources.complete() {
+                    return Err(BuildError::build("provenance materials are incomplete"));
+                }
+                let attestation = Attestation {
+                    predicate_type: options.version.predicate_type().to_owned(),
+                    predicate: predicate::make(facts, options.mode),
+                    subjects: Vec::new(),
+                    file: options.filename.clone(),
+                    inline_only: options.inline_only,
+                    steps: (options.mode == Mode::Max).then(|| Steps {
+                        place: options.version.metadata(),
+                        results: steps::results(facts.loaded, &solved.made),
+                    }),
+                };
+                Ok(Claim { platform: platform.clone(), attestation })
+            })
+        };
+        self.results.iter().map(claim).collect()
+    }
+
+    /// The predicates that the build's record keeps, all that is known, by platform. `builder` is the builder's id.
+    ///
+    /// # Errors
+    /// A definition can't be read, which was read before.
+    pub(crate) fn recorded(
+        &self,
+        builder: &str,
+        explained: &[VertexExplanation],
+    ) -> Result<Vec<(String, Value)>, BuildError> {
+        let options = Options::recorded(builder);
+        let nothing = Sources::new(explained);
+        let mut all = Vec::new();
+        for (platform, reference) in &self.results {
+            let Some(reference) = reference else { continue };
+            if reference.definition().def.len() > MAX_RECORDED {
+                tracing::debug!(build = self.invocation, "too large for its provenance to be recorded");
+                continue;
+            }
+            all.push(self.with_facts(&options, &nothing, Some(reference), |facts| {
+                Ok((platform.clone(), predicate::make(facts, options.mode)))
+            })?);
+        }
+        Ok(all)
+    }
+
+    fn with_facts<T>(
+        &self,
+        options: &Options,
+        nothing: &Sources<'_>,
+        reference: Option<&LazyRef>,
+        make: impl FnOnce(&Facts<'_>) -> Result<T, BuildError>,
+    ) -> Result<T, BuildError> {
+        let bridge = self.bridge.as_ref();
+        let loaded = reference.map(load).transpose()?.unwrap_or_default();
+        let asked = bridge.asked(reference);
+        let mut sources = nothing.clone();
+        // What a frontend read on its way: the Dockerfile, a context's ignore file.
+        let read = asked.as_ref().map_or_else(|| bridge.built_by_itself(), |asked| asked.read.clone());
+        let is_result = |other: &LazyRef| {
+            self.results
+                .iter()
+                .any(|(_, result)| result.as_ref().is_some_and(|result| result.id() == other.id()))
+        };
+        for other in read.iter().filter(|other| !is_result(other)) {
+            sources.add(&load(other)?, bridge);
+        }
+        sources.add(&loaded, bridge);
+        make(&Facts {
+            options,
+            request: asked.as_ref().map(|asked| &asked.request),
+            root: bridge.root(),
+            asked: &self.asked,
+            sources: &sources,
+            loaded: &loaded,
+            custom: &self.custom,
+            started: self.started,
+            invocation: &self.invocation,
+            compatibility: self.compatibility,
+        })
+    }
 }
 
 fn load(reference: &LazyRef) -> Result<Loaded, BuildError> {

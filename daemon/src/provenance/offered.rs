@@ -26,11 +26,9 @@ pub(crate) async fn claims(result: &BuildResult) -> Result<Vec<Claim>, BuildErro
         }
         // What others are told by comes first.
         made.sort_by_key(|(core, _)| !core);
-        claims.extend(made.into_iter().map(|(_, attestation)| Claim {
-            platform: platform.clone(),
-            attestation,
-            full: None,
-        }));
+        claims.extend(
+            made.into_iter().map(|(_, attestation)| Claim { platform: platform.clone(), attestation }),
+        );
     }
     Ok(claims)
 }

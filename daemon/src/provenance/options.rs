@@ -77,18 +77,23 @@ pub(crate) fn check(
 }
 
 impl Options {
-    /// What a build's attributes ask for; `None`: no provenance.
-    pub(crate) fn of(attrs: &HashMap<String, String>) -> Result<Option<Self>, BuildError> {
-        let Some(text) = attrs.get(&format!("{PREFIX}{PROVENANCE}")) else { return Ok(None) };
-        let mut options = Self {
+    /// For the record of a build, which is asked for nothing: all that is known.
+    pub(crate) fn recorded(builder: &str) -> Self {
+        Self {
             mode: Mode::Max,
             version: Version::V1,
             inline_only: false,
-            builder_id: String::new(),
+            builder_id: builder.to_owned(),
             reproducible: false,
             complete_materials: false,
             filename: "provenance.json".into(),
-        };
+        }
+    }
+
+    /// What a build's attributes ask for; `None`: no provenance.
+    pub(crate) fn of(attrs: &HashMap<String, String>) -> Result<Option<Self>, BuildError> {
+        let Some(text) = attrs.get(&format!("{PREFIX}{PROVENANCE}")) else { return Ok(None) };
+        let mut options = Self::recorded("");
         let mut disabled = false;
         let parts = kiln_dockerfile::csv_fields(text)
             .map_err(|error| wrong(format!("failed to parse provenance {text:?}: {error}")))?;

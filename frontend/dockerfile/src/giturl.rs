@@ -52,6 +52,11 @@ pub fn git_context(
     Ok(Some((op, metadata)))
 }
 
+/// The address of the git repository that a text names, without what of it is wanted; `None` if it names none.
+pub fn git_remote(text: &str) -> Option<String> {
+    GitUrl::parse(text).ok().flatten().map(|git| git.remote)
+}
+
 impl GitUrl {
     /// `None` if the text names no repository; an error if it does, wrongly.
     pub(crate) fn parse(text: &str) -> Result<Option<Self>, String> {

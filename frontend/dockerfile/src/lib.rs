@@ -31,7 +31,7 @@ use kiln_proto::pb;
 
 pub use compile::{compile, lint, targets};
 pub use error::{CompileError, ResolveError};
-pub use giturl::git_context;
+pub use giturl::{git_context, git_remote};
 pub use gofmt::{csv_fields, parse_bool};
 pub use lint::LintWarning;
 pub use options::{Options, OptionsError, ResolveMode};

@@ -167,8 +167,8 @@ impl Attributes {
                 other => return Err(wrong(format!("invalid mode {other:?} for local exporter"))),
             },
             "attestation-prefix" => self.attestation_prefix = value.to_string(),
-            "dest" => {}
-            _ => return Err(self.unknown(key)),
+            // As other builders: what is meant for another exporter does no harm.
+            _ => {}
         }
         Ok(())
     }
@@ -222,23 +222,12 @@ impl Attributes {
             _ => {
                 if let Some(annotation) = parse_annotation(key, value)? {
                     self.annotations.push(annotation);
-                } else if key.starts_with("containerimage.")
-                    || key == "refs.platforms"
-                    || key.starts_with("frontend.")
-                {
-                    self.metadata.insert(key.to_string(), value.as_bytes().to_vec());
                 } else {
-                    return Err(self.unknown(key));
+                    self.metadata.insert(key.to_string(), value.as_bytes().to_vec());
                 }
             }
         }
         Ok(())
-    }
-
-    fn unknown(&self, key: &str) -> ExportError {
-        wrong(
-            format!("unsupported: exporter attribute {key:?} of the {:?} exporter", self.kind).to_lowercase(),
-        )
     }
 
     fn check(&self) -> Result<(), ExportError> {

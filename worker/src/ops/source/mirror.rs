@@ -1,11 +1,11 @@
 //! The snapshots that show a client's directory: each is made of the one before it where nothing else uses that, else by
 //! linking all files of the copy. Owns what the copy remembers of its snapshot; knows nothing of sessions. Blocking.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use kiln_cache::contenthash;
+use kiln_cache::contenthash::{self, Files};
 use kiln_cache::{MutableDir, RecordType, SnapshotMeta, SnapshotRef, Staged};
 use kiln_session::fsutil::{Change, ChangeKind};
 use rustix::fs::{AtFlags, FileType, Mode};
@@ -21,9 +21,6 @@ use crate::worker::Layers;
 const SNAPSHOT: &str = "snapshot";
 /// With more changes than this, all files are linked anew.
 const MAX_CHANGES: usize = 10_000;
-
-/// Digests of a snapshot's files, by path.
-type Digests = BTreeMap<Vec<u8>, [u8; 32]>;
 
 /// The snapshot that showed the directory's state when it was last brought up to date.
 pub(super) fn former(layers: &Layers, dir: &MutableDir) -> Result<Option<SnapshotRef>, String> {
@@ -49,9 +46,9 @@ pub(super) fn snapshot(
 ) -> Result<SnapshotRef, String> {
     let mut digests = match &former {
         Some(former) => contenthash::known_files(former).map_err(text)?,
-        None => Digests::new(),
+        None => Files::new(),
     };
-    changes.iter().for_each(|change| note(&mut digests, change));
+    note(&mut digests, changes);
     let mut copies = former.as_ref().map(Notes::of).unwrap_or_default();
     let changed = changes.iter().filter(|change| change.kind != ChangeKind::Touched);
     copies.add(changed.map(|change| change.path.as_str()));
@@ -87,28 +84,24 @@ fn open(path: &Path) -> Result<OwnedFd, String> {
     open_root(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-fn note(digests: &mut Digests, change: &Change) {
-    let path = change.path.as_bytes();
-    match (change.kind, change.digest) {
-        (ChangeKind::Touched, _) => {}
-        (_, Some(digest)) => {
-            digests.insert(path.to_vec(), digest);
-        }
-        // A directory whose attributes changed loses nothing but time by this.
-        (_, None) => {
-            digests.remove(path);
-            let below = [path, b"/"].concat();
-            let gone: Vec<_> = digests
-                .range(below.clone()..)
-                .map(|(path, _)| path)
-                .take_while(|path| path.starts_with(&below))
-                .cloned()
-                .collect();
-            gone.iter().for_each(|path| {
-                digests.remove(path);
-            });
-        }
+/// Brings the digests of a directory's files up to date with changes.
+fn note(digests: &mut Files, changes: &[Change]) {
+    let changed = changes.iter().filter(|change| change.kind != ChangeKind::Touched);
+    // A directory whose attributes changed loses nothing but time by this.
+    let gone: HashSet<&[u8]> = changed
+        .clone()
+        .filter(|change| change.digest.is_none())
+        .map(|change| change.path.as_bytes())
+        .collect();
+    if !gone.is_empty() {
+        let is_gone = |path: &[u8]| {
+            let above =
+                path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| &path[..end]);
+            above.chain([path]).any(|path| gone.contains(path))
+        };
+        digests.retain(|path, _| !is_gone(path));
     }
+    digests.extend(changed.filter_map(|change| Some((change.path.clone().into_bytes(), change.digest?))));
 }
 
 /// The former snapshot's directory with the changes made in it, too; `None` if it is in use.
