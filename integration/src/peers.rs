@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::kiln::{Built, Kiln};
+use crate::kiln::{Built, Kiln, binary};
 
 /// The `docker-buildx` binary.
 pub struct Buildx {
@@ -46,6 +46,22 @@ impl Buildx {
         let context = context.to_str().expect("a path in UTF-8");
         self.run(&[&["build", "--progress", "plain"], args, &[context]].concat())
     }
+}
+
+/// All clients that are called buildctl, against this Kiln: Kiln's own, and the binary if there is one.
+pub fn buildctls(kiln: &Kiln) -> Vec<impl Fn(&[&str]) -> Command> {
+    let address = format!("unix://{}", kiln.socket().display());
+    let peer = std::env::var_os("BUILDCTL").map(PathBuf::from);
+    let programs = std::iter::once((binary(), &["buildctl"][..])).chain(peer.map(|peer| (peer, &[][..])));
+    let client = |(program, first): (PathBuf, &'static [&'static str])| {
+        let address = address.clone();
+        move |args: &[&str]| {
+            let mut command = Command::new(&program);
+            command.args(first).arg("--addr").arg(&address).args(args).stdin(Stdio::null());
+            command
+        }
+    };
+    programs.map(client).collect()
 }
 
 /// `buildctl ARGS…` against this Kiln; `None` if there is no binary.

@@ -38,6 +38,13 @@ async fn history(daemon: &Daemon, id: &str) -> Vec<kiln_proto::control::BuildHis
     events
 }
 
+/// What a record names, in one piece.
+async fn blob(daemon: &Daemon, digest: &str) -> Vec<u8> {
+    let read = content::ReadContentRequest { digest: digest.into(), ..Default::default() };
+    let mut pieces = ContentClient::new(daemon.channel().await).read(read).await.expect("read").into_inner();
+    pieces.message().await.expect("piece").expect("one").data
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn says_who_it_is() {
     let mut daemon = Daemon::start().await;
@@ -110,10 +117,7 @@ async fn images_are_in_the_record_of_their_build() {
     assert_eq!(result.result_deprecated.as_ref(), result.results.get(&0));
     assert_eq!(result.results[&1].digest, response["containerimage.digest"]);
     // What the descriptor names can be read.
-    let read =
-        content::ReadContentRequest { digest: result.results[&0].digest.clone(), ..Default::default() };
-    let mut pieces = ContentClient::new(daemon.channel().await).read(read).await.expect("read").into_inner();
-    let manifest = pieces.message().await.expect("piece").expect("one").data;
+    let manifest = blob(&daemon, &result.results[&0].digest).await;
     assert_eq!(manifest.len() as i64, result.results[&0].size);
     daemon.stop().await;
 }
@@ -145,6 +149,14 @@ async fn builds_and_remembers() {
     let record = events[0].record.clone().expect("record");
     assert_eq!(events[0].r#type, BuildHistoryEventType::Complete as i32);
     assert_eq!((record.num_total_steps, record.num_completed_steps, record.num_cached_steps), (2, 2, 0));
+    // Nobody has to ask for provenance to find it later.
+    let [provenance] = &record.result.as_ref().expect("result").attestations[..] else { panic!("one") };
+    assert_eq!(provenance.annotations["in-toto.io/predicate-type"], "https://slsa.dev/provenance/v1");
+    let predicate: serde_json::Value =
+        serde_json::from_slice(&blob(&daemon, &provenance.digest).await).expect("JSON");
+    assert_eq!(predicate["runDetails"]["metadata"]["invocationId"], "one");
+    let steps = &predicate["buildDefinition"]["internalParameters"]["buildConfig"]["llbDefinition"];
+    assert_eq!(steps.as_array().expect("steps").len(), 3);
     let mut stream = daemon
         .control()
         .await
@@ -357,20 +369,22 @@ async fn content_is_listed_and_goes_with_what_names_it() {
         Ok::<_, Status>(pages)
     };
     assert!(list(&[]).await.expect("nothing").is_empty());
-    // The log of each build is another one.
+    // The log and the provenance of each build are others.
     for number in 0..120 {
         let (definition, _) = file("/a", "1");
         daemon.build(request(&format!("b{number}"), definition)).await.0.expect("built");
     }
     let events = history(&daemon, "").await;
-    let logs: BTreeMap<_, _> = events
-        .iter()
-        .filter_map(|event| event.record.as_ref()?.logs.clone())
-        .map(|logs| (logs.digest, logs.size))
+    let records = events.iter().filter_map(|event| event.record.as_ref());
+    let blobs: BTreeMap<_, _> = records
+        .flat_map(|record| {
+            record.logs.iter().chain(record.result.iter().flat_map(|result| &result.attestations))
+        })
+        .map(|blob| (blob.digest.clone(), blob.size))
         .collect();
     let pages = list(&[]).await.expect("all");
     let all: Vec<_> = pages.iter().flatten().map(|info| (info.digest.clone(), info.size)).collect();
-    assert_eq!(all, logs.clone().into_iter().collect::<Vec<_>>());
+    assert_eq!(all, blobs.into_iter().collect::<Vec<_>>());
     let first = &all[0].0;
     let only = list(&[&format!("digest=={first}"), "labels.\"a.b/c:d\"==x"]).await.expect("one");
     assert_eq!(only.iter().flatten().map(|info| &info.digest).collect::<Vec<_>>(), [first]);

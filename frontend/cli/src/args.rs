@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::caches::CacheArgs;
 use crate::progress::units;
+use crate::solve::SolveArgs;
 use crate::tls::TlsArgs;
 use crate::workers::WorkersArgs;
 
@@ -63,8 +64,8 @@ fn any_path() -> impl TypedValueParser<Value = PathBuf> {
 pub(crate) enum Command {
     /// Build a Dockerfile
     Build(Box<BuildArgs>),
-    /// Build an LLB definition read from standard input
-    Solve(SolveArgs),
+    /// Build an LLB definition read from standard input, or with any frontend
+    Solve(Box<SolveArgs>),
     /// Run the daemon in the foreground
     Daemon(DaemonArgs),
     /// Show what the cache holds
@@ -235,36 +236,6 @@ impl Absent {
             .into_iter()
             .find_map(|(given, name)| given.then_some(name))
     }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SolveArgs {
-    /// Where the result goes, e.g. type=oci,dest=app.tar (may be repeated)
-    #[arg(short, long = "output", value_name = "SPEC")]
-    pub(crate) outputs: Vec<String>,
-    /// Directory that the definition reads as local://NAME
-    #[arg(long = "local", value_name = "NAME=DIR")]
-    pub(crate) locals: Vec<String>,
-    /// Secret: id=ID[,src=FILE|,env=NAME]
-    #[arg(long = "secret", value_name = "SPEC")]
-    pub(crate) secrets: Vec<String>,
-    /// ssh agent: default or ID=SOCKET
-    #[arg(long = "ssh", value_name = "ID[=SOCKET]")]
-    pub(crate) ssh: Vec<String>,
-    /// What the build may use beyond the usual
-    #[arg(long = "allow", value_name = "ENTITLEMENT", value_delimiter = ',')]
-    pub(crate) allow: Vec<String>,
-    /// Run every step anew
-    #[arg(long)]
-    pub(crate) no_cache: bool,
-    #[command(flatten)]
-    pub(crate) caches: CacheArgs,
-    /// How progress is shown
-    #[arg(long, value_enum, env = "BUILDKIT_PROGRESS", default_value = "auto")]
-    pub(crate) progress: ProgressMode,
-    /// Write the build's result as JSON to a file
-    #[arg(long, value_name = "FILE")]
-    pub(crate) metadata_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

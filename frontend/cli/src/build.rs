@@ -26,7 +26,7 @@ const FRONTEND: &str = "dockerfile.v0";
 /// Builds a Dockerfile.
 pub(crate) fn main(connection: &Connection, args: BuildArgs) -> Result<(), CliError> {
     let plan = Plan::new(args)?;
-    let outputs = outputs::parse(&plan.args.outputs)?;
+    let outputs = outputs::parse(&plan.args.outputs, outputs::Docker::Load)?;
     let outputs = outputs::complete(outputs, plan.args.push, &plan.args.tags, &plan.args.annotations)?;
     if outputs.is_empty() && !plan.args.tags.is_empty() && !plan.args.quiet {
         eprintln!(

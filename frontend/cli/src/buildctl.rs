@@ -12,9 +12,10 @@ use clap::{Parser, Subcommand};
 use crate::args::{Connection, DuArgs, PruneArgs};
 use crate::connect::{self, Start};
 use crate::error::CliError;
+use crate::solve::SolveArgs;
 use crate::tls::TlsArgs;
 use crate::workers::WorkersArgs;
-use crate::{history, stdout, usage, workers};
+use crate::{history, solve, stdout, usage, workers};
 
 const ADDRESS: &str = "unix:///run/buildkit/buildkitd.sock";
 /// Between attempts to reach a daemon that is waited for.
@@ -31,12 +32,24 @@ struct Cli {
     /// Wait until the daemon answers
     #[arg(long, global = true)]
     wait: bool,
+    /// Accepted: errors say all that is known of them
+    #[arg(long, global = true)]
+    debug: bool,
+    /// Accepted: a local daemon answers at once or not at all
+    #[arg(long, global = true, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Accepted: there is no log
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Build with a frontend, or an LLB definition read from standard input
+    #[command(visible_alias = "b")]
+    Build(Box<SolveArgs>),
     /// Show what the cache holds
     Du(DuArgs),
     /// Free disk space of the cache
@@ -70,6 +83,7 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> Result<(), CliError>
         std::thread::sleep(PAUSE);
     }
     match cli.command {
+        Command::Build(args) => solve::main(&connection, &args),
         Command::Du(args) => usage::du(&connection, &args),
         Command::Prune(args) => usage::prune(&connection, &args),
         Command::PruneHistories => prune_histories(&connection),
@@ -82,7 +96,7 @@ pub(crate) fn main(args: impl Iterator<Item = OsString>) -> Result<(), CliError>
 
 fn unsupported(group: &str, words: &[OsString]) -> CliError {
     let name = words.first().map(|word| word.display().to_string()).unwrap_or_default();
-    CliError::usage(format!("unsupported: buildctl {group}{name} (kiln build and kiln solve build)"))
+    CliError::usage(format!("unsupported: buildctl {group}{name}"))
 }
 
 /// Carries bytes until the daemon's side has ended.

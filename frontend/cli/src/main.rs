@@ -24,6 +24,7 @@ mod inputs;
 mod layout;
 mod llbjson;
 mod outputs;
+mod policy;
 mod progress;
 mod run;
 mod shutdown;

@@ -42,12 +42,21 @@ pub(crate) enum Target {
     },
 }
 
-/// Reads `-o` flags; `-` and a bare path are shorthands, as in docker.
-pub(crate) fn parse(flags: &[String]) -> Result<Vec<OutputSpec>, CliError> {
-    flags.iter().filter_map(|flag| one(flag).transpose()).collect()
+/// What `type=docker` means without a dest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Docker {
+    /// As docker's own commands: the image goes into a docker daemon, which is not done.
+    Load,
+    /// As buildctl: an archive on standard output.
+    Archive,
 }
 
-fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
+/// Reads `-o` flags; `-` and a bare path are shorthands, as in docker.
+pub(crate) fn parse(flags: &[String], docker: Docker) -> Result<Vec<OutputSpec>, CliError> {
+    flags.iter().filter_map(|flag| one(flag, docker).transpose()).collect()
+}
+
+fn one(flag: &str, docker: Docker) -> Result<Option<OutputSpec>, CliError> {
     if flag == "-" {
         return Ok(Some(OutputSpec { kind: "tar".into(), attrs: HashMap::new(), target: Target::Stdout }));
     }
@@ -91,7 +100,7 @@ fn one(flag: &str) -> Result<Option<OutputSpec>, CliError> {
                         "invalid output {flag:?}: tar=false is for images with a dest"
                     )));
                 }
-                None if kind == "docker" => {
+                None if kind == "docker" && docker == Docker::Load => {
                     return Err(CliError::usage(
                         "unsupported: type=docker without dest (loading into a docker daemon)",
                     ));
@@ -287,6 +296,10 @@ impl AsyncWrite for Whole {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
+
+    fn parse(flags: &[String]) -> Result<Vec<OutputSpec>, CliError> {
+        super::parse(flags, Docker::Load)
+    }
 
     fn attrs(pairs: &[(&str, &str)]) -> HashMap<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()

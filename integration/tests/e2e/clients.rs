@@ -131,6 +131,22 @@ fn buildx_reads_the_history() {
     assert_eq!(statuses, ["Error", "Completed"]);
     let failed = json(buildx.run(&["history", "inspect", "--format", "json"]).ok().stdout.as_bytes());
     assert_eq!(failed["Error"]["Code"], 2, "{failed:#}");
+    let recent = buildx.run(&["history", "ls", "--format", "json", "--filter", "startedAt>1h,status==error"]);
+    assert_eq!(recent.ok().stdout.lines().count(), 1);
+    // Recorded, although it is not attested.
+    let metadata = context.path().join("metadata.json");
+    let file = format!("--metadata-file={}", metadata.display());
+    buildx.build(context.path(), &["--provenance=false", &file]).ok();
+    let written = json(&std::fs::read(&metadata).expect("written"));
+    let materials = &written["buildx.build.provenance"]["materials"];
+    assert!(materials[0]["uri"].as_str().is_some_and(|uri| uri.contains("busybox")), "{written:#}");
+    buildx
+        .run(&[
+            "history",
+            "rm",
+            written["buildx.build.ref"].as_str().and_then(|name| name.rsplit('/').next()).expect("a ref"),
+        ])
+        .ok();
     let logs = buildx.run(&["history", "logs", "--progress", "plain"]).ok();
     assert!(logs.stderr.contains("words"), "{}", logs.stderr);
     let names = |reference: &str| {

@@ -1,6 +1,7 @@
 //! Kiln from outside: the binary, a real registry, and independent tools as judges. Needs root.
 
 mod build;
+mod buildctl;
 mod buildkitd;
 mod cancel;
 mod clients;

@@ -6,7 +6,10 @@ mod plain;
 mod tty;
 pub(crate) mod units;
 
+use std::fs::File;
 use std::io::{IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use kiln_proto::control::StatusResponse;
 
@@ -19,6 +22,8 @@ use tty::Tty;
 /// The display of one command.
 pub(crate) struct Display {
     view: View,
+    /// Where all of it goes, too.
+    trace: Option<File>,
     started: bool,
     finished: bool,
 }
@@ -47,7 +52,14 @@ impl Display {
             ProgressMode::Auto if terminal && capable => View::Tty(Box::new(Tty::new())),
             ProgressMode::Auto | ProgressMode::Plain => View::Plain(Plain::new()),
         };
-        Ok(Self { view, started: false, finished: false })
+        Ok(Self { view, trace: None, started: false, finished: false })
+    }
+
+    /// Appends everything to a file, too, as JSON lines.
+    pub(crate) fn trace(&mut self, path: &Path) -> Result<(), CliError> {
+        let open = File::options().create(true).append(true).mode(0o600).open(path);
+        self.trace = Some(open.map_err(|error| CliError::file("write", path, error))?);
+        Ok(())
     }
 
     /// Whether anything arrived yet.
@@ -58,6 +70,10 @@ impl Display {
     /// Takes a status message.
     pub(crate) fn update(&mut self, message: &StatusResponse) {
         self.started = true;
+        if let Some(trace) = &mut self.trace {
+            // The build goes on without its trace.
+            let _ = trace.write_all(json::line(message).as_bytes());
+        }
         let text = match &mut self.view {
             View::Plain(plain) => plain.update(message),
             View::Tty(tty) => tty.update(message),
