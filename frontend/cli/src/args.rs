@@ -345,6 +345,10 @@ pub(crate) struct HistoryArgs {
 pub(crate) enum HistoryCommand {
     /// List builds, running ones included
     Ls(HistoryLsArgs),
+    /// Show what a build printed
+    Logs(HistoryLogsArgs),
+    /// Show what is known of a build
+    Inspect(HistoryInspectArgs),
     /// Forget builds
     Rm(HistoryRmArgs),
     /// Say why steps of a build were not cached
@@ -357,6 +361,26 @@ pub(crate) struct HistoryLsArgs {
     #[arg(short, long = "filter", value_name = "FILTER")]
     pub(crate) filters: Vec<String>,
     /// Print the builds as json, one on each line
+    #[arg(long, value_name = "FORMAT", value_parser = record_format)]
+    pub(crate) format: Option<RecordFormat>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryLogsArgs {
+    /// The build, by the first letters of its ref (default: the one that began last)
+    #[arg(value_name = "REF", default_value = "", hide_default_value = true)]
+    pub(crate) reference: String,
+    /// How it is shown
+    #[arg(long, value_enum, default_value = "plain")]
+    pub(crate) progress: ProgressMode,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryInspectArgs {
+    /// The build, by the first letters of its ref (default: the one that began last)
+    #[arg(value_name = "REF", default_value = "", hide_default_value = true)]
+    pub(crate) reference: String,
+    /// Print it as json
     #[arg(long, value_name = "FORMAT", value_parser = record_format)]
     pub(crate) format: Option<RecordFormat>,
 }

@@ -1,4 +1,4 @@
-//! `kiln history ls` and `kiln history rm`: the builds that the daemon remembers.
+//! `kiln history`: the builds that the daemon remembers, and forgetting them.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,12 +15,14 @@ use crate::args::{Connection, HistoryCommand, HistoryLsArgs, HistoryRmArgs, Reco
 use crate::connect::{self, Start};
 use crate::error::CliError;
 use crate::stdout::harmless;
-use crate::{explain, stdout};
+use crate::{explain, record, stdout};
 
 /// Runs one of the history commands.
 pub(crate) fn main(connection: &Connection, command: HistoryCommand) -> Result<(), CliError> {
     match command {
         HistoryCommand::Ls(args) => ls(connection, &args),
+        HistoryCommand::Logs(args) => record::logs(connection, &args),
+        HistoryCommand::Inspect(args) => record::inspect(connection, &args),
         HistoryCommand::Rm(args) => rm(connection, args),
         HistoryCommand::Explain(args) => explain::history(connection, &args),
     }
@@ -101,7 +103,7 @@ pub(crate) async fn records(
 }
 
 /// What was built: the remote context, if any, the Dockerfile and the target.
-fn name(record: &BuildHistoryRecord) -> String {
+pub(crate) fn name(record: &BuildHistoryRecord) -> String {
     let attr =
         |name: &str| record.frontend_attrs.get(name).map(String::as_str).filter(|value| !value.is_empty());
     if let Some(name) = attr("build-arg:BUILDKIT_BUILD_NAME") {
@@ -112,12 +114,12 @@ fn name(record: &BuildHistoryRecord) -> String {
     words.into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
-fn time(time: Option<&prost_types::Timestamp>) -> Option<jiff::Timestamp> {
+pub(crate) fn time(time: Option<&prost_types::Timestamp>) -> Option<jiff::Timestamp> {
     time.and_then(|time| jiff::Timestamp::new(time.seconds, time.nanos).ok())
 }
 
 /// How long a build took, or has taken so far.
-fn duration(record: &BuildHistoryRecord, now: SystemTime) -> String {
+pub(crate) fn duration(record: &BuildHistoryRecord, now: SystemTime) -> String {
     let now = || jiff::Timestamp::try_from(now).ok();
     let end = time(record.completed_at.as_ref()).or_else(now);
     let taken = time(record.created_at.as_ref()).zip(end).map(|(start, end)| end.duration_since(start));
@@ -153,7 +155,7 @@ fn table(records: &[BuildHistoryRecord]) -> String {
 }
 
 /// As buildx encodes a build.
-fn json(record: &BuildHistoryRecord) -> Value {
+pub(crate) fn json(record: &BuildHistoryRecord) -> Value {
     let mut value = json!({
         "ref": record.r#ref,
         "name": name(record),

@@ -26,6 +26,7 @@ mod llbjson;
 mod outputs;
 mod policy;
 mod progress;
+mod record;
 mod run;
 mod shutdown;
 mod solve;

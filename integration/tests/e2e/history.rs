@@ -40,6 +40,22 @@ fn builds_are_listed_and_forgotten() {
     assert_eq!((row[1], row[2]), ("Dockerfile (app)", "Completed"), "{table}");
     assert_eq!(statuses(&builds(&kiln, &["--filter", "status==error"])), ["Error"]);
 
+    let logs = |args: &[&str]| kiln.run(&[&["history", "logs"], args].concat());
+    assert!(logs(&[reference]).ok().stderr.contains("[app 2/2] RUN echo 1"));
+    assert!(logs(&[]).ok().stderr.contains("RUN false"), "the last one");
+    let inspect = |args: &[&str]| kiln.run(&[&["history", "inspect"], args].concat());
+    let told = inspect(&[&reference[..10]]).ok().stdout;
+    for text in
+        ["Status:     Completed", "Option:     target=app", "Attachment: log ", "Attachment: attestation "]
+    {
+        assert!(told.contains(text), "{text}: {told}");
+    }
+    let last: Value = serde_json::from_str(&inspect(&["--format", "json"]).ok().stdout).expect("JSON");
+    assert!(last["error"]["message"].as_str().is_some_and(|text| text.contains("exit code: 1")), "{last:#}");
+    for command in ["logs", "inspect"] {
+        kiln.run(&["history", command, "no-such-build"]).fails(&["no build \"no-such-build\" is remembered"]);
+    }
+
     kiln.run(&["history", "rm", reference]).ok();
     assert_eq!(statuses(&builds(&kiln, &[])), ["Error"]);
     kiln.run(&["history", "explain", reference]).fails(&["no explanation of build"]);

@@ -13,6 +13,7 @@ mod crowd;
 mod early_cutoff;
 mod edited_contexts;
 mod errors;
+mod everyday;
 mod explain;
 mod failed_steps;
 mod frontend_image;
