@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use kiln_proto::reference::Reference;
+
 use super::ExportError;
 use super::annotations::{Annotation, parse_annotation};
 use crate::image::BlobOptions;
@@ -245,6 +247,12 @@ impl Attributes {
         }
         if self.push && self.names.is_empty() {
             return Err(wrong("can't push: the image has no name"));
+        }
+        if self.push && self.push_by_digest {
+            let tagged = |name: &&String| Reference::parse(name).is_ok_and(|name| name.tag().is_some());
+            if let Some(name) = self.names.iter().find(tagged) {
+                return Err(wrong(format!("can't push tagged ref {name} by digest")));
+            }
         }
         if self.rewrite_timestamp && self.epoch_given && self.epoch.is_none() {
             return Err(wrong("rewrite-timestamp needs source-date-epoch"));

@@ -421,6 +421,8 @@ fn attributes_are_checked_before_anything_is_built() {
     assert!(refused("nope", &[]).contains("could not be found"));
     assert!(refused("image", &[("push", "maybe")]).contains("non-bool value"));
     assert!(refused("image", &[("push", "true")]).contains("no name"));
+    let by_digest = [("push", "true"), ("push-by-digest", "true"), ("name", "example.org/a:1")];
+    assert_eq!(refused("image", &by_digest), "can't push tagged ref example.org/a:1 by digest");
     assert!(refused("image", &[("compression-level", "10")]).contains("compression level"));
     assert!(refused("local", &[("mode", "odd")]).contains("mode"));
     assert!(refused("image", &[("annotation-odd.x", "y")]).contains("annotation type"));
