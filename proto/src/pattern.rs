@@ -1,6 +1,7 @@
 //! Path patterns: those of `.dockerignore` and of include/exclude lists (`**`, `!`, a pattern
 //! covers what is below it), and single shell-style globs. Pure; walks no file system.
 
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
 /// A pattern that cannot be read.
@@ -112,6 +113,19 @@ impl PatternMatcher {
     }
 }
 
+/// What patterns see of a name that may be any bytes: each byte that is not UTF-8 is U+FFFD.
+pub fn text(name: &[u8]) -> Cow<'_, str> {
+    if let Ok(text) = std::str::from_utf8(name) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(name.len() * 2);
+    for chunk in name.utf8_chunks() {
+        out.push_str(chunk.valid());
+        out.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+    }
+    Cow::Owned(out)
+}
+
 /// Whether `name` matches one shell-style `pattern`: `*` and `?` stop at slashes, `[…]` and `\` as
 /// usual, `**` is nothing special.
 pub fn glob_match(pattern: &str, name: &str) -> Result<bool, PatternError> {
@@ -134,9 +148,9 @@ pub fn has_wildcard(text: &str) -> bool {
 }
 
 /// Reads a `.dockerignore` file into patterns for [`PatternMatcher::new`]: a byte order mark, comments
-/// and blank lines are dropped, leading slashes removed, paths cleaned. Bytes that are not UTF-8 are replaced.
+/// and blank lines are dropped, leading slashes removed, paths cleaned. It is taken as [`text`] shows it, like names.
 pub fn parse_ignore_file(bytes: &[u8]) -> Vec<String> {
-    let text = String::from_utf8_lossy(bytes);
+    let text = text(bytes);
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let mut out = Vec::new();
     for line in text.lines().filter(|l| !l.starts_with('#')) {
@@ -452,6 +466,19 @@ mod tests {
     fn ignore_files() {
         let text = b"\xef\xbb\xbf# comment\r\n\n  /abs/path \r\n!  ./keep/ \n #not a comment\n/\na/../b\n!";
         assert_eq!(parse_ignore_file(text), ["abs/path", "!keep", "#not a comment", "/", "b", "!"]);
+    }
+
+    #[test]
+    fn names_that_are_no_text_match_byte_by_byte() {
+        assert!(matches!(text("föö".as_bytes()), Cow::Borrowed("föö")));
+        // The start of a longer character counts as two bytes, not as one damaged character.
+        let name = text(b"caf\xe2\x82.txt");
+        assert_eq!(name, "caf\u{fffd}\u{fffd}.txt");
+        for (pattern, want) in [("*", true), ("caf??.txt", true), ("caf?.txt", false), ("caf[^a]*", true)] {
+            assert_eq!(matcher(&[pattern]).matches(&name), want, "{pattern}");
+        }
+        let ignored = parse_ignore_file(b"caf\xe2\x82.txt\n");
+        assert!(matcher(&[ignored[0].as_str()]).matches(&name));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -397,13 +399,93 @@ async fn failures_name_the_path_at_both_ends() {
         transfer(from.path(), select(&["["], &[], &[]), to.path(), ReceiveOptions::default()).await;
     assert!(sent.unwrap_err().to_string().contains("syntax error in pattern"));
     assert!(received.unwrap_err().to_string().contains("syntax error in pattern"));
+}
 
-    use std::os::unix::ffi::OsStrExt;
-    std::fs::write(from.path().join(std::ffi::OsStr::from_bytes(b"bad\xff")), "x").unwrap();
-    let (sent, received) =
-        transfer(from.path(), Selection::default(), to.path(), ReceiveOptions::default()).await;
-    assert!(sent.unwrap_err().to_string().contains("not valid UTF-8"));
-    assert!(received.unwrap_err().to_string().contains("not valid UTF-8"));
+/// A name that need not be text.
+fn raw(name: &[u8]) -> &OsStr {
+    OsStr::from_bytes(name)
+}
+
+/// What is not text, in every place that a name can have.
+fn no_text(root: &Path) {
+    std::fs::create_dir(root.join(raw(b"d\xfe"))).unwrap();
+    for (path, content) in [(&b"caf\xe8"[..], "grave"), (b"caf\xe9", "acute"), (b"d\xfe/\xff", "below")] {
+        std::fs::write(root.join(raw(path)), content).unwrap();
+    }
+    std::fs::hard_link(root.join(raw(b"caf\xe9")), root.join(raw(b"hard\xe9"))).unwrap();
+    symlink(raw(b"d\xfe"), root.join("link")).unwrap();
+    symlink(raw(b"t\xff"), root.join(raw(b"\xe9link"))).unwrap();
+}
+
+#[tokio::test]
+async fn names_and_targets_are_any_bytes() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    no_text(from.path());
+    let update = async |mode| {
+        let changes = Arc::new(Mutex::new(Vec::new()));
+        let seen = changes.clone();
+        let options = ReceiveOptions {
+            mode,
+            on_change: Some(Box::new(move |change| seen.lock().unwrap().push(change))),
+            ..Default::default()
+        };
+        let (sent, received) = transfer(from.path(), Selection::default(), to.path(), options).await;
+        sent.unwrap();
+        assert_eq!(listing(from.path()), listing(to.path()));
+        let mut changes = changes.lock().unwrap().clone();
+        changes.retain(|change| change.kind != ChangeKind::Touched);
+        changes.sort_by(|a, b| a.path.cmp(&b.path));
+        (received.unwrap(), changes.into_iter().map(|change| (change.path, change.kind)).collect::<Vec<_>>())
+    };
+    update(ReceiveMode::Mirror).await;
+    let inode = |name: &[u8]| to.path().join(raw(name)).metadata().unwrap().ino();
+    assert_eq!(inode(b"caf\xe9"), inode(b"hard\xe9"));
+    let (again, changes) = update(ReceiveMode::Mirror).await;
+    assert!(!again.changed() && again.bytes == 0 && changes.is_empty(), "{again:?} {changes:?}");
+
+    // Names that look the same as text stay apart.
+    std::fs::write(from.path().join(raw(b"caf\xe8")), "changed").unwrap();
+    std::fs::remove_file(from.path().join(raw(b"\xe9link"))).unwrap();
+    symlink(raw(b"t\xfe"), from.path().join(raw(b"\xe9link"))).unwrap();
+    std::fs::remove_file(from.path().join(raw(b"hard\xe9"))).unwrap();
+    std::fs::write(from.path().join(raw(b"d\xfe/\xfe")), "new").unwrap();
+    let (received, changes) = update(ReceiveMode::Mirror).await;
+    assert_eq!(received.bytes, 7 + 3);
+    let written = |path: &[u8]| (path.to_vec(), ChangeKind::Written);
+    assert_eq!(
+        changes,
+        [
+            written(b"caf\xe8"),
+            written(b"d\xfe/\xfe"),
+            (b"hard\xe9".to_vec(), ChangeKind::Deleted),
+            written(b"\xe9link"),
+        ]
+    );
+    std::fs::remove_dir_all(from.path().join(raw(b"d\xfe"))).unwrap();
+    let (_, changes) = update(ReceiveMode::Mirror).await;
+    assert_eq!(changes, [(b"d\xfe".to_vec(), ChangeKind::Deleted)]);
+    assert_eq!(update(ReceiveMode::Merge).await.0.bytes, 12);
+}
+
+#[tokio::test]
+async fn patterns_see_a_replacement_for_what_is_no_text() {
+    let from = tempdir().unwrap();
+    no_text(from.path());
+    type Case<'a> = (Selection, &'a [&'a str]);
+    let cases: &[Case<'_>] = &[
+        (select(&["caf?", "d*/?"], &[], &[]), &["caf\\xe8", "caf\\xe9", "d\\xfe", "d\\xfe/\\xff"]),
+        (select(&["caf\u{fffd}"], &[], &[]), &["caf\\xe8", "caf\\xe9"]),
+        (select(&[], &["*", "!d*"], &[]), &["d\\xfe", "d\\xfe/\\xff"]),
+        (select(&[], &["**/?", "*link", "caf[a-z]"], &[]), &["caf\\xe8", "caf\\xe9", "d\\xfe", "hard\\xe9"]),
+        (select(&[], &[], &["link/*"]), &["d\\xfe", "d\\xfe/\\xff", "link"]),
+        (select(&[], &[], &["h*"]), &["hard\\xe9"]),
+        (select(&[], &[], &["?link"]), &["\\xe9link"]),
+    ];
+    for (selection, expected) in cases {
+        let to = tempdir().unwrap();
+        transfer(from.path(), selection.clone(), to.path(), ReceiveOptions::default()).await.1.unwrap();
+        assert_eq!(paths(to.path()), *expected, "{selection:?}");
+    }
 }
 
 #[tokio::test]

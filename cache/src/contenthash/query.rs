@@ -153,7 +153,7 @@ fn bases(view: &LayerView, path: &ContentPath) -> Result<(Vec<Start>, String)> {
         let mut next = Vec::new();
         for (path, node) in level {
             for (name, child) in view.children(&node)? {
-                if pattern::glob_match(part, &String::from_utf8_lossy(&name)).map_err(invalid)? {
+                if pattern::glob_match(part, &pattern::text(&name)).map_err(invalid)? {
                     next.push((join(&path, &name), child));
                 }
             }
@@ -249,7 +249,7 @@ impl Patterns {
                 None => (base.to_vec(), String::new()),
                 Some(ancestor) => {
                     let path = join(&ancestor.path, &item.name);
-                    let relative = String::from_utf8_lossy(&path[base.len() + 1..]).into_owned();
+                    let relative = pattern::text(&path[base.len() + 1..]).into_owned();
                     (path, relative)
                 }
             };

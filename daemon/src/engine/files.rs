@@ -3,6 +3,7 @@
 
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use kiln_proto::fsutil::Stat;
@@ -15,12 +16,12 @@ use crate::error::BuildError;
 /// The largest file that is handed to a frontend in one answer; a message carries at most 16 MiB.
 const MAX_FILE: u64 = 15 << 20;
 
-fn open(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let path = if path.is_empty() { "." } else { path };
+fn open(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
 }
 
-fn failed(call: &str, path: &str, error: Errno) -> BuildError {
+fn failed(call: &str, path: impl std::fmt::Display, error: Errno) -> BuildError {
     let text = match error {
         Errno::NOENT => "no such file or directory".to_owned(),
         Errno::NOTDIR => "not a directory".to_owned(),
@@ -33,19 +34,20 @@ fn failed(call: &str, path: &str, error: Errno) -> BuildError {
 /// A part of a regular file: from `offset`, `length` bytes (0: to the end).
 pub(crate) fn read_file(
     root: BorrowedFd<'_>,
-    path: &str,
+    path: impl AsRef<Path>,
     offset: u64,
     length: u64,
 ) -> Result<Vec<u8>, BuildError> {
+    let (path, shown) = (path.as_ref(), path.as_ref().display());
     // Non-blocking, so that a FIFO in an image holds nobody up.
     let fd =
-        open(root, path, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|error| failed("open", path, error))?;
-    let stat = rustix::fs::fstat(&fd).map_err(|error| failed("stat", path, error))?;
+        open(root, path, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|error| failed("open", &shown, error))?;
+    let stat = rustix::fs::fstat(&fd).map_err(|error| failed("stat", &shown, error))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(BuildError::build(format!("{path} is not a regular file")));
+        return Err(BuildError::build(format!("{shown} is not a regular file")));
     }
     let mut file = std::fs::File::from(fd);
-    let io = |error: std::io::Error| BuildError::build(format!("read {path}: {error}"));
+    let io = |error: std::io::Error| BuildError::build(format!("read {shown}: {error}"));
     if offset > 0 {
         file.seek(SeekFrom::Start(offset)).map_err(io)?;
     }
@@ -54,7 +56,7 @@ pub(crate) fn read_file(
     file.take(wanted.min(MAX_FILE + 1)).read_to_end(&mut data).map_err(io)?;
     if data.len() as u64 > MAX_FILE {
         return Err(BuildError::build(format!(
-            "{path} is too large: at most {MAX_FILE} bytes can be read at once"
+            "{shown} is too large: at most {MAX_FILE} bytes can be read at once"
         )));
     }
     Ok(data)
@@ -62,8 +64,8 @@ pub(crate) fn read_file(
 
 /// The entries of a directory, by name; `include` is one pattern, empty for all.
 pub(crate) fn read_dir(root: BorrowedFd<'_>, path: &str, include: &str) -> Result<Vec<Stat>, BuildError> {
-    let fd =
-        open(root, path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|error| failed("open", path, error))?;
+    let fd = open(root, Path::new(path), OFlags::RDONLY | OFlags::DIRECTORY)
+        .map_err(|error| failed("open", path, error))?;
     let matcher = if include.is_empty() {
         None
     } else {
@@ -75,20 +77,21 @@ pub(crate) fn read_dir(root: BorrowedFd<'_>, path: &str, include: &str) -> Resul
     let mut entries = Vec::new();
     for entry in dir {
         let entry = entry.map_err(|error| failed("read", path, error))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name == "." || name == ".." || matcher.as_ref().is_some_and(|matcher| !matcher.matches(&name)) {
+        let name = entry.file_name().to_bytes();
+        let shown = pattern::text(name);
+        if matches!(name, b"." | b"..") || matcher.as_ref().is_some_and(|matcher| !matcher.matches(&shown)) {
             continue;
         }
         let stat = rustix::fs::statat(&fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|error| failed("lstat", &name, error))?;
+            .map_err(|error| failed("lstat", &shown, error))?;
         let linkname = if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
             let target = rustix::fs::readlinkat(&fd, entry.file_name(), Vec::new())
-                .map_err(|error| failed("readlink", &name, error))?;
-            target.to_string_lossy().into_owned()
+                .map_err(|error| failed("readlink", &shown, error))?;
+            target.into_bytes()
         } else {
-            String::new()
+            Vec::new()
         };
-        entries.push(describe(name, &stat, linkname));
+        entries.push(describe(name.to_vec(), &stat, linkname));
     }
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(entries)
@@ -96,7 +99,7 @@ pub(crate) fn read_dir(root: BorrowedFd<'_>, path: &str, include: &str) -> Resul
 
 /// What a path leads to, all links followed.
 pub(crate) fn stat_file(root: BorrowedFd<'_>, path: &str) -> Result<Stat, BuildError> {
-    let fd = open(root, path, OFlags::PATH).map_err(|error| failed("lstat", path, error))?;
+    let fd = open(root, Path::new(path), OFlags::PATH).map_err(|error| failed("lstat", path, error))?;
     let stat = rustix::fs::fstat(&fd).map_err(|error| failed("lstat", path, error))?;
     // The kernel knows under which name the file was reached in the end.
     let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
@@ -106,11 +109,11 @@ pub(crate) fn stat_file(root: BorrowedFd<'_>, path: &str) -> Result<Stat, BuildE
         .filter(|resolved| *resolved != Path::new("/"))
         .and_then(Path::file_name)
         .or_else(|| Path::new(path).file_name())
-        .map_or_else(|| "/".to_owned(), |name| name.to_string_lossy().into_owned());
-    Ok(describe(name, &stat, String::new()))
+        .map_or_else(|| b"/".to_vec(), |name| name.as_bytes().to_vec());
+    Ok(describe(name, &stat, Vec::new()))
 }
 
-fn describe(path: String, stat: &rustix::fs::Stat, linkname: String) -> Stat {
+fn describe(path: Vec<u8>, stat: &rustix::fs::Stat, linkname: Vec<u8>) -> Stat {
     let device =
         matches!(FileType::from_raw_mode(stat.st_mode), FileType::CharacterDevice | FileType::BlockDevice);
     let size = match FileType::from_raw_mode(stat.st_mode) {
@@ -167,23 +170,45 @@ mod tests {
     #[test]
     fn directories() {
         let (_dir, root) = root();
-        let names = |include: &str| -> Vec<String> {
+        let names = |include: &str| -> Vec<Vec<u8>> {
             let entries = read_dir(root.as_fd(), "/bin", include).expect("read");
             entries.into_iter().map(|entry| entry.path).collect()
         };
-        assert_eq!(names(""), ["busybox", "sh"]);
-        assert_eq!(names("b*"), ["busybox"]);
+        assert_eq!(names(""), [&b"busybox"[..], b"sh"]);
+        assert_eq!(names("b*"), [b"busybox"]);
         let error = read_dir(root.as_fd(), "/nope", "").expect_err("missing");
         assert_eq!(error.message, "open /nope: no such file or directory");
         let link = &read_dir(root.as_fd(), "bin", "s*").expect("read")[0];
-        assert_eq!(link.linkname, "busybox");
+        assert_eq!(link.linkname, b"busybox");
+    }
+
+    #[test]
+    fn names_need_not_be_text() {
+        use std::ffi::OsStr;
+        let (dir, root) = root();
+        let file = dir.path().join(OsStr::from_bytes(b"caf\xe9"));
+        std::fs::write(&file, b"x").expect("write");
+        std::os::unix::fs::symlink(
+            OsStr::from_bytes(b"caf\xe9"),
+            dir.path().join(OsStr::from_bytes(b"l\xff")),
+        )
+        .expect("symlink");
+        let found = |include: &str| -> Vec<(Vec<u8>, Vec<u8>)> {
+            let entries = read_dir(root.as_fd(), "/", include).expect("read");
+            entries.into_iter().map(|entry| (entry.path, entry.linkname)).collect()
+        };
+        assert_eq!(found("caf?"), [(b"caf\xe9".to_vec(), Vec::new())]);
+        assert_eq!(found("l*"), [(b"l\xff".to_vec(), b"caf\xe9".to_vec())]);
+        assert_eq!(read_file(root.as_fd(), OsStr::from_bytes(b"l\xff"), 0, 0).expect("read"), b"x");
+        std::os::unix::fs::symlink(OsStr::from_bytes(b"caf\xe9"), dir.path().join("text")).expect("symlink");
+        assert_eq!(stat_file(root.as_fd(), "/text").expect("stat").path, b"caf\xe9");
     }
 
     #[test]
     fn stat_follows_links() {
         let (_dir, root) = root();
         let stat = stat_file(root.as_fd(), "/bin/sh").expect("stat");
-        assert_eq!((stat.path.as_str(), stat.size), ("busybox", 10));
+        assert_eq!((stat.path.as_slice(), stat.size), (&b"busybox"[..], 10));
         let error = stat_file(root.as_fd(), "/nope").expect_err("missing");
         assert_eq!(error.message, "lstat /nope: no such file or directory");
     }

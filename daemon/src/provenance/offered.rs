@@ -1,5 +1,9 @@
 //! What frontends claim of their results: in-toto predicates in files, or bundles of whole statements.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use kiln_proto::{gateway, gomode};
 use kiln_worker::export::{Attestation, Subject};
 use serde::Deserialize;
@@ -49,12 +53,12 @@ async fn read(offered: &Offered) -> Result<Vec<(bool, Attestation)>, BuildError>
         true => {
             let mut files = Vec::new();
             for entry in files::read_dir(root, &path, "")? {
-                let file = format!("{path}/{}", entry.path);
+                let file = Path::new(&path).join(OsStr::from_bytes(&entry.path));
+                let shown = file.display().to_string();
                 if !gomode::is_regular(entry.mode) {
-                    return Err(BuildError::build(format!("bundle entry {file} is not a regular file")));
+                    return Err(BuildError::build(format!("bundle entry {shown} is not a regular file")));
                 }
-                let data = files::read_file(root, &file, 0, 0)?;
-                files.push((file, data));
+                files.push((shown, files::read_file(root, &file, 0, 0)?));
             }
             Ok(files)
         }

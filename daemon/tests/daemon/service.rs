@@ -245,10 +245,10 @@ async fn client_is_the_frontend() {
 
     let list = ReadDirRequest { r#ref: reference.id.clone(), dir_path: "/".into(), ..Default::default() };
     let entries = gateway.read_dir(for_build("b", list)).await.expect("list").into_inner().entries;
-    assert_eq!(entries.iter().map(|entry| entry.path.as_str()).collect::<Vec<_>>(), ["hello", "link-to"]);
+    assert_eq!(entries.iter().map(|entry| &*entry.path).collect::<Vec<_>>(), [&b"hello"[..], b"link-to"]);
     let stat = StatFileRequest { r#ref: reference.id.clone(), path: "/hello".into(), ..Default::default() };
     let stat = gateway.stat_file(for_build("b", stat)).await.expect("stat").into_inner().stat.expect("stat");
-    assert_eq!((stat.path.as_str(), stat.size, stat.mode), ("hello", 5, 0o644));
+    assert_eq!((&*stat.path, stat.size, stat.mode), (&b"hello"[..], 5, 0o644));
 
     let warning = WarnRequest { digest: digest.clone(), short: b"careful".to_vec(), ..Default::default() };
     gateway.warn(for_build("b", warning)).await.expect("warn");

@@ -51,7 +51,7 @@ fn processes_of_a_container() {
         assert_eq!(data.data, b"text\n");
         let list = ReadDirRequest { r#ref: "c".into(), dir_path: "/".into(), ..Default::default() };
         let entries = build.gateway.read_dir_container(list).await.expect("list").into_inner();
-        assert!(entries.entries.iter().any(|entry| entry.path == "file"));
+        assert!(entries.entries.iter().any(|entry| entry.path == b"file"));
         let beyond = ReadFileRequest { mount_index: 7, ..file };
         build.gateway.read_file_container(beyond).await.expect_err("no such mount");
         build.say("trap", Input::Signal(SignalMessage { name: "USR1".into() })).await;

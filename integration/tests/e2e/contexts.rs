@@ -1,9 +1,13 @@
 //! Build contexts that are no directory, and named contexts: what takes the place of what a Dockerfile names.
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use kiln_integration::peers::buildctl;
 use kiln_integration::tools::{self, run};
 use kiln_integration::{Context, Kiln, Registry, WebAnswer, WebServer, layout};
 use tempfile::TempDir;
@@ -210,4 +214,97 @@ fn the_main_directories_keep_their_names() {
     context.file("a", "own");
     let (out, _) = build(&kiln, &context, &[&flag("dockerfile", other.path())]);
     assert_eq!((read(&out, "other"), read(&out, "own")), ("other".to_owned(), "own".to_owned()));
+}
+
+/// The entries of an archive as `name -> target: content`, escaped where they are not ASCII.
+fn entries(archive: &Path) -> Vec<String> {
+    let script = "import os, sys, tarfile
+for m in tarfile.open(sys.argv[1]):
+    content = m.isfile() and tarfile.open(sys.argv[1]).extractfile(m).read().decode() or ''
+    name = os.fsencode(m.name) + (m.linkname and b' -> ' + os.fsencode(m.linkname) or b'')
+    print(repr(name)[2:-1] + ': ' + content)";
+    let out = run(Command::new("python3").arg("-c").arg(script).arg(archive));
+    let mut lines: Vec<String> = String::from_utf8_lossy(&out).lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn names_that_are_no_text_go_all_the_way() {
+    let registry = Registry::with_busybox();
+    let mut kiln = Kiln::new(&registry);
+    kiln.start();
+    let raw = |name: &'static [u8]| Path::new(OsStr::from_bytes(name));
+    let context = Context::new(concat!(
+        "FROM busybox AS made\n",
+        "RUN mkdir /made && cd /made && echo run > $(printf 'run\\377') && ln -s $(printf 'r\\376') link\n",
+        "FROM scratch\n",
+        "COPY tree /\n",
+        "COPY tree/caf* /one/\n",
+        "COPY --from=made /made /\n",
+    ));
+    context.file("tree/plain", "plain").file(".dockerignore", b"tree/ign?re\ntree/\xff\xfe\n");
+    let tree = context.path().join("tree");
+    std::fs::create_dir(tree.join(raw(b"d\xfe"))).expect("make directory");
+    let files: [(&'static [u8], &str); 4] =
+        [(b"caf\xe9", "acute"), (b"d\xfe/\xff", "below"), (b"ign\xf6re", "no"), (b"\xff\xfe", "no")];
+    for (name, content) in files {
+        std::fs::write(tree.join(raw(name)), content).expect("write");
+    }
+    symlink(raw(b"t\xff"), tree.join("target")).expect("link");
+    let expected = |content: &str| {
+        [
+            format!("caf\\xe9: {content}"),
+            "d\\xfe/\\xff: below".to_owned(),
+            "d\\xfe: ".to_owned(),
+            "link -> r\\xfe: ".to_owned(),
+            format!("one/caf\\xe9: {content}"),
+            "one: ".to_owned(),
+            "plain: plain".to_owned(),
+            "run\\xff: run".to_owned(),
+            "target -> t\\xff: ".to_owned(),
+        ]
+    };
+    let directory = TempDir::new().expect("temporary directory");
+    let at = |name: &str| directory.path().join(name);
+    for content in ["acute", "changed"] {
+        std::fs::write(tree.join(raw(b"caf\xe9")), content).expect("write");
+        let (out, built) = build(&kiln, &context, &[]);
+        let read = |name| std::fs::read_to_string(out.path().join(raw(name))).expect("file");
+        assert_eq!((read(b"caf\xe9").as_str(), read(b"one/caf\xe9").as_str()), (content, content));
+        assert_eq!((read(b"d\xfe/\xff").as_str(), read(b"run\xff").as_str()), ("below", "run\n"));
+        let target = |name: &str| out.path().join(name).read_link().expect("link");
+        assert_eq!((target("target").as_path(), target("link").as_path()), (raw(b"t\xff"), raw(b"r\xfe")));
+        assert!(!out.path().join(raw(b"ign\xf6re")).exists() && !out.path().join(raw(b"\xff\xfe")).exists());
+        assert_eq!(built.cached() > 0, content == "changed", "{}", built.stderr);
+        // Nothing has changed: nothing is copied again.
+        let (_, again) = build(&kiln, &context, &[]);
+        assert_eq!(again.cached(), 4, "{}", again.stderr);
+
+        kiln.build(context.path(), &["-o", &format!("type=tar,dest={}", at("tar").display())]).ok();
+        assert_eq!(entries(&at("tar")), expected(content));
+        let layout = at(content);
+        let output = format!("type=oci,tar=false,compression=uncompressed,dest={}", layout.display());
+        kiln.build(context.path(), &["-t", "x", "-o", &output]).ok();
+        let index: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(layout.join("index.json")).expect("index")).expect("JSON");
+        let blob =
+            |entry: &serde_json::Value| tools::blob(&layout, entry["digest"].as_str().expect("digest"));
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(blob(&index["manifests"][0])).expect("manifest"))
+                .expect("JSON");
+        let layers = manifest["layers"].as_array().expect("layers");
+        let mut all: Vec<String> = layers.iter().flat_map(|layer| entries(&blob(layer))).collect();
+        all.sort();
+        assert_eq!(all, expected(content));
+    }
+
+    let Some(mut peer) = buildctl(&kiln, &["build", "--frontend=dockerfile.v0"]) else { return };
+    for name in ["context", "dockerfile"] {
+        peer.arg(format!("--local={name}={}", context.path().display()));
+    }
+    run(peer.arg("--output").arg(format!("type=local,dest={}", at("peer").display())));
+    let read = |name| std::fs::read_to_string(at("peer").join(raw(name))).expect("file");
+    assert_eq!((read(b"caf\xe9").as_str(), read(b"run\xff").as_str()), ("changed", "run\n"));
+    assert_eq!(at("peer").join("target").read_link().expect("link"), raw(b"t\xff"));
 }

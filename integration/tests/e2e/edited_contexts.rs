@@ -1,6 +1,8 @@
 //! Whatever is done to a context between builds, what comes out is the context.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -72,7 +74,9 @@ fn edit(random: &mut StdRng, root: &Path) {
     let dirs: Vec<&PathBuf> = all.iter().filter(is_dir).collect();
     let files: Vec<&PathBuf> = all.iter().filter(is_file).collect();
     let dir = dirs.choose(random).map_or(root.to_owned(), |dir| dir.to_path_buf());
-    let name = dir.join(format!("n{}", random.random_range(0..8)));
+    // Half of the names are no text.
+    let last = *b"0123\xe8\xe9\xfe\xff".choose(random).expect("some");
+    let name = dir.join(OsStr::from_bytes(&[b'n', last]));
     let content = format!("{:08x}", random.random::<u32>());
     match random.random_range(0..9) {
         0 => all.choose(random).into_iter().for_each(|path| remove(path)),

@@ -3,7 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use kiln_proto::pattern::{MatchInfo, PatternMatcher};
+use kiln_proto::pattern::{self, MatchInfo, PatternMatcher};
 
 use super::{TransferError, follow};
 
@@ -65,8 +65,17 @@ impl Filter {
     }
 
     /// Judges an entry by its path and what was said of its parent (`None` at the top).
-    pub(super) fn decide(&self, path: &str, is_dir: bool, parent: Option<&Verdicts>) -> (Decision, Verdicts) {
+    pub(super) fn decide(
+        &self,
+        path: &[u8],
+        is_dir: bool,
+        parent: Option<&Verdicts>,
+    ) -> (Decision, Verdicts) {
         let mut verdicts = Verdicts::default();
+        if self.include.is_none() && self.exclude.is_none() {
+            return (Decision::Take, verdicts);
+        }
+        let path = &*pattern::text(path);
         let mut take = true;
         if let Some(include) = &self.include {
             let (matched, info) = include.matches_below(path, parent.and_then(|p| p.include.as_ref()));

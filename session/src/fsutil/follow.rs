@@ -1,5 +1,6 @@
 //! Follow-paths: which paths of a directory must be sent so that a path still resolves at the other end, i.e. every
 //! link on its way and what they lead to. Never looks outside the directory, where an absolute link means its root.
+//! Names are bytes until they become patterns.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::BorrowedFd;
@@ -14,8 +15,8 @@ const MAX_LINKS: usize = 255;
 
 struct Pending {
     /// Resolved so far; no links in it.
-    done: String,
-    rest: VecDeque<String>,
+    done: Vec<u8>,
+    rest: VecDeque<Vec<u8>>,
     links: usize,
 }
 
@@ -25,8 +26,8 @@ pub(super) fn resolve(root: BorrowedFd<'_>, paths: &[String]) -> Result<Option<V
     let mut found = BTreeSet::new();
     let mut queue: Vec<Pending> = Vec::new();
     for raw in paths {
-        let rest = components(raw);
-        queue.push(Pending { done: String::new(), rest, links: 0 });
+        let rest = components(raw.as_bytes());
+        queue.push(Pending { done: Vec::new(), rest, links: 0 });
     }
     while let Some(mut item) = queue.pop() {
         let Some(part) = item.rest.pop_front() else {
@@ -36,36 +37,37 @@ pub(super) fn resolve(root: BorrowedFd<'_>, paths: &[String]) -> Result<Option<V
             found.insert(escape(&item.done));
             continue;
         };
-        match part.as_str() {
-            ".." => {
-                item.done = path::split(&item.done).0.to_owned();
-                queue.push(item);
-            }
-            part if pattern::has_wildcard(part) => expand(root, &item, part, &mut queue, &mut found)?,
-            part => step(root, item, &unescape(part), &mut queue, &mut found),
+        if part == b".." {
+            item.done = path::split(&item.done).0.to_owned();
+            queue.push(item);
+        } else if pattern::has_wildcard(&pattern::text(&part)) {
+            expand(root, &item, &part, &mut queue, &mut found)?;
+        } else {
+            step(root, item, &unescape(&part), &mut queue, &mut found);
         }
     }
-    Ok(Some(without_covered(found)))
+    let patterns = without_covered(found).into_iter().map(|path| pattern::text(&path).into_owned());
+    Ok(Some(patterns.collect()))
 }
 
 /// Goes one plain component further, through a link if it is one.
 fn step(
     root: BorrowedFd<'_>,
     mut item: Pending,
-    name: &str,
+    name: &[u8],
     queue: &mut Vec<Pending>,
-    found: &mut BTreeSet<String>,
+    found: &mut BTreeSet<Vec<u8>>,
 ) {
     let here = path::join(&item.done, name);
     match fsops::read_link(root, &here) {
         Some(target) if item.links < MAX_LINKS => {
             found.insert(escape(&here));
-            if target.starts_with('/') {
+            if target.starts_with(b"/") {
                 item.done.clear();
             }
             // A link's target is literal text: nothing in it is a wildcard.
             let target =
-                components(&target).into_iter().map(|part| if part == ".." { part } else { escape(&part) });
+                components(&target).into_iter().map(|part| if part == b".." { part } else { escape(&part) });
             item.rest = target.chain(item.rest).collect();
             item.links += 1;
         }
@@ -78,67 +80,63 @@ fn step(
 fn expand(
     root: BorrowedFd<'_>,
     item: &Pending,
-    part: &str,
+    part: &[u8],
     queue: &mut Vec<Pending>,
-    found: &mut BTreeSet<String>,
+    found: &mut BTreeSet<Vec<u8>>,
 ) -> Result<(), TransferError> {
     let mut any = false;
+    let wanted = pattern::text(part);
     for (name, kind) in fsops::names(root, &item.done).unwrap_or_default() {
         let last = item.rest.is_empty();
-        if pattern::glob_match(part, &name)? && (last || kind != EntryType::File) {
+        if pattern::glob_match(&wanted, &pattern::text(&name))? && (last || kind != EntryType::File) {
             any = true;
             let next = Pending { done: item.done.clone(), rest: item.rest.clone(), links: item.links };
             step(root, next, &name, queue, found);
         }
     }
     if !any {
-        let rest = item.rest.iter().map(String::as_str);
-        found.insert(
-            std::iter::once(escape(&item.done).as_str())
-                .filter(|d| !d.is_empty())
-                .chain([part])
-                .chain(rest)
-                .collect::<Vec<_>>()
-                .join("/"),
-        );
+        let rest = item.rest.iter().map(Vec::as_slice);
+        let done = Some(escape(&item.done)).filter(|done| !done.is_empty());
+        let parts = done.as_deref().into_iter().chain([part]).chain(rest);
+        found.insert(parts.collect::<Vec<_>>().join(&b'/'));
     }
     Ok(())
 }
 
-fn components(text: &str) -> VecDeque<String> {
-    text.split('/').filter(|part| !matches!(*part, "" | ".")).map(str::to_owned).collect()
+fn components(path: &[u8]) -> VecDeque<Vec<u8>> {
+    path.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b".")).map(<[u8]>::to_vec).collect()
 }
 
 /// A literal path as a pattern.
-fn escape(literal: &str) -> String {
-    let mut out = String::with_capacity(literal.len());
-    for c in literal.chars() {
-        if matches!(c, '*' | '?' | '[' | '\\') {
-            out.push('\\');
+fn escape(literal: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(literal.len());
+    for byte in literal {
+        if matches!(byte, b'*' | b'?' | b'[' | b'\\') {
+            out.push(b'\\');
         }
-        out.push(c);
+        out.push(*byte);
     }
     out
 }
 
-fn unescape(part: &str) -> String {
-    let mut out = String::with_capacity(part.len());
-    let mut chars = part.chars();
-    while let Some(c) = chars.next() {
-        out.push(if c == '\\' { chars.next().unwrap_or('\\') } else { c });
+fn unescape(part: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(part.len());
+    let mut bytes = part.iter();
+    while let Some(byte) = bytes.next() {
+        out.push(if *byte == b'\\' { *bytes.next().unwrap_or(byte) } else { *byte });
     }
     out
 }
 
 /// Drops paths that lie below another one.
-fn without_covered(found: BTreeSet<String>) -> Vec<String> {
-    let mut sorted: Vec<String> = found.into_iter().collect();
+fn without_covered(found: BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
+    let mut sorted: Vec<Vec<u8>> = found.into_iter().collect();
     sorted.sort_by(|a, b| path::compare(a, b));
-    let mut kept: Vec<String> = Vec::new();
+    let mut kept: Vec<Vec<u8>> = Vec::new();
     for path in sorted {
-        let covered = kept
-            .last()
-            .is_some_and(|last| path.strip_prefix(last.as_str()).is_some_and(|rest| rest.starts_with('/')));
+        let covered = kept.last().is_some_and(|last| {
+            path.strip_prefix(last.as_slice()).is_some_and(|rest| rest.starts_with(b"/"))
+        });
         if !covered {
             kept.push(path);
         }

@@ -25,8 +25,8 @@ pub(super) enum EntryType {
 }
 
 /// Opens `rel` (empty is the root itself) beneath `root`, through no link.
-pub(super) fn open(root: BorrowedFd<'_>, rel: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let rel = if rel.is_empty() { "." } else { rel };
+pub(super) fn open(root: BorrowedFd<'_>, rel: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let rel: &[u8] = if rel.is_empty() { b"." } else { rel };
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     loop {
         match fs::openat2(root, rel, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
@@ -39,37 +39,35 @@ pub(super) fn open(root: BorrowedFd<'_>, rel: &str, flags: OFlags) -> Result<Own
 }
 
 /// Opens the directory `rel` beneath `root` for reading.
-pub(super) fn open_dir(root: BorrowedFd<'_>, rel: &str) -> Result<OwnedFd, Errno> {
+pub(super) fn open_dir(root: BorrowedFd<'_>, rel: &[u8]) -> Result<OwnedFd, Errno> {
     open(root, rel, OFlags::RDONLY | OFlags::DIRECTORY)
 }
 
-/// The target of the link `rel`; `None` if it is not a link or its target is not UTF-8.
-pub(super) fn read_link(root: BorrowedFd<'_>, rel: &str) -> Option<String> {
+/// The target of the link `rel`; `None` if it is not a link.
+pub(super) fn read_link(root: BorrowedFd<'_>, rel: &[u8]) -> Option<Vec<u8>> {
     let (parent, name) = path::split(rel);
     let dir = open(root, parent, OFlags::PATH | OFlags::DIRECTORY).ok()?;
-    fs::readlinkat(&dir, name, Vec::new()).ok()?.into_string().ok()
+    Some(fs::readlinkat(&dir, name, Vec::new()).ok()?.into_bytes())
 }
 
-/// The names in the directory `rel`, sorted by bytes; those that are not UTF-8 are left out.
-pub(super) fn names(root: BorrowedFd<'_>, rel: &str) -> Result<Vec<(String, EntryType)>, Errno> {
+/// The names in the directory `rel`, sorted by bytes.
+pub(super) fn names(root: BorrowedFd<'_>, rel: &[u8]) -> Result<Vec<(Vec<u8>, EntryType)>, Errno> {
     let dir = open_dir(root, rel)?;
     let mut all = Vec::new();
     for (name, kind) in entries(&dir)? {
-        if let Ok(name) = name.into_string() {
-            let kind = match kind {
-                FileType::Unknown => match fs::statat(&dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-                    Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-                    Err(_) => continue,
-                },
-                known => known,
-            };
-            let kind = match kind {
-                FileType::Directory => EntryType::Dir,
-                FileType::Symlink => EntryType::Symlink,
-                _ => EntryType::File,
-            };
-            all.push((name, kind));
-        }
+        let kind = match kind {
+            FileType::Unknown => match fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+                Err(_) => continue,
+            },
+            known => known,
+        };
+        let kind = match kind {
+            FileType::Directory => EntryType::Dir,
+            FileType::Symlink => EntryType::Symlink,
+            _ => EntryType::File,
+        };
+        all.push((name.into_bytes(), kind));
     }
     all.sort_unstable_by(|a, b| a.0.cmp(&b.0));
     Ok(all)
@@ -89,7 +87,7 @@ pub(super) fn entries(dir: &OwnedFd) -> Result<Vec<(CString, FileType)>, Errno> 
 }
 
 /// What lies at `name` in `dir`, if anything.
-pub(super) fn lstat(dir: &OwnedFd, name: &str) -> Result<Option<Stat>, Errno> {
+pub(super) fn lstat(dir: &OwnedFd, name: &[u8]) -> Result<Option<Stat>, Errno> {
     match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(Errno::NOENT) => Ok(None),
@@ -104,7 +102,7 @@ pub(super) fn mtime_ns(stat: &Stat) -> i64 {
 }
 
 /// Nanoseconds since the epoch at which the inode at `name` in `dir` was made, if the file system remembers.
-pub(super) fn birth_ns(dir: &OwnedFd, name: &str) -> Result<Option<i64>, Errno> {
+pub(super) fn birth_ns(dir: &OwnedFd, name: &[u8]) -> Result<Option<i64>, Errno> {
     let stat = fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME)?;
     if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
         return Ok(None);
@@ -122,9 +120,9 @@ pub(super) fn times(mtime_ns: i64) -> Timestamps {
 }
 
 /// A path that names `name` in `dir`, for the calls that take no directory.
-pub(super) fn proc_path(dir: &OwnedFd, name: &OsStr) -> PathBuf {
+pub(super) fn proc_path(dir: &OwnedFd, name: &[u8]) -> PathBuf {
     let mut path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-    path.push(name);
+    path.push(OsStr::from_bytes(name));
     path
 }
 
@@ -132,9 +130,7 @@ pub(super) fn proc_path(dir: &OwnedFd, name: &OsStr) -> PathBuf {
 pub(super) fn remove_all(dir: &OwnedFd, name: &CStr) -> io::Result<()> {
     match fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(Errno::ISDIR | Errno::PERM) => {
-            std::fs::remove_dir_all(proc_path(dir, OsStr::from_bytes(name.to_bytes())))
-        }
+        Err(Errno::ISDIR | Errno::PERM) => std::fs::remove_dir_all(proc_path(dir, name.to_bytes())),
         Err(error) => Err(error.into()),
     }
 }
@@ -143,8 +139,8 @@ pub(super) fn remove_all(dir: &OwnedFd, name: &CStr) -> io::Result<()> {
 const XATTR_MAX: usize = 64 << 10;
 
 /// The extended attributes of `name` in `dir`. A file system without any has none.
-pub(super) fn xattrs(dir: &OwnedFd, name: &str) -> Result<Vec<(String, Vec<u8>)>, Errno> {
-    let path = proc_path(dir, OsStr::new(name));
+pub(super) fn xattrs(dir: &OwnedFd, name: &[u8]) -> Result<Vec<(String, Vec<u8>)>, Errno> {
+    let path = proc_path(dir, name);
     let list = match grown(|buffer| fs::llistxattr(&path, buffer)) {
         Ok(list) => list,
         Err(Errno::NOTSUP | Errno::NOENT | Errno::ACCESS | Errno::PERM) => return Ok(Vec::new()),
@@ -178,6 +174,6 @@ fn grown(mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<
 }
 
 /// Sets one extended attribute on `name` in `dir`, not through a link.
-pub(super) fn set_xattr(dir: &OwnedFd, name: &str, key: &str, value: &[u8]) -> Result<(), Errno> {
-    fs::lsetxattr(proc_path(dir, OsStr::new(name)), key, value, XattrFlags::empty())
+pub(super) fn set_xattr(dir: &OwnedFd, name: &[u8], key: &str, value: &[u8]) -> Result<(), Errno> {
+    fs::lsetxattr(proc_path(dir, name), key, value, XattrFlags::empty())
 }

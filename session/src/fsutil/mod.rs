@@ -55,9 +55,6 @@ pub enum TransferError {
     /// The peer gave up, with this text.
     #[error("{0}")]
     Remote(String),
-    /// A file's name cannot travel, because the protocol's strings are UTF-8.
-    #[error("file name is not valid UTF-8: {0}")]
-    Name(String),
     /// A pattern is malformed.
     #[error("invalid pattern: {0}")]
     Pattern(#[from] PatternError),
@@ -72,10 +69,11 @@ pub enum TransferError {
 impl TransferError {
     pub(crate) fn io(
         action: &'static str,
-        path: impl Into<String>,
+        path: impl AsRef<[u8]>,
         source: impl Into<std::io::Error>,
     ) -> Self {
-        Self::Io { action, path: path.into(), source: source.into() }
+        let path = String::from_utf8_lossy(path.as_ref()).into_owned();
+        Self::Io { action, path, source: source.into() }
     }
 
     /// What the peer says in an error packet.

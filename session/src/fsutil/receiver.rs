@@ -14,7 +14,8 @@ use kiln_proto::gomode;
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
-use super::{Progress, TransferError, fsops, path};
+use super::path::{self, quoted};
+use super::{Progress, TransferError, fsops};
 
 /// Files that a peer may keep open at once; senders interleave a handful.
 const MAX_OPEN: usize = 256;
@@ -61,8 +62,8 @@ pub enum ChangeKind {
 /// One change to the directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// Path below the directory.
-    pub path: String,
+    /// Path below the directory: whatever bytes the file system has as names.
+    pub path: Vec<u8>,
     /// What happened to it.
     pub kind: ChangeKind,
     /// blake3 of a regular file's content that came with this transfer.
@@ -106,9 +107,9 @@ impl Received {
 }
 
 struct OpenDir {
-    path: String,
+    path: Vec<u8>,
     /// Names of the listing, kept where others may have to be deleted.
-    seen: HashSet<Box<str>>,
+    seen: HashSet<Box<[u8]>>,
     /// It was there before the transfer, so it may hold something.
     existed: bool,
     /// Index of its metadata in `dirs`; the root has none.
@@ -140,12 +141,12 @@ pub(super) struct Receiver {
     root: OwnedFd,
     options: ReceiveOptions,
     received: Received,
-    last: Option<String>,
+    last: Option<Vec<u8>>,
     stack: Vec<OpenDir>,
     /// The open directory on top of the stack, when it was last needed.
-    top: Option<(String, OwnedFd)>,
+    top: Option<(Vec<u8>, OwnedFd)>,
     /// The open parent of the file last written.
-    parent: Option<(String, OwnedFd)>,
+    parent: Option<(Vec<u8>, OwnedFd)>,
     dirs: Vec<DirMeta>,
     /// Hashes of the regular files' paths seen so far, for checking hard links.
     files: HashSet<u64>,
@@ -160,7 +161,7 @@ pub(super) struct Receiver {
 
 impl Receiver {
     pub(super) fn new(root: OwnedFd, options: ReceiveOptions) -> Self {
-        let top = OpenDir { path: String::new(), seen: HashSet::new(), existed: true, meta: None };
+        let top = OpenDir { path: Vec::new(), seen: HashSet::new(), existed: true, meta: None };
         Self {
             root,
             options,
@@ -188,7 +189,7 @@ impl Receiver {
         }
         path::check(&stat.path)?;
         if self.last.as_ref().is_some_and(|last| path::compare(last, &stat.path).is_ge()) {
-            return Err(TransferError::Protocol(format!("{:?} is out of order", stat.path)));
+            return Err(TransferError::Protocol(format!("{:?} is out of order", quoted(&stat.path))));
         }
         self.last = Some(stat.path.clone());
         let id = self.next_id;
@@ -200,7 +201,10 @@ impl Receiver {
             self.leave()?;
         }
         let Some(dir) = self.stack.last_mut() else {
-            return Err(TransferError::Protocol(format!("{:?} comes without its directory", stat.path)));
+            return Err(TransferError::Protocol(format!(
+                "{:?} comes without its directory",
+                quoted(&stat.path)
+            )));
         };
         let (existed, meta) = (dir.existed, dir.meta);
         if existed && self.options.mode != ReceiveMode::Merge {
@@ -217,7 +221,8 @@ impl Receiver {
         let Some(posix) = gomode::to_posix(stat.mode) else {
             return Err(TransferError::Protocol(format!(
                 "{:?} has the unknown mode {:#x}",
-                stat.path, stat.mode
+                quoted(&stat.path),
+                stat.mode
             )));
         };
         match FileType::from_raw_mode(posix) {
@@ -227,7 +232,8 @@ impl Receiver {
                 if !self.files.contains(&self.hasher.hash_one(&stat.linkname)) {
                     return Err(TransferError::Protocol(format!(
                         "{:?} links to {:?}, which did not come before it",
-                        stat.path, stat.linkname
+                        quoted(&stat.path),
+                        quoted(&stat.linkname)
                     )));
                 }
                 self.links.push(Wanted { stat, meta });
@@ -296,7 +302,7 @@ impl Receiver {
                 .map_err(|error| TransferError::io("write", &wanted.stat.path, error));
         }
         // The temporary file stays in `writing`, which cleans up, until the rename is done.
-        dress(&writing.dir, &temp, &wanted.stat, self.options.ownership, self.options.mode)?;
+        dress(&writing.dir, temp.as_bytes(), &wanted.stat, self.options.ownership, self.options.mode)?;
         put(&writing.dir, &temp, name)
             .map_err(|error| TransferError::io("rename", &wanted.stat.path, error))?;
         let written = self.writing.remove(&id);
@@ -353,8 +359,8 @@ impl Receiver {
         stat: Stat,
         found: Option<fs::Stat>,
         parent_meta: Option<usize>,
-        parent: &str,
-        name: &str,
+        parent: &[u8],
+        name: &[u8],
     ) -> Result<(), TransferError> {
         let existed =
             found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory);
@@ -390,27 +396,28 @@ impl Receiver {
         stat: &Stat,
         kind: FileType,
         posix: u32,
-        parent: &str,
-        name: &str,
+        parent: &[u8],
+        name: &[u8],
     ) -> Result<(), TransferError> {
         begin(&mut self.options)?;
         let temp = format!("{}s", self.temp_prefix);
         let dir = open_cached(&self.root, &mut self.top, parent)?;
         let made = if kind == FileType::Symlink {
-            fs::symlinkat(stat.linkname.as_str(), dir, temp.as_str())
+            fs::symlinkat(&stat.linkname, dir, temp.as_str())
         } else {
             let number = |n: i64| {
                 u32::try_from(n).map_err(|_| {
-                    TransferError::Protocol(format!("{:?} has an invalid device number", stat.path))
+                    TransferError::Protocol(format!("{:?} has an invalid device number", quoted(&stat.path)))
                 })
             };
             let device = fs::makedev(number(stat.devmajor)?, number(stat.devminor)?);
             fs::mknodat(dir, temp.as_str(), kind, Mode::from_raw_mode(posix & 0o7777), device)
         };
         made.map_err(|error| TransferError::io("create", &stat.path, error))?;
-        let placed = dress(dir, &temp, stat, self.options.ownership, self.options.mode).and_then(|()| {
-            put(dir, &temp, name).map_err(|error| TransferError::io("rename", &stat.path, error))
-        });
+        let placed =
+            dress(dir, temp.as_bytes(), stat, self.options.ownership, self.options.mode).and_then(|()| {
+                put(dir, &temp, name).map_err(|error| TransferError::io("rename", &stat.path, error))
+            });
         if placed.is_err() {
             let _ = fs::unlinkat(dir, temp.as_str(), AtFlags::empty());
         }
@@ -448,11 +455,11 @@ impl Receiver {
             .map_err(|error| TransferError::io("open", &dir.path, error))?;
         let names = fsops::entries(&fd).map_err(|error| TransferError::io("read", &dir.path, error))?;
         for (name, _) in names {
-            let text = name.to_string_lossy();
-            if dir.seen.contains(text.as_ref()) || text.starts_with(&self.temp_prefix) {
+            let bytes = name.to_bytes();
+            if dir.seen.contains(bytes) || bytes.starts_with(self.temp_prefix.as_bytes()) {
                 continue;
             }
-            let path = path::join(&dir.path, &text);
+            let path = path::join(&dir.path, bytes);
             begin(&mut self.options)?;
             fsops::remove_all(&fd, &name).map_err(|error| TransferError::io("remove", &path, error))?;
             self.note(Change { path, kind: ChangeKind::Deleted, digest: None }, dir.meta);
@@ -475,7 +482,7 @@ impl Receiver {
     /// Whether only the file that was received can have this metadata. Archives and reproducible builds give many files
     /// one whole second; and files written in one go, each to its own directory, may share a tick of the clock, but by
     /// the time at which one that has lain there for a while was received, the other one was there too.
-    fn settled(&mut self, stat: &Stat, parent: &str, name: &str) -> Result<bool, TransferError> {
+    fn settled(&mut self, stat: &Stat, parent: &[u8], name: &[u8]) -> Result<bool, TransferError> {
         if stat.mod_time % 1_000_000_000 == 0 {
             return Ok(false);
         }
@@ -493,8 +500,8 @@ impl Receiver {
         &mut self,
         stat: &Stat,
         kind: FileType,
-        parent: &str,
-        name: &str,
+        parent: &[u8],
+        name: &[u8],
     ) -> Result<bool, TransferError> {
         if kind != FileType::Symlink {
             return Ok(true);
@@ -502,10 +509,10 @@ impl Receiver {
         let dir = open_cached(&self.root, &mut self.top, parent)?;
         let target = fs::readlinkat(dir, name, Vec::new());
         let target: CString = target.map_err(|error| TransferError::io("readlink", &stat.path, error))?;
-        Ok(target.as_bytes() == stat.linkname.as_bytes())
+        Ok(target.as_bytes() == stat.linkname)
     }
 
-    fn changed(&mut self, path: String, meta: Option<usize>) {
+    fn changed(&mut self, path: Vec<u8>, meta: Option<usize>) {
         self.note(Change { path, kind: ChangeKind::Written, digest: None }, meta);
     }
 
@@ -539,8 +546,8 @@ fn begin(options: &mut ReceiveOptions) -> Result<(), TransferError> {
 /// The directory `path`, opened unless it is the one opened last.
 fn open_cached<'a>(
     root: &OwnedFd,
-    cache: &'a mut Option<(String, OwnedFd)>,
-    path: &str,
+    cache: &'a mut Option<(Vec<u8>, OwnedFd)>,
+    path: &[u8],
 ) -> Result<&'a OwnedFd, TransferError> {
     if cache.as_ref().is_none_or(|(cached, _)| cached != path) {
         let dir =
@@ -552,7 +559,7 @@ fn open_cached<'a>(
 }
 
 /// Puts `temp` in the place of `name`, whatever that is.
-fn put(dir: &OwnedFd, temp: &str, name: &str) -> Result<(), std::io::Error> {
+fn put(dir: &OwnedFd, temp: &str, name: &[u8]) -> Result<(), std::io::Error> {
     match fs::renameat(dir, temp, dir, name) {
         Err(Errno::ISDIR | Errno::EXIST | Errno::NOTEMPTY) => {
             fsops::remove_all(dir, &CString::new(name)?)?;
@@ -566,7 +573,7 @@ fn put(dir: &OwnedFd, temp: &str, name: &str) -> Result<(), std::io::Error> {
 /// that an entry is whole.
 fn dress(
     dir: &OwnedFd,
-    name: &str,
+    name: &[u8],
     stat: &Stat,
     ownership: Ownership,
     mode: ReceiveMode,

@@ -43,7 +43,7 @@ enum Done {
 }
 
 /// What a requested id means: the tree and the path below its root; `None` for what has no content to send.
-type Files = Arc<Mutex<Vec<Option<(usize, String)>>>>;
+type Files = Arc<Mutex<Vec<Option<(usize, Vec<u8>)>>>>;
 
 struct Outgoing {
     packets: mpsc::Sender<Packet>,
@@ -74,7 +74,7 @@ pub async fn send(
     packets: mpsc::Sender<Packet>,
     progress: Option<Progress>,
 ) -> Result<SendSummary, TransferError> {
-    trees.sort_by(|a, b| path::compare(&a.prefix, &b.prefix));
+    trees.sort_by(|a, b| path::compare(a.prefix.as_bytes(), b.prefix.as_bytes()));
     let out =
         Arc::new(Outgoing { packets: packets.clone(), transferred: 0.into(), content: 0.into(), progress });
     let result = run(trees, incoming, &out).await;
@@ -162,7 +162,7 @@ fn joined<T>(result: Result<Result<T, TransferError>, tokio::task::JoinError>) -
 fn list(trees: &[Arc<Tree>], files: &Files, out: &Outgoing) -> Result<Done, TransferError> {
     let mut entries = 0;
     for (number, tree) in trees.iter().enumerate() {
-        let mut emit = |stat: Stat, below: &str| {
+        let mut emit = |stat: Stat, below: &[u8]| {
             let wanted = gomode::is_regular(stat.mode) && stat.linkname.is_empty();
             let file = wanted.then(|| (number, below.to_owned()));
             files.lock().unwrap_or_else(PoisonError::into_inner).push(file);
@@ -170,7 +170,7 @@ fn list(trees: &[Arc<Tree>], files: &Files, out: &Outgoing) -> Result<Done, Tran
             out.send(Packet { r#type: PacketType::PacketStat.into(), stat: Some(stat), ..Default::default() })
         };
         if let Some(stat) = tree.prefix_stat()? {
-            emit(stat, "")?;
+            emit(stat, b"")?;
         }
         tree.walk(&mut emit)?;
     }

@@ -45,13 +45,16 @@ impl Subtree {
 /// A subtree ready to be walked and read from several threads.
 pub(super) struct Tree {
     pub(super) root: OwnedFd,
-    pub(super) prefix: String,
+    pub(super) prefix: Vec<u8>,
     filter: Filter,
     reset_ids: bool,
 }
 
+/// Takes an entry and its path below the tree's root.
+pub(super) type Emit<'a> = dyn FnMut(Stat, &[u8]) -> Result<(), TransferError> + 'a;
+
 struct Item {
-    name: String,
+    name: Vec<u8>,
     decision: Decision,
     verdicts: Verdicts,
     stat: Stat,
@@ -62,7 +65,7 @@ struct Item {
 
 struct Frame {
     /// Path below the tree's root, empty at the top.
-    path: String,
+    path: Vec<u8>,
     items: std::vec::IntoIter<Item>,
     /// The directory's own entry while nothing below it made it take part.
     withheld: Option<Stat>,
@@ -73,7 +76,7 @@ impl Tree {
         let filter = Filter::new(&subtree.selection, subtree.root.as_fd())?;
         Ok(Arc::new(Self {
             root: subtree.root,
-            prefix: subtree.prefix,
+            prefix: subtree.prefix.into_bytes(),
             filter,
             reset_ids: subtree.reset_ids,
         }))
@@ -88,14 +91,11 @@ impl Tree {
         Ok(Some(self.wire_stat(self.prefix.clone(), &stat)))
     }
 
-    /// Calls `emit` with each selected entry and its path below the tree's root, in the order of the wire.
-    pub(super) fn walk(
-        self: &Arc<Self>,
-        emit: &mut dyn FnMut(Stat, &str) -> Result<(), TransferError>,
-    ) -> Result<(), TransferError> {
-        let mut links: HashMap<(u64, u64), String> = HashMap::new();
+    /// Calls `emit` with each selected entry, in the order of the wire.
+    pub(super) fn walk(self: &Arc<Self>, emit: &mut Emit<'_>) -> Result<(), TransferError> {
+        let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
         let mut stack =
-            vec![Frame { path: String::new(), items: self.list("", None)?.into_iter(), withheld: None }];
+            vec![Frame { path: Vec::new(), items: self.list(b"", None)?.into_iter(), withheld: None }];
         while let Some(frame) = stack.last_mut() {
             self.look_ahead(frame);
             let Some(mut item) = frame.items.next() else {
@@ -155,7 +155,7 @@ impl Tree {
     }
 
     /// The entries of the directory `dir_path` that may take part, sorted by name.
-    fn list(&self, dir_path: &str, verdicts: Option<&Verdicts>) -> Result<Vec<Item>, TransferError> {
+    fn list(&self, dir_path: &[u8], verdicts: Option<&Verdicts>) -> Result<Vec<Item>, TransferError> {
         let shown = || path::join(&self.prefix, dir_path);
         let dir = match fsops::open_dir(self.root.as_fd(), dir_path) {
             Ok(dir) => dir,
@@ -179,12 +179,12 @@ impl Tree {
     fn item(
         &self,
         dir: &OwnedFd,
-        dir_path: &str,
+        dir_path: &[u8],
         name: CString,
         kind: FileType,
         parent: Option<&Verdicts>,
     ) -> Result<Option<Item>, TransferError> {
-        let path = path::join(dir_path, &name.to_string_lossy());
+        let path = path::join(dir_path, name.to_bytes());
         let failed = |action, error| TransferError::io(action, path::join(&self.prefix, &path), error);
         let mut known = None;
         let is_dir = if kind == FileType::Unknown {
@@ -202,36 +202,34 @@ impl Tree {
         if decision == Decision::Skip {
             return Ok(None);
         }
-        let name = name.into_string().map_err(|_| TransferError::Name(path.clone()))?;
         let stat = match known {
             Some(stat) => stat,
-            None => match fs::statat(dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            None => match fs::statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => stat,
                 Err(rustix::io::Errno::NOENT) => return Ok(None),
                 Err(error) => return Err(failed("stat", error)),
             },
         };
-        let mut wire = self.wire_stat(String::new(), &stat);
+        let mut wire = self.wire_stat(Vec::new(), &stat);
         let mut shared = None;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Symlink => {
-                let target = fs::readlinkat(dir, name.as_str(), Vec::new())
-                    .map_err(|error| failed("readlink", error))?;
-                wire.linkname =
-                    target.into_string().map_err(|_| TransferError::Name(format!("{path} (link target)")))?;
+                let target =
+                    fs::readlinkat(dir, &name, Vec::new()).map_err(|error| failed("readlink", error))?;
+                wire.linkname = target.into_bytes();
                 wire.size = i64::try_from(wire.linkname.len()).unwrap_or(i64::MAX);
             }
             FileType::RegularFile if stat.st_nlink > 1 => shared = Some((stat.st_dev, stat.st_ino)),
             _ => {}
         }
-        wire.xattrs = fsops::xattrs(dir, &name)
+        wire.xattrs = fsops::xattrs(dir, name.to_bytes())
             .map_err(|error| failed("read attributes of", error))?
             .into_iter()
             .collect();
-        Ok(Some(Item { name, decision, verdicts, stat: wire, shared, listing: None }))
+        Ok(Some(Item { name: name.into_bytes(), decision, verdicts, stat: wire, shared, listing: None }))
     }
 
-    fn wire_stat(&self, path: String, stat: &fs::Stat) -> Stat {
+    fn wire_stat(&self, path: Vec<u8>, stat: &fs::Stat) -> Stat {
         let kind = FileType::from_raw_mode(stat.st_mode);
         let device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
         Stat {
@@ -242,7 +240,7 @@ impl Tree {
             gid: if self.reset_ids { 0 } else { stat.st_gid },
             size: if kind == FileType::RegularFile { stat.st_size } else { 0 },
             mod_time: fsops::mtime_ns(stat),
-            linkname: String::new(),
+            linkname: Vec::new(),
             devmajor: if device { i64::from(fs::major(stat.st_rdev)) } else { 0 },
             devminor: if device { i64::from(fs::minor(stat.st_rdev)) } else { 0 },
             xattrs: Default::default(),

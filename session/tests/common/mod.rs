@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -27,6 +28,11 @@ pub(crate) fn write(root: &Path, path: &str, content: &str) {
     std::fs::write(path, content).unwrap();
 }
 
+/// A path as text; escaped if it is none.
+fn shown(path: &Path) -> String {
+    path.to_str().map_or_else(|| path.as_os_str().as_bytes().escape_ascii().to_string(), str::to_owned)
+}
+
 /// Everything below a directory: path to "type mode size-or-target mtime".
 pub(crate) fn listing(root: &Path) -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
@@ -40,7 +46,7 @@ pub(crate) fn listing(root: &Path) -> BTreeMap<String, String> {
                 dirs.push(path.clone());
                 "dir".to_owned()
             } else if kind.is_symlink() {
-                format!("link {}", path.read_link().unwrap().display())
+                format!("link {}", shown(&path.read_link().unwrap()))
             } else if kind.is_file() {
                 format!("file {:?}", String::from_utf8_lossy(&std::fs::read(&path).unwrap()))
             } else if kind.is_fifo() {
@@ -49,7 +55,7 @@ pub(crate) fn listing(root: &Path) -> BTreeMap<String, String> {
                 format!("device {}", meta.rdev())
             };
             let mode = meta.permissions().mode() & 0o7777;
-            let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+            let name = shown(path.strip_prefix(root).unwrap());
             all.insert(name, format!("{what} {mode:o} {}.{}", meta.mtime(), meta.mtime_nsec()));
         }
     }

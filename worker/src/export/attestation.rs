@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_cache::{LayerBlob, Ref, SnapshotRef};
 use kiln_proto::reference::Reference;
-use kiln_proto::{pb, platform};
+use kiln_proto::{pattern, pb, platform};
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -170,7 +170,7 @@ pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
                 Err(error) => return Err(error),
             }
         }
-        subjects.push(subject(path, &format!("sha256:{}", hex::encode(hasher.finalize()))));
+        subjects.push(subject(&pattern::text(path), &format!("sha256:{}", hex::encode(hasher.finalize()))));
         Ok(())
     })?;
     Ok(subjects)
@@ -178,25 +178,25 @@ pub(super) fn file_subjects(root: BorrowedFd<'_>) -> io::Result<Vec<Value>> {
 
 /// Hears of an entry by its path and type; the function opens it.
 pub(super) type Visit<'a> =
-    dyn FnMut(&str, FileType, &dyn Fn(OFlags) -> io::Result<OwnedFd>) -> io::Result<()> + 'a;
+    dyn FnMut(&[u8], FileType, &dyn Fn(OFlags) -> io::Result<OwnedFd>) -> io::Result<()> + 'a;
 
 /// Visits everything below `root`, in the order of paths. Blocking.
 pub(super) fn walk(root: BorrowedFd<'_>, visit: &mut Visit<'_>) -> io::Result<()> {
     let top = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut stack = vec![Frame::open(top, String::new())?];
+    let mut stack = vec![Frame::open(top, Vec::new())?];
     while let Some(frame) = stack.last_mut() {
         let Some((name, kind)) = frame.entries.next() else {
             stack.pop();
             continue;
         };
-        let path = format!("{}{}", frame.prefix, name.to_string_lossy());
+        let path = [&frame.prefix, name.to_bytes()].concat();
         let open = |flags: OFlags| {
             Ok(openat(&frame.fd, &*name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
         };
         visit(&path, kind, &open)?;
         if kind == FileType::Directory {
             let fd = open(OFlags::RDONLY | OFlags::DIRECTORY)?;
-            stack.push(Frame::open(fd, path + "/")?);
+            stack.push(Frame::open(fd, [&path, &b"/"[..]].concat())?);
         }
     }
     Ok(())
@@ -204,12 +204,12 @@ pub(super) fn walk(root: BorrowedFd<'_>, visit: &mut Visit<'_>) -> io::Result<()
 
 struct Frame {
     fd: OwnedFd,
-    prefix: String,
+    prefix: Vec<u8>,
     entries: std::vec::IntoIter<(std::ffi::CString, FileType)>,
 }
 
 impl Frame {
-    fn open(fd: OwnedFd, prefix: String) -> io::Result<Self> {
+    fn open(fd: OwnedFd, prefix: Vec<u8>) -> io::Result<Self> {
         let mut entries = Vec::new();
         for entry in rustix::fs::Dir::read_from(fd.as_fd())? {
             let entry = entry?;

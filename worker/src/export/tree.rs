@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kiln_cache::{Ref, ScratchDir, SnapshotRef};
-use kiln_proto::platform;
+use kiln_proto::{pattern, platform};
 use rustix::fs::{FileType, Mode, OFlags, openat};
 
 use super::archive::send;
@@ -86,14 +86,15 @@ async fn roots(
 
 /// Results that go into one directory have no file in common.
 fn check_disjoint(views: &[(String, String, View)]) -> Result<(), ExportError> {
-    let mut owners: HashMap<String, &str> = HashMap::new();
+    let mut owners: HashMap<Vec<u8>, &str> = HashMap::new();
     for (_, platform, view) in views.iter().filter(|_| views.len() > 1) {
         let mut clash = None;
         walk(view.fd(), &mut |path, kind, _| {
             if kind != FileType::Directory
-                && let Some(owner) = owners.insert(path.to_string(), platform)
+                && let Some(owner) = owners.insert(path.to_vec(), platform)
             {
                 clash.get_or_insert_with(|| {
+                    let path = pattern::text(path);
                     format!(
                         "cannot overwrite {path} from {owner} with that of {platform} when split option is disabled"
                     )

@@ -44,7 +44,7 @@ pub(crate) fn mkdir(
     action: &pb::FileActionMkDir,
     owner: Option<Owner>,
 ) -> Result<(), FileError> {
-    let failed = |errno| PathError::new("mkdir", &clean(&action.path), errno);
+    let failed = |errno| PathError::new("mkdir", clean(&action.path), errno);
     let new = NewDir {
         mode: action.mode as u32 & 0o777,
         owner: Some(owner.unwrap_or(Owner { uid: 0, gid: 0 })),
@@ -101,7 +101,7 @@ pub(crate) fn symlink(
     action: &pb::FileActionSymlink,
     owner: Option<Owner>,
 ) -> Result<(), FileError> {
-    let failed = |errno| PathError::new("symlink", &clean(&action.newpath), errno);
+    let failed = |errno| PathError::new("symlink", clean(&action.newpath), errno);
     let place = root.place(&action.newpath, true).map_err(failed)?;
     let dir = place.dir.as_fd();
     rustix::fs::symlinkat(action.oldpath.as_str(), dir, &place.name).map_err(failed)?;
@@ -115,7 +115,7 @@ pub(crate) fn symlink(
 pub(crate) fn rm(root: Root<'_>, action: &pb::FileActionRm) -> Result<(), FileError> {
     let paths = match action.allow_wildcard {
         true => wildcard::resolve(root, &action.path)?,
-        false => vec![clean(&action.path)],
+        false => vec![clean(&action.path).into()],
     };
     for path in paths {
         if split(&path).1 == "." {

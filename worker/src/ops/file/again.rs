@@ -6,7 +6,9 @@
 //! So wherever both are seen at once one hides the other, and nobody meets one file under two names.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -43,8 +45,8 @@ struct Note {
     #[prost(string, tag = "2")]
     result: String,
     /// What has changed in the directory since.
-    #[prost(string, repeated, tag = "3")]
-    changed: Vec<String>,
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    changed: Vec<Vec<u8>>,
 }
 
 /// The copies that were made of a client's directory.
@@ -62,9 +64,10 @@ impl Notes {
     }
 
     /// Paths that changed until the next snapshot.
-    pub(crate) fn add<'a>(&mut self, changed: impl Iterator<Item = &'a str> + Clone) {
+    pub(crate) fn add<'a>(&mut self, changed: impl Iterator<Item = &'a [u8]> + Clone) {
         for note in &mut self.notes {
-            let all: BTreeSet<_> = note.changed.drain(..).chain(changed.clone().map(str::to_owned)).collect();
+            let all: BTreeSet<_> =
+                note.changed.drain(..).chain(changed.clone().map(<[u8]>::to_vec)).collect();
             note.changed = all.into_iter().collect();
         }
         self.notes.retain(|note| note.changed.len() <= MAX_CHANGED);
@@ -80,16 +83,16 @@ impl Notes {
 
 /// The paths below a copy's source that are copied; no others are.
 #[derive(Debug, Default)]
-pub(crate) struct Only(BTreeSet<String>);
+pub(crate) struct Only(BTreeSet<Vec<u8>>);
 
 impl Only {
-    pub(super) fn has(&self, path: &str) -> bool {
+    pub(super) fn has(&self, path: &[u8]) -> bool {
         self.0.contains(path)
     }
 
     /// Whether one of them is this directory or below it.
-    pub(super) fn leads_on(&self, dir: &str) -> bool {
-        let below = format!("{dir}/");
+    pub(super) fn leads_on(&self, dir: &[u8]) -> bool {
+        let below = [dir, b"/"].concat();
         self.has(dir) || self.0.range(below.clone()..).next().is_some_and(|path| path.starts_with(&below))
     }
 }
@@ -159,13 +162,13 @@ impl<'a> Repeat<'a> {
         let source = clean(&self.action.src);
         let within = source.trim_matches('/');
         let mut only = BTreeSet::new();
-        for path in &former.changed {
+        for path in former.changed.iter().map(|path| Path::new(OsStr::from_bytes(path))) {
             // The source itself, or what leads to it.
             if Path::new(within).starts_with(path) {
                 return Ok(None);
             }
-            if let Ok(below) = Path::new(path).strip_prefix(within) {
-                only.extend(below.to_str().map(str::to_owned));
+            if let Ok(below) = path.strip_prefix(within) {
+                only.insert(below.as_os_str().as_bytes().to_vec());
             }
         }
         let Some(from) = descend(&open_root(&self.source.dir())?, Path::new(within))? else {
@@ -176,7 +179,7 @@ impl<'a> Repeat<'a> {
         let dest = clean(&self.action.dest);
         let Some(to) = descend(&to, Path::new(dest.trim_matches('/')))? else { return Ok(None) };
         for path in &only {
-            let path = Path::new(path);
+            let path = Path::new(OsStr::from_bytes(path));
             let Some(now) = find(&from, path)? else {
                 remove(&to, path)?;
                 continue;

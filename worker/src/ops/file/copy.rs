@@ -5,9 +5,11 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
-use kiln_proto::pattern::{MatchInfo, PatternMatcher};
+use kiln_proto::pattern::{self, MatchInfo, PatternMatcher};
 use kiln_proto::pb;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec};
 use rustix::io::Errno;
@@ -49,13 +51,13 @@ pub(crate) fn copy(
             format!(
                 "failed to stat {}: {}",
                 action.dest,
-                PathError::new("lstat", split(&clean(&action.dest)).0, errno)
+                PathError::new("lstat", split(Path::new(&clean(&action.dest))).0, errno)
             )
         })?;
     }
     let sources = match action.allow_wildcard {
         true => wildcard::resolve(src, &action.src)?,
-        false => vec![clean(&action.src)],
+        false => vec![clean(&action.src).into()],
     };
     if sources.is_empty() {
         return match action.allow_empty_wildcard {
@@ -135,12 +137,9 @@ impl Required {
         Self(paths.iter().map(|path| (clean(path), false)).collect())
     }
 
-    fn saw(&mut self, source: &str, rel: &str) {
+    fn saw(&mut self, source: &Path, rel: &[u8]) {
         for (path, seen) in self.0.iter_mut().filter(|(_, seen)| !seen) {
-            let seen_path = format!("{}/{rel}", source.trim_end_matches('/'));
-            *seen = seen_path
-                .strip_prefix(path.as_str())
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+            *seen = source.join(OsStr::from_bytes(rel)).starts_with(path);
         }
     }
 
@@ -154,7 +153,7 @@ impl Required {
 
 fn copy_one(
     src: Root<'_>,
-    source: &str,
+    source: &Path,
     dst: Root<'_>,
     dest: &str,
     options: &Options,
@@ -163,15 +162,16 @@ fn copy_one(
 ) -> Result<(), FileError> {
     let dest_clean = clean(dest);
     let into_dir = dest.ends_with('/') || dest.ends_with("/.") || dest.is_empty();
-    let ensure = if into_dir { dest_clean.as_str() } else { split(&dest_clean).0 };
+    let dest_clean = Path::new(&dest_clean);
+    let ensure = if into_dir { dest_clean } else { split(dest_clean).0 };
     let mkdir_failed = |errno| PathError::new("mkdir", ensure, errno);
     let (_, made_before) = dst.ensure_dir(ensure, &options.new_dir).map_err(mkdir_failed)?;
 
     let lstat_failed = |errno| PathError::new("lstat", source, errno);
     let from = src.place(source, options.follow).map_err(lstat_failed)?;
     let Some(from_stat) = from.stat else { return Err(lstat_failed(Errno::NOENT).into()) };
-    let dest_failed = |errno| PathError::new("mkdir", &dest_clean, errno);
-    let mut to = dst.place(&dest_clean, true).map_err(dest_failed)?;
+    let dest_failed = |errno| PathError::new("mkdir", dest_clean, errno);
+    let mut to = dst.place(dest_clean, true).map_err(dest_failed)?;
     let below = match (from.is_dir(), options.dir_contents) {
         (true, true) => false,
         (true, false) => to.stat.is_some(),
@@ -180,13 +180,12 @@ fn copy_one(
     let mut made = None;
     if below {
         let dir = open_subdir(to.dir.as_fd(), &to.name).map_err(dest_failed)?;
-        let base = split(source).1;
-        let name = OsString::from(base);
+        let name = split(source).1.to_owned();
         let stat = lstat(dir.as_fd(), &name).map_err(dest_failed)?;
         to = Place { dir, name, stat };
     } else if from.is_dir() && options.dir_contents && to.stat.is_none() {
-        made = Some(dst.ensure_dir(&dest_clean, &options.new_dir).map_err(dest_failed)?.1);
-        to = dst.place(&dest_clean, true).map_err(dest_failed)?;
+        made = Some(dst.ensure_dir(dest_clean, &options.new_dir).map_err(dest_failed)?.1);
+        to = dst.place(dest_clean, true).map_err(dest_failed)?;
     }
 
     let style = Style {
@@ -197,7 +196,7 @@ fn copy_one(
     };
     let crew = Crew::new(style);
     let dir = rustix::io::fcntl_dupfd_cloexec(&to.dir, 0).map_err(dest_failed)?;
-    let below = crew.target(dir, String::new(), None, None);
+    let below = crew.target(dir, Vec::new(), None, None);
     let links = Links::default();
     let copier =
         Copier { crew, options, required, cancel, links, stack: Vec::new(), source, base: &to, below };
@@ -206,6 +205,11 @@ fn copy_one(
         made.restore_times(options.time).map_err(mkdir_failed)?;
     }
     Ok(())
+}
+
+/// A directory's path for messages, which go on with a slash.
+fn shown(dir: &Path) -> String {
+    dir.to_string_lossy().trim_end_matches('/').to_owned()
 }
 
 /// A directory that is being copied.
@@ -223,7 +227,7 @@ struct Frame {
     /// The source's path, for messages.
     shown: Arc<str>,
     /// Path below the source, for patterns.
-    rel: String,
+    rel: Vec<u8>,
     names: std::vec::IntoIter<OsString>,
     include: MatchInfo,
     exclude: MatchInfo,
@@ -237,7 +241,7 @@ struct Copier<'a> {
     cancel: &'a CancellationToken,
     links: Links,
     stack: Vec<Frame>,
-    source: &'a str,
+    source: &'a Path,
     base: &'a Place,
     /// The base's directory.
     below: Arc<Target>,
@@ -267,7 +271,7 @@ impl Copier<'_> {
     fn failed(&self, call: &'static str, name: &OsStr, errno: Errno) -> PathError {
         let path = match self.stack.last() {
             Some(frame) => format!("{}/{}", frame.shown, name.to_string_lossy()),
-            None => self.source.trim_end_matches('/').to_owned(),
+            None => shown(self.source),
         };
         PathError { call, path, source: errno }
     }
@@ -276,17 +280,18 @@ impl Copier<'_> {
     fn entry(&mut self, src_dir: BorrowedFd<'_>, name: &OsStr, top: Option<Stat>) -> Result<(), FileError> {
         let (mut included, mut excluded) = (true, false);
         let (mut include, mut exclude) = (MatchInfo::default(), MatchInfo::default());
-        let mut rel = String::new();
+        let mut rel = Vec::new();
         if let Some(parent) = self.stack.last() {
-            rel = match parent.rel.as_str() {
-                "" => name.to_string_lossy().into_owned(),
-                dir => format!("{dir}/{}", name.to_string_lossy()),
+            rel = match parent.rel.as_slice() {
+                b"" => name.as_bytes().to_vec(),
+                dir => [dir, b"/", name.as_bytes()].concat(),
             };
+            let text = pattern::text(&rel);
             if let Some(matcher) = &self.options.include {
-                (included, include) = matcher.matches_below(&rel, Some(&parent.include));
+                (included, include) = matcher.matches_below(&text, Some(&parent.include));
             }
             if let Some(matcher) = &self.options.exclude {
-                (excluded, exclude) = matcher.matches_below(&rel, Some(&parent.exclude));
+                (excluded, exclude) = matcher.matches_below(&text, Some(&parent.exclude));
                 included &= !excluded;
             }
         }
@@ -307,10 +312,11 @@ impl Copier<'_> {
             return Ok(());
         }
         if kind == FileType::Directory {
-            let taken_back =
-                || self.options.exclude.as_ref().is_some_and(|matcher| matcher.may_reinclude_below(&rel));
-            let wanted_below =
-                || self.options.include.as_ref().is_some_and(|matcher| matcher.may_match_below(&rel));
+            let leads_on = |matcher: &Option<PatternMatcher>, judge: fn(&PatternMatcher, &str) -> bool| {
+                matcher.as_ref().is_some_and(|matcher| judge(matcher, &pattern::text(&rel)))
+            };
+            let taken_back = || leads_on(&self.options.exclude, PatternMatcher::may_reinclude_below);
+            let wanted_below = || leads_on(&self.options.include, PatternMatcher::may_match_below);
             if (excluded && !taken_back()) || (!excluded && !included && !wanted_below()) {
                 return Ok(());
             }
@@ -343,7 +349,7 @@ impl Copier<'_> {
         name: &OsStr,
         stat: Stat,
         included: bool,
-        rel: String,
+        rel: Vec<u8>,
         include: MatchInfo,
         exclude: MatchInfo,
     ) -> Result<(), FileError> {
@@ -351,9 +357,9 @@ impl Copier<'_> {
             .map_err(|e| self.failed("open", name, e))?;
         let names = read_names(src.as_fd()).map_err(|e| self.failed("read", name, e))?;
         let top = self.stack.is_empty();
-        let shown = match rel.as_str() {
-            "" => self.source.trim_end_matches('/').into(),
-            rel => format!("{}/{rel}", self.source.trim_end_matches('/')).into(),
+        let shown = match rel.is_empty() {
+            true => shown(self.source),
+            false => shown(&self.source.join(OsStr::from_bytes(&rel))),
         };
         let frame = Frame {
             src: Arc::new(src),
@@ -362,7 +368,7 @@ impl Copier<'_> {
             name: self.target_name(name).to_owned(),
             apply: included && !top,
             made: false,
-            shown,
+            shown: shown.into(),
             rel,
             names: names.into_iter(),
             include,
@@ -386,7 +392,7 @@ impl Copier<'_> {
                 },
             };
             let name = self.stack[depth].name.clone();
-            let failed = |errno| PathError::new("mkdir", &name.to_string_lossy(), errno);
+            let failed = |errno| PathError::new("mkdir", &name, errno);
             let mut there = lstat(parent, &name).map_err(failed)?;
             let is_dir = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             if let Some(stat) = &there
@@ -424,7 +430,7 @@ impl Copier<'_> {
 
     /// Removes what stands where something that is no directory goes.
     fn clear_target(&self, dst: BorrowedFd<'_>, name: &OsStr) -> Result<(), FileError> {
-        let failed = |errno| PathError::new("remove", &name.to_string_lossy(), errno);
+        let failed = |errno| PathError::new("remove", name, errno);
         let Some(stat) = lstat(dst, name).map_err(failed)? else { return Ok(()) };
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Ok(rustix::fs::unlinkat(dst, name, AtFlags::empty()).map_err(failed)?);
@@ -460,7 +466,7 @@ impl Copier<'_> {
             Some(frame) => (frame.src.clone(), frame.shown.clone()),
             None => {
                 let src = rustix::io::fcntl_dupfd_cloexec(src, 0).map_err(|e| self.failed("dup", name, e))?;
-                (Arc::new(src), split(self.source).0.trim_end_matches('/').into())
+                (Arc::new(src), shown(split(self.source).0).into())
             }
         };
         self.crew.copy(Job { src, name: name.to_owned(), stat, dst, target, dir })

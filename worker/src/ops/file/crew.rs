@@ -1,8 +1,9 @@
 //! Files that are copied beside the walk that found them, by a few threads if there are enough of them; and the
 //! directories that get their attributes when all in them is there. Knows nothing of patterns or of where paths lead.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,7 +32,8 @@ pub(super) enum Ending {
 /// A directory that is being filled. It ends when nobody holds it any more.
 pub(super) struct Target {
     fd: OwnedFd,
-    path: String,
+    /// For messages.
+    path: Vec<u8>,
     ending: Option<Ending>,
     shared: Arc<Shared>,
     /// Ends after this one.
@@ -137,7 +139,7 @@ impl Crew {
     pub(super) fn target(
         &self,
         fd: OwnedFd,
-        path: String,
+        path: Vec<u8>,
         ending: Option<Ending>,
         parent: Option<Arc<Target>>,
     ) -> Arc<Target> {
@@ -243,7 +245,7 @@ impl Target {
             }
         };
         if let Err(errno) = done {
-            self.shared.fail(PathError::new("chmod", &self.path, errno).into());
+            self.shared.fail(PathError::new("chmod", OsStr::from_bytes(&self.path), errno).into());
         }
     }
 }

@@ -19,6 +19,7 @@ mod unpack;
 mod wildcard;
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -80,7 +81,8 @@ impl Actions {
             };
             let source = root::clean(&copy.src);
             // Where it comes from is told by the selector and the content; only its name shows in the result.
-            let copy = pb::FileActionCopy { src: root::split(&source).1.to_owned(), ..(**copy).clone() };
+            let name = root::split(Path::new(&source)).1.to_string_lossy().into_owned();
+            let copy = pb::FileActionCopy { src: name, ..(**copy).clone() };
             key.note("source", source);
             describe::action(key, &pb::FileAction { action: Some(Action::Copy(copy.into())), ..*action });
         }

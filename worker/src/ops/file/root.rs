@@ -8,8 +8,9 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
+use kiln_proto::pattern;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
 
@@ -29,8 +30,8 @@ pub struct PathError {
 }
 
 impl PathError {
-    pub(crate) fn new(call: &'static str, path: &str, source: Errno) -> Self {
-        Self { call, path: path.into(), source }
+    pub(crate) fn new(call: &'static str, path: impl AsRef<OsStr>, source: Errno) -> Self {
+        Self { call, path: path.as_ref().to_string_lossy().into_owned(), source }
     }
 }
 
@@ -47,25 +48,27 @@ pub(crate) fn errno_text(errno: Errno) -> String {
 
 /// `/a/../b//c/` becomes `/b/c`: purely lexical, as clients mean it.
 pub(crate) fn clean(path: &str) -> String {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => {
-                parts.pop();
-            }
-            other => parts.push(other),
-        }
-    }
-    format!("/{}", parts.join("/"))
+    pattern::clean(&format!("/{path}"))
 }
 
-/// Directory part and last component of a path that [`clean`] made; `("/", ".")` for the root.
-pub(crate) fn split(clean: &str) -> (&str, &str) {
-    match clean.rsplit_once('/') {
-        Some((_, "")) | None => ("/", "."),
-        Some(("", name)) => ("/", name),
-        Some((dir, name)) => (dir, name),
+/// [`clean`] for a path whose names may be any bytes.
+pub(crate) fn clean_path(path: &Path) -> PathBuf {
+    let mut out = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => out.push(name),
+            Component::ParentDir => drop(out.pop()),
+            _ => {}
+        }
+    }
+    out
+}
+
+/// Directory part and last component of a path that [`clean`] or [`clean_path`] made; `("/", ".")` for the root.
+pub(crate) fn split(clean: &Path) -> (&Path, &OsStr) {
+    match (clean.parent(), clean.file_name()) {
+        (Some(dir), Some(name)) => (dir, name),
+        _ => (Path::new("/"), OsStr::new(".")),
     }
 }
 
@@ -260,7 +263,8 @@ pub(crate) struct Root<'a>(pub(crate) BorrowedFd<'a>);
 
 impl<'a> Root<'a> {
     /// Opens a path inside the root, following symlinks inside it.
-    pub(crate) fn open(&self, path: &str, flags: OFlags, mode: u32) -> Result<OwnedFd, Errno> {
+    pub(crate) fn open(&self, path: impl AsRef<Path>, flags: OFlags, mode: u32) -> Result<OwnedFd, Errno> {
+        let path = path.as_ref();
         loop {
             let answer = rustix::fs::openat2(
                 self.0,
@@ -278,14 +282,14 @@ impl<'a> Root<'a> {
     }
 
     /// Opens a directory inside the root as a base for further calls.
-    pub(crate) fn open_dir(&self, path: &str) -> Result<OwnedFd, Errno> {
+    pub(crate) fn open_dir(&self, path: impl AsRef<Path>) -> Result<OwnedFd, Errno> {
         self.open(path, OFlags::PATH | OFlags::DIRECTORY, 0)
     }
 
     /// Finds the directory and name that `path` stands for. Its parent must exist; it need not.
     /// With `follow`, symlinks in the last component are resolved too, also when they dangle.
-    pub(crate) fn place(&self, path: &str, follow: bool) -> Result<Place, Errno> {
-        let path = clean(path);
+    pub(crate) fn place(&self, path: impl AsRef<Path>, follow: bool) -> Result<Place, Errno> {
+        let path = clean_path(path.as_ref());
         let (parent, name) = split(&path);
         match self.open_dir(parent) {
             Ok(dir) => {
@@ -304,8 +308,8 @@ impl<'a> Root<'a> {
 
     /// The directory at `path`, made with all its missing parents. A symlink on the way
     /// that points to nothing has its target made.
-    pub(crate) fn ensure_dir(&self, path: &str, new: &NewDir) -> Result<(OwnedFd, Made), Errno> {
-        let path = clean(path);
+    pub(crate) fn ensure_dir(&self, path: impl AsRef<Path>, new: &NewDir) -> Result<(OwnedFd, Made), Errno> {
+        let path = clean_path(path.as_ref());
         let mut made = Made::default();
         match self.open_dir(&path) {
             Ok(dir) => return Ok((dir, made)),
@@ -323,8 +327,14 @@ impl<'a> Root<'a> {
     }
 
     /// Resolution one component at a time, which can go on past what does not exist.
-    fn walk(&self, path: &str, follow: bool, make: Option<&NewDir>, made: &mut Made) -> Result<Place, Errno> {
-        let mut todo: VecDeque<OsString> = components(OsStr::new(path)).collect();
+    fn walk(
+        &self,
+        path: &Path,
+        follow: bool,
+        make: Option<&NewDir>,
+        made: &mut Made,
+    ) -> Result<Place, Errno> {
+        let mut todo: VecDeque<OsString> = components(path.as_os_str()).collect();
         let mut stack: Vec<(OwnedFd, OsString)> = Vec::new();
         let mut links = 0;
         while let Some(name) = todo.pop_front() {

@@ -1,6 +1,8 @@
 //! The actions on real directories: what BuildKit's documents promise, and what hostile paths must not do.
 
+use std::ffi::OsStr;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -205,7 +207,7 @@ fn wildcards_expand_in_order_or_say_that_nothing_matches() {
         write(dirs.src(), path, path);
     }
     let found = with(dirs.src(), |root| wildcard::resolve(root, "/*/[ab].txt")).expect("resolve");
-    assert_eq!(found, ["/d/a.txt", "/d/b.txt", "/e/a.txt"]);
+    assert_eq!(found, ["/d/a.txt", "/d/b.txt", "/e/a.txt"].map(PathBuf::from));
     dirs.copy(&action("/d/*.txt", "/out/")).expect("copy");
     assert!(dirs.dst().join("out/a.txt").exists() && !dirs.dst().join("out/c.md").exists());
     dirs.copy(&action("/d/*.none", "/none/")).expect("empty is allowed");
@@ -451,4 +453,36 @@ fn a_very_deep_tree_needs_no_stack() {
     with(dirs.dst(), |root| root.open_dir(&path)).expect("all levels");
     let rm = pb::FileActionRm { path: "/x".into(), ..Default::default() };
     with(dirs.dst(), |root| actions::rm(root, &rm)).expect("removed");
+}
+
+#[test]
+fn names_need_not_be_text() {
+    let raw = |name: &'static [u8]| Path::new(OsStr::from_bytes(name));
+    let dirs = dirs();
+    std::fs::create_dir(dirs.src().join(raw(b"d\xfe"))).expect("mkdir");
+    for name in [&b"caf\xe8"[..], b"caf\xe9", b"d\xfe/\xff", b"d\xfe/a"] {
+        std::fs::write(dirs.src().join(raw(name)), name.escape_ascii().to_string()).expect("write");
+    }
+    symlink(raw(b"t\xff"), dirs.src().join("link")).expect("link");
+    let has = |name: &'static [u8]| dirs.dst().join(raw(name)).symlink_metadata().is_ok();
+
+    dirs.copy(&action("/", "/all")).expect("everything");
+    assert!(has(b"all/caf\xe8") && has(b"all/caf\xe9") && has(b"all/d\xfe/\xff"));
+    assert_eq!(dirs.dst().join("all/link").read_link().expect("link"), raw(b"t\xff"));
+    dirs.copy(&action("/d?/*", "/found/")).expect("wildcards");
+    assert!(has(b"found/\xff") && has(b"found/a"));
+    dirs.copy(&action("/caf\u{fffd}", "/shown/")).expect("as it is not called");
+    assert!(!has(b"shown"));
+    let some = pb::FileActionCopy {
+        include_patterns: vec!["caf?".into(), "d*".into()],
+        exclude_patterns: vec!["**/\u{fffd}".into()],
+        ..action("/", "/some")
+    };
+    dirs.copy(&some).expect("patterns");
+    assert!(has(b"some/caf\xe8") && has(b"some/caf\xe9") && has(b"some/d\xfe/a"));
+    assert!(!has(b"some/d\xfe/\xff") && !has(b"some/link"));
+
+    let rm = pb::FileActionRm { path: "/all/caf*".into(), allow_wildcard: true, ..Default::default() };
+    with(dirs.dst(), |root| actions::rm(root, &rm)).expect("rm");
+    assert!(!has(b"all/caf\xe8") && !has(b"all/caf\xe9") && has(b"all/d\xfe/\xff"));
 }

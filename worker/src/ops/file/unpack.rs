@@ -9,13 +9,16 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, XattrFlags};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::actions::FileError;
-use super::root::{NewDir, Owner, PathError, Root, chmod, chown, clean, lstat, remove_all, split, utimes};
+use super::root::{
+    NewDir, Owner, PathError, Root, chmod, chown, clean, clean_path, lstat, remove_all, split, utimes,
+};
 use crate::layer::{CopyError, Entry, Kind, LayerError, TarReader, is_archive, is_overlay_xattr};
 
 /// Directories that an archive implies without listing them.
@@ -24,7 +27,7 @@ const IMPLIED_DIR: NewDir = NewDir { mode: 0o755, owner: None, time: None };
 /// Extracts `source` onto `dest` if it is an archive; false if it is anything else.
 pub(crate) fn unpack(
     src: Root<'_>,
-    source: &str,
+    source: &Path,
     dst: Root<'_>,
     dest: &str,
     owner: Option<Owner>,
@@ -74,9 +77,9 @@ fn decompress<'a, R: Read + 'a>(reader: R) -> std::io::Result<Box<dyn Read + 'a>
 struct Extraction<'a> {
     root: Root<'a>,
     owner: Option<Owner>,
-    source: &'a str,
+    source: &'a Path,
     /// Directories by path: which one the archive meant, and the time it gets when its content is complete.
-    dirs: BTreeMap<String, (Identity, Timespec)>,
+    dirs: BTreeMap<PathBuf, (Identity, Timespec)>,
 }
 
 /// Device and inode.
@@ -88,15 +91,11 @@ fn identity(stat: &Stat) -> Identity {
 
 impl Extraction<'_> {
     fn entry<R: Read>(&mut self, archive: &mut TarReader<R>, entry: &Entry) -> Result<(), FileError> {
-        let Ok(name) = std::str::from_utf8(&entry.path) else {
-            return Err(self.text("unsupported: archive entry whose name is not UTF-8"));
-        };
-        let path = clean(name);
+        let path = clean_path(Path::new(OsStr::from_bytes(&entry.path)));
         let (parent, name) = split(&path);
         if name == "." {
             return Ok(());
         }
-        let name = OsStr::new(name);
         let failed = |call: &'static str| {
             let path = path.clone();
             move |errno: Errno| FileError::from(PathError::new(call, &path, errno))
@@ -120,7 +119,7 @@ impl Extraction<'_> {
                 let file = File::from(rustix::fs::openat(&dir, name, flags, mode).map_err(failed("open"))?);
                 archive.copy_to(&file).map_err(|err| match err {
                     CopyError::Read(err) => self.broken(err),
-                    CopyError::Write(err) => self.text(format!("{path}: {err}")),
+                    CopyError::Write(err) => self.text(format!("{}: {err}", path.display())),
                 })?;
             }
             Kind::Symlink => {
@@ -128,9 +127,7 @@ impl Extraction<'_> {
                     .map_err(failed("symlink"))?;
             }
             Kind::HardLink => {
-                let Ok(target) = std::str::from_utf8(&entry.link) else {
-                    return Err(self.text("unsupported: hard link to a name that is not UTF-8"));
-                };
+                let target = OsStr::from_bytes(&entry.link);
                 let target = self.root.place(target, false).map_err(failed("link"))?;
                 rustix::fs::linkat(&target.dir, &target.name, &dir, name, AtFlags::empty())
                     .map_err(failed("link"))?;
@@ -197,14 +194,13 @@ impl Extraction<'_> {
     }
 
     fn text(&self, message: impl std::fmt::Display) -> FileError {
-        FileError::Text(format!("failed to unpack {}: {message}", self.source))
+        FileError::Text(format!("failed to unpack {}: {message}", self.source.display()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-    use std::path::Path;
     use std::process::Command;
 
     use proptest::prelude::*;
@@ -213,19 +209,19 @@ mod tests {
     use super::*;
 
     struct Member<'a> {
-        path: &'a str,
+        path: &'a [u8],
         kind: tar::EntryType,
-        link: &'a str,
+        link: &'a [u8],
         data: &'a [u8],
         mtime: u64,
     }
 
     impl<'a> Member<'a> {
-        fn new(path: &'a str, kind: tar::EntryType) -> Self {
-            Self { path, kind, link: "", data: b"", mtime: 1000 }
+        fn new(path: &'a (impl AsRef<[u8]> + ?Sized), kind: tar::EntryType) -> Self {
+            Self { path: path.as_ref(), kind, link: b"", data: b"", mtime: 1000 }
         }
 
-        fn file(path: &'a str, data: &'a [u8]) -> Self {
+        fn file(path: &'a (impl AsRef<[u8]> + ?Sized), data: &'a [u8]) -> Self {
             Self { data, ..Self::new(path, tar::EntryType::Regular) }
         }
     }
@@ -246,8 +242,8 @@ mod tests {
             header.set_mtime(member.mtime);
             header.set_size(member.data.len() as u64);
             let old = header.as_old_mut();
-            old.name[..member.path.len()].copy_from_slice(member.path.as_bytes());
-            old.linkname[..member.link.len()].copy_from_slice(member.link.as_bytes());
+            old.name[..member.path.len()].copy_from_slice(member.path);
+            old.linkname[..member.link.len()].copy_from_slice(member.link);
             header.set_cksum();
             builder.append(&header, member.data).expect("append");
         }
@@ -267,7 +263,7 @@ mod tests {
         let open = |path: &Path| rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty());
         let (src, dst) = (open(src.path()).expect("src"), open(dst).expect("dst"));
         let cancel = CancellationToken::new();
-        unpack(Root(src.as_fd()), "/a", Root(dst.as_fd()), "/", owner(), None, &cancel)
+        unpack(Root(src.as_fd()), Path::new("/a"), Root(dst.as_fd()), "/", owner(), None, &cancel)
     }
 
     #[test]
@@ -329,13 +325,31 @@ mod tests {
             Member { mtime: 4, ..Member::new("c/d/", Directory) },
             Member { mtime: 5, ..Member::new("l/", Directory) },
             Member { mtime: 6, ..Member::new("l/d/", Directory) },
-            Member { link: "c", ..Member::new("l", Symlink) },
+            Member { link: b"c", ..Member::new("l", Symlink) },
             Member::file("c/d/f", b"f"),
         ]);
         let dst = TempDir::new().expect("temp");
         assert!(add(&bytes, dst.path()).expect("unpack"));
         let time = |path: &str| dst.path().join(path).metadata().expect(path).mtime();
         assert_eq!(["a", "a/b", "c", "c/d"].map(time), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn names_need_not_be_text() {
+        use tar::EntryType::{Directory, Link, Symlink};
+        let bytes = archive(&[
+            Member { mtime: 7, ..Member::new(b"d\xfe/", Directory) },
+            Member::file(b"d\xfe/\xff", b"f"),
+            Member { link: b"d\xfe/\xff", ..Member::new(b"hard\xe9", Link) },
+            Member { link: b"t\xff", ..Member::new("link", Symlink) },
+        ]);
+        let dst = TempDir::new().expect("temp");
+        assert!(add(&bytes, dst.path()).expect("unpack"));
+        let at = |name: &'static [u8]| dst.path().join(OsStr::from_bytes(name));
+        let inode = |name| at(name).metadata().expect("stat").ino();
+        assert_eq!(inode(b"d\xfe/\xff"), inode(b"hard\xe9"));
+        assert_eq!(at(b"d\xfe").metadata().expect("stat").mtime(), 7);
+        assert_eq!(at(b"link").read_link().expect("link"), Path::new(OsStr::from_bytes(b"t\xff")));
     }
 
     #[test]
@@ -372,8 +386,8 @@ mod tests {
                 Member { data: b"21 GNU.sparse.size=9\n", ..Member::new("pax", XHeader) },
                 Member::file("f", b"data"),
                 Member::new("d/", Directory),
-                Member { link: "../..", ..Member::new("d/l", Symlink) },
-                Member { link: "f", ..Member::new("d/l/h", Link) },
+                Member { link: b"../..", ..Member::new("d/l", Symlink) },
+                Member { link: b"f", ..Member::new("d/l/h", Link) },
             ]);
             for (at, value) in changes {
                 bytes[at] = value;

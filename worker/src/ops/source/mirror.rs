@@ -2,7 +2,9 @@
 //! linking all files of the copy. Owns what the copy remembers of its snapshot; knows nothing of sessions. Blocking.
 
 use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use kiln_cache::contenthash::{self, Files};
@@ -51,7 +53,7 @@ pub(super) fn snapshot(
     note(&mut digests, changes);
     let mut copies = former.as_ref().map(Notes::of).unwrap_or_default();
     let changed = changes.iter().filter(|change| change.kind != ChangeKind::Touched);
-    copies.add(changed.map(|change| change.path.as_str()));
+    copies.add(changed.map(|change| change.path.as_slice()));
     let id = former.map(|former| former.id().to_owned());
     let advanced = match id.filter(|_| changes.len() <= MAX_CHANGES) {
         Some(id) => advance(layers, dir, &id, changes).unwrap_or_else(|error| {
@@ -91,7 +93,7 @@ fn note(digests: &mut Files, changes: &[Change]) {
     let gone: HashSet<&[u8]> = changed
         .clone()
         .filter(|change| change.digest.is_none())
-        .map(|change| change.path.as_bytes())
+        .map(|change| change.path.as_slice())
         .collect();
     if !gone.is_empty() {
         let is_gone = |path: &[u8]| {
@@ -101,7 +103,7 @@ fn note(digests: &mut Files, changes: &[Change]) {
         };
         digests.retain(|path, _| !is_gone(path));
     }
-    digests.extend(changed.filter_map(|change| Some((change.path.clone().into_bytes(), change.digest?))));
+    digests.extend(changed.filter_map(|change| Some((change.path.clone(), change.digest?))));
 }
 
 /// The former snapshot's directory with the changes made in it, too; `None` if it is in use.
@@ -115,8 +117,8 @@ fn advance(
     let pair = Pair { from: open(dir.path())?, to: open(staged.fs())? };
     let mut dirs = BTreeSet::new();
     for change in changes {
-        let path = Path::new(&change.path);
-        pair.entry(path).map_err(|errno| format!("{}: {errno}", change.path))?;
+        let path = Path::new(OsStr::from_bytes(&change.path));
+        pair.entry(path).map_err(|errno| format!("{}: {errno}", path.display()))?;
         dirs.extend(path.ancestors().map(Path::to_owned));
     }
     // What is below comes first: changes in a directory change its time.
