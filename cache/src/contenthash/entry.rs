@@ -36,11 +36,14 @@ struct LayerFiles {
     known: Option<Arc<Files>>,
 }
 
+/// An entry of a directory, by name.
+type Child = (Vec<u8>, Node);
+
 /// What is known of a tree before it is listed, by path.
 #[derive(Default)]
 struct Ahead {
     /// What is in a directory.
-    listed: HashMap<Vec<u8>, Vec<(Vec<u8>, Node)>>,
+    listed: HashMap<Vec<u8>, Vec<Child>>,
     /// A directory and all below it.
     walked: HashMap<Vec<u8>, Vec<Item>>,
 }
@@ -111,7 +114,7 @@ impl<'a> Hasher<'a> {
         let name = node.path().rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec();
         let mut items = Vec::new();
         // Directories that are being listed: index of the item, and entries still to come.
-        let mut open: Vec<(usize, std::vec::IntoIter<(Vec<u8>, Node)>)> = Vec::new();
+        let mut open: Vec<(usize, std::vec::IntoIter<Child>)> = Vec::new();
         let mut next = Some((name, node.clone()));
         loop {
             if let Some((name, node)) = next.take() {

@@ -131,7 +131,16 @@ fn buildx_reads_the_history() {
     assert_eq!(statuses, ["Error", "Completed"]);
     let failed = json(buildx.run(&["history", "inspect", "--format", "json"]).ok().stdout.as_bytes());
     assert_eq!(failed["Error"]["Code"], 2, "{failed:#}");
-    let recent = buildx.run(&["history", "ls", "--format", "json", "--filter", "startedAt>1h,status==error"]);
+    let recent = buildx.run(&[
+        "history",
+        "ls",
+        "--format",
+        "json",
+        "--filter",
+        "startedAt>1h",
+        "--filter",
+        "status=error",
+    ]);
     assert_eq!(recent.ok().stdout.lines().count(), 1);
     // Recorded, although it is not attested.
     let metadata = context.path().join("metadata.json");
