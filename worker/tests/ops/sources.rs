@@ -1,17 +1,26 @@
 //! A client's directories, and what follows from their content.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use kiln_cache::Ref;
+use kiln_proto::filesync::file_sync_server::{FileSync, FileSyncServer};
+use kiln_proto::fsutil::Packet;
+use kiln_proto::fsutil::packet::PacketType;
 use kiln_proto::pb::file_action::Action;
 use kiln_proto::{llb, pb};
 use kiln_session::client::{Attachables, ClientSession, SharedDir};
+use kiln_session::fsutil::{self, Subtree};
 use kiln_solver::op::ResultStore;
 use kiln_solver::progress::{Event, ProgressSink};
 use kiln_solver::{BuildOptions, Solver, SolverOptions};
 use kiln_worker::ops::{BuildContext, SessionGroup};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::common;
 use crate::world::{World, action, copy, file, mkfile, top};
@@ -23,9 +32,14 @@ pub(crate) fn local(name: &str, session: &str) -> pb::op::Op {
 
 /// A client, in session `s`, that shares a directory as `context`; and a build for it.
 async fn client_of(world: &World, dir: &Path) -> (ClientSession, BuildContext) {
-    let (manager, mut control) = common::daemon().await;
     let mut offer = Attachables::new();
     offer.share(vec![SharedDir { name: "context".into(), path: dir.to_owned() }]);
+    attached(world, offer).await
+}
+
+/// A client with the session `s`.
+async fn attached(world: &World, offer: Attachables) -> (ClientSession, BuildContext) {
+    let (manager, mut control) = common::daemon().await;
     let client = offer.attach(&mut control, "s", "key").await.unwrap();
     let sessions = SessionGroup::new(manager, vec!["s".into()]);
     (client, BuildContext { sessions, ..world.context(&[]) })
@@ -57,19 +71,55 @@ pub(crate) async fn a_clients_directory_is_transferred_once(world: &World) {
     assert!(error.message.contains("no access allowed to dir \"secrets\""), "{error}");
 }
 
+/// Shares a directory, and breaks off once the first file is sent.
+struct BreaksOff(PathBuf);
+
+#[tonic::async_trait]
+impl FileSync for BreaksOff {
+    type DiffCopyStream = BoxStream<'static, Result<Packet, Status>>;
+    type TarStreamStream = BoxStream<'static, Result<Packet, Status>>;
+
+    async fn diff_copy(
+        &self,
+        request: Request<Streaming<Packet>>,
+    ) -> Result<Response<Self::DiffCopyStream>, Status> {
+        let (sender, mut packets) = mpsc::channel(fsutil::SEND_QUEUE);
+        let tree = Subtree { reset_ids: true, ..Subtree::open(&self.0).unwrap() };
+        tokio::spawn(fsutil::send(vec![tree], request.into_inner().boxed(), sender, None));
+        let (broken, stream) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(packet) = packets.recv().await {
+                let ends = packet.r#type() == PacketType::PacketData && packet.data.is_empty();
+                let _ = broken.send(Ok(packet));
+                if ends {
+                    let _ = broken.send(Err(Status::aborted("broken off")));
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(UnboundedReceiverStream::new(stream).boxed()))
+    }
+
+    async fn tar_stream(
+        &self,
+        _: Request<Streaming<Packet>>,
+    ) -> Result<Response<Self::TarStreamStream>, Status> {
+        Err(Status::unimplemented("tar stream"))
+    }
+}
+
 pub(crate) async fn a_broken_transfer_is_not_taken_for_the_present_state(world: &World) {
     let from = world.dir.path().join("context");
     common::write(&from, "a", "1");
     let (_client, context) = client_of(world, &from).await;
-    let fetch = || world.run_in(&context, local("context", "s"), &[]);
-    let first = fetch().await.unwrap().remove(0);
+    let first = world.run_in(&context, local("context", "s"), &[]).await.unwrap().remove(0);
     common::write(&from, "a", "22");
-    // A name that listings can't hold breaks the transfer off after `a` has come.
-    let bad = from.join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"z\xff"));
-    std::fs::write(&bad, "x").unwrap();
-    fetch().await.unwrap_err();
-    std::fs::remove_file(&bad).unwrap();
-    let last = fetch().await.unwrap().remove(0);
+    let mut offer = Attachables::new();
+    offer.add(FileSyncServer::new(BreaksOff(from)), &["/moby.filesync.v1.FileSync/DiffCopy"]);
+    let (_breaking, broken) = attached(world, offer).await;
+    let error = world.run_in(&broken, local("context", "s"), &[]).await.unwrap_err();
+    assert!(error.message.contains("broken off"), "{error}");
+    let last = world.run_in(&context, local("context", "s"), &[]).await.unwrap().remove(0);
     assert_ne!(last, first);
     assert_eq!(world.read(&last, "a").await.as_deref(), Some("22"));
 }
