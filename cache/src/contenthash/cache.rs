@@ -10,7 +10,8 @@ use crate::kv::{Batch, Cf};
 use crate::snapshots::SnapshotRef;
 use crate::values;
 
-/// Digests of the contents of a layer's files, by path.
+/// What is known of a layer's entries, by path relative to its root: of a file, blake3 of its content; of a directory, the
+/// digest of all in it.
 pub type Files = HashMap<Vec<u8>, [u8; 32]>;
 
 /// Entries kept in memory over all layers, while the store is busy.
@@ -111,7 +112,6 @@ pub(super) fn add_files(layer: &SnapshotRef, files: Files) -> Result<()> {
     }
     let shared = layer.shared();
     shared.check_open()?;
-    let known = self::files(layer)?;
     let mut segment = Segment::default();
     for (path, digest) in &files {
         segment.paths.push(path.clone());
@@ -121,10 +121,12 @@ pub(super) fn add_files(layer: &SnapshotRef, files: Files) -> Result<()> {
     let key = values::key(b's', layer.id(), &format!("f{}", fsx::random_id()));
     batch.put(Cf::Content, key, codec::encode(&segment));
     drop(segment);
+    let known = self::files(layer)?;
+    shared.content.lock().remove(layer.id());
     shared.kv.write(batch)?;
     shared.signal.dirty();
-    let mut all = files;
-    all.extend(known.iter().map(|(path, digest)| (path.clone(), *digest)));
+    let mut all = Arc::try_unwrap(known).unwrap_or_else(|known| known.as_ref().clone());
+    all.extend(files);
     shared.content.insert(layer.id(), &Arc::new(all));
     Ok(())
 }

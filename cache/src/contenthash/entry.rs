@@ -1,7 +1,8 @@
 //! Digests of entries: one file, one directory with all below it, one layer with its marks.
 //!
 //! A tree is first walked into a flat list, on all cores, then the files whose digest isn't known are read, on
-//! all cores too, then the list is folded. Nothing recurses.
+//! all cores too, then the list is folded. Nothing recurses. Where a snapshot is a single layer, the digests of its
+//! directories are remembered and not looked into again.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -29,6 +30,8 @@ pub(super) struct Hasher<'a> {
     view: &'a LayerView,
     /// Top first, as in the view.
     layers: Vec<LayerFiles>,
+    /// Digests of directories with all below them; of a single layer only, as another one may hide something.
+    dirs: Option<Arc<Files>>,
 }
 
 struct LayerFiles {
@@ -41,11 +44,20 @@ type Child = (Vec<u8>, Node);
 
 /// What is known of a tree before it is listed, by path.
 #[derive(Default)]
-struct Ahead {
+struct Ahead<'a> {
+    /// Digests of directories with all below them.
+    known: Option<&'a Files>,
     /// What is in a directory.
     listed: HashMap<Vec<u8>, Vec<Child>>,
     /// A directory and all below it.
     walked: HashMap<Vec<u8>, Vec<Item>>,
+}
+
+impl Ahead<'_> {
+    fn whole(&self, node: &Node) -> Option<blake3::Hash> {
+        let known = self.known.filter(|_| node.is_dir())?;
+        known.get(node.path()).map(|digest| blake3::Hash::from_bytes(*digest))
+    }
 }
 
 /// An entry of a walked tree.
@@ -60,13 +72,20 @@ pub(super) struct Item {
     content: Option<[u8; 32]>,
     /// Of a directory: how many of the following items are below it.
     below: usize,
+    /// Of a directory that was not looked into: its digest. There is something in it.
+    pub(super) whole: Option<blake3::Hash>,
 }
 
 impl<'a> Hasher<'a> {
-    pub(super) fn new(view: &'a LayerView, snapshot: &SnapshotRef) -> Self {
-        let layers =
+    /// With `reuse`, directories whose digests are remembered are not looked into.
+    pub(super) fn new(view: &'a LayerView, snapshot: &SnapshotRef, reuse: bool) -> Result<Self> {
+        let layers: Vec<_> =
             snapshot.layers().into_iter().rev().map(|layer| LayerFiles { layer, known: None }).collect();
-        Self { view, layers }
+        let dirs = match layers.as_slice() {
+            [only] if reuse => Some(cache::files(&only.layer)?),
+            _ => None,
+        };
+        Ok(Self { view, layers, dirs })
     }
 
     pub(super) fn view(&self) -> &'a LayerView {
@@ -75,42 +94,51 @@ impl<'a> Hasher<'a> {
 
     /// Digest of an entry; a directory's covers all below it. The root's own attributes don't count.
     pub(super) fn digest(&mut self, node: &Node, listing: &mut Listing) -> Result<blake3::Hash> {
-        let mut items = self.walk(node)?;
-        self.read_contents(&mut items)?;
-        listing.add_tree(&items);
-        Ok(fold(&items))
+        let mut items = self.list(node, self.ahead(node, true)?)?;
+        let mut fresh = self.read_new(&mut items)?;
+        let digests = fold(&items);
+        if let [only] = fresh.as_mut_slice() {
+            let listed =
+                items.iter().zip(&digests).filter(|(item, _)| item.has_list() && item.whole.is_none());
+            only.extend(listed.map(|(item, digest)| (item.node.path().to_vec(), *digest.as_bytes())));
+        }
+        self.remember(fresh)?;
+        listing.add_tree(&items, &digests);
+        Ok(first(&digests))
     }
 
     /// An entry and all below it, parents first, siblings in byte order of their names.
     pub(super) fn walk(&self, node: &Node) -> Result<Vec<Item>> {
-        let ahead = self.ahead(node)?;
-        self.list(node, ahead)
+        self.list(node, self.ahead(node, false)?)
     }
 
-    /// Walks the parts of a tree that has many directories, on all cores.
-    fn ahead(&self, node: &Node) -> Result<Ahead> {
-        let mut ahead = Ahead::default();
-        let mut level: Vec<Node> = node.is_dir().then(|| node.clone()).into_iter().collect();
+    /// Walks the parts of a tree that has many directories, on all cores. With `reuse` only those that are not known.
+    fn ahead(&self, node: &Node, reuse: bool) -> Result<Ahead<'_>> {
+        let mut ahead = Ahead { known: self.dirs.as_deref().filter(|_| reuse), ..Ahead::default() };
+        let open = |node: &Node| node.is_dir() && ahead.whole(node).is_none();
+        let mut listed = HashMap::new();
+        let mut level: Vec<Node> = open(node).then(|| node.clone()).into_iter().collect();
         while !level.is_empty() && level.len() < WORTHWHILE_DIRS {
             let mut next = Vec::new();
             for dir in level {
                 let children = self.view.children(&dir)?;
-                next.extend(children.iter().map(|(_, child)| child).filter(|child| child.is_dir()).cloned());
-                ahead.listed.insert(dir.path().to_vec(), children);
+                next.extend(children.iter().map(|(_, child)| child).filter(|child| open(child)).cloned());
+                listed.insert(dir.path().to_vec(), children);
             }
             level = next;
         }
         let walked = Mutex::new(HashMap::with_capacity(level.len()));
         in_parallel(&level, true, |dir| {
-            let items = self.list(dir, Ahead::default())?;
+            let items = self.list(dir, Ahead { known: ahead.known, ..Ahead::default() })?;
             walked.lock().unwrap_or_else(PoisonError::into_inner).insert(dir.path().to_vec(), items);
             Ok(())
         })?;
+        ahead.listed = listed;
         ahead.walked = walked.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(ahead)
     }
 
-    fn list(&self, node: &Node, mut ahead: Ahead) -> Result<Vec<Item>> {
+    fn list(&self, node: &Node, mut ahead: Ahead<'_>) -> Result<Vec<Item>> {
         let name = node.path().rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec();
         let mut items = Vec::new();
         // Directories that are being listed: index of the item, and entries still to come.
@@ -121,14 +149,15 @@ impl<'a> Hasher<'a> {
                 match ahead.walked.remove(node.path()) {
                     Some(walked) => items.extend(walked),
                     None => {
-                        if node.is_dir() {
+                        let whole = ahead.whole(&node);
+                        if node.is_dir() && whole.is_none() {
                             let children = match ahead.listed.remove(node.path()) {
                                 Some(children) => children,
                                 None => self.view.children(&node)?,
                             };
                             open.push((items.len(), children.into_iter()));
                         }
-                        items.push(self.item(name, node)?);
+                        items.push(Item { whole, ..self.item(name, node)? });
                     }
                 }
             }
@@ -151,11 +180,17 @@ impl<'a> Hasher<'a> {
             true => Vec::new(),
             false => header(node.stat(), &link, &self.view.xattrs(&node)?),
         };
-        Ok(Item { name, node, header, link, content: None, below: 0 })
+        Ok(Item { name, node, header, link, content: None, below: 0, whole: None })
     }
 
     /// Fills in the digests of files' contents, from memory or by reading them.
     pub(super) fn read_contents(&mut self, items: &mut [Item]) -> Result<()> {
+        let fresh = self.read_new(items)?;
+        self.remember(fresh)
+    }
+
+    /// As [`Hasher::read_contents`]; what was not known is given, by layer, and not remembered.
+    fn read_new(&mut self, items: &mut [Item]) -> Result<Vec<Files>> {
         let mut unknown = Vec::new();
         let mut bytes = 0;
         for (at, item) in items.iter_mut().enumerate() {
@@ -187,10 +222,20 @@ impl<'a> Hasher<'a> {
             items[at].content = Some(digest);
             fresh[items[at].node.layer()].insert(items[at].node.path().to_vec(), digest);
         }
+        Ok(fresh)
+    }
+
+    fn remember(&mut self, fresh: Vec<Files>) -> Result<()> {
         for (files, fresh) in self.layers.iter_mut().zip(fresh) {
-            if !fresh.is_empty() {
-                cache::add_files(&files.layer, fresh)?;
-                files.known = None;
+            if fresh.is_empty() {
+                continue;
+            }
+            // Nobody else has the table then, and it need not be copied.
+            files.known = None;
+            let dirs = self.dirs.take().is_some();
+            cache::add_files(&files.layer, fresh)?;
+            if dirs {
+                self.dirs = Some(cache::files(&files.layer)?);
             }
         }
         Ok(())
@@ -223,32 +268,51 @@ impl Item {
     pub(super) fn below(&self) -> usize {
         self.below
     }
+
+    /// True if it is a directory with something in it.
+    pub(super) fn has_list(&self) -> bool {
+        self.below > 0 || self.whole.is_some()
+    }
+
+    /// Where in the walked list the items directly below this one are, which is at `at`.
+    pub(super) fn children(&self, at: usize, items: &[Item]) -> impl Iterator<Item = usize> {
+        let (mut next, end) = (at + 1, at + self.below);
+        std::iter::from_fn(move || {
+            let child = next;
+            (child <= end).then(|| {
+                next += 1 + items[child].below;
+                child
+            })
+        })
+    }
 }
 
-/// Digest of the first item, from a walked list.
-fn fold(items: &[Item]) -> blake3::Hash {
+/// Digests of the items of a walked list, each with all below it.
+fn fold(items: &[Item]) -> Vec<blake3::Hash> {
+    let mut digests = vec![blake3::Hash::from_bytes([0; 32]); items.len()];
     // From the end to the front: when a directory is met, its children's digests are complete.
-    let mut digests = vec![None; items.len()];
-    for at in (0..items.len()).rev() {
-        let item = &items[at];
-        if !item.node.is_dir() {
-            digests[at] = Some(item.own_digest());
-            continue;
-        }
-        let mut hasher = blake3::Hasher::new();
-        update(&mut hasher, b"dir");
-        update(&mut hasher, item.own_digest().as_bytes());
-        let mut child = at + 1;
-        while child <= at + item.below {
-            update(&mut hasher, &items[child].name);
-            if let Some(digest) = &digests[child] {
-                update(&mut hasher, blake3::Hash::as_bytes(digest));
+    for (at, item) in items.iter().enumerate().rev() {
+        digests[at] = match (item.node.is_dir(), item.whole) {
+            (_, Some(whole)) => whole,
+            (false, None) => item.own_digest(),
+            (true, None) => {
+                let mut hasher = blake3::Hasher::new();
+                update(&mut hasher, b"dir");
+                update(&mut hasher, item.own_digest().as_bytes());
+                for child in item.children(at, items) {
+                    update(&mut hasher, &items[child].name);
+                    update(&mut hasher, digests[child].as_bytes());
+                }
+                hasher.finalize()
             }
-            child += 1 + items[child].below;
-        }
-        digests[at] = Some(hasher.finalize());
+        };
     }
-    digests.first().copied().flatten().unwrap_or_else(|| blake3::hash(b""))
+    digests
+}
+
+/// Digest of a whole walked list.
+fn first(digests: &[blake3::Hash]) -> blake3::Hash {
+    digests.first().copied().unwrap_or_else(|| blake3::hash(b""))
 }
 
 /// Digest of one layer's directory as it is: whiteouts are entries, opaque directories are marked.
@@ -258,12 +322,13 @@ pub(super) fn layer(layer: &SnapshotRef) -> Result<blake3::Hash> {
     }
     // A single layer hides nothing, but a view leaves out its whiteouts; so they are listed beside.
     let view = LayerView::of_dirs(vec![layer.dir()])?;
-    let mut hasher = Hasher { view: &view, layers: vec![LayerFiles { layer: layer.clone(), known: None }] };
+    let layers = vec![LayerFiles { layer: layer.clone(), known: None }];
+    let mut hasher = Hasher { view: &view, layers, dirs: None };
     let root = view.root()?;
     let mut items = hasher.walk(&root)?;
     hasher.read_contents(&mut items)?;
     let mut out = blake3::Hasher::new();
-    update(&mut out, fold(&items).as_bytes());
+    update(&mut out, first(&fold(&items)).as_bytes());
     // Here, unlike in a query, the root's attributes are part of what a step may have changed.
     update(&mut out, &header(root.stat(), b"", &view.xattrs(&root)?));
     for item in items.iter().filter(|item| item.node.is_dir()) {

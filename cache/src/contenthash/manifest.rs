@@ -1,12 +1,11 @@
 //! What a content digest was made of, entry by entry, so that two digests can be told apart by names.
 //!
-//! A manifest is kept under the digest that it explains. A long one is cut into chunks where the
-//! hash of an entry's path says so: neighbours in time share all chunks in which nothing changed.
+//! A manifest is kept under the digest that it explains, and what is in a directory under the digest of that directory,
+//! so that neighbours in time share all directories in which nothing changed. What is long is cut into chunks where the
+//! hash of an entry's path says so, and neighbours share those, too.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
-
-use rustix::fs::FileType;
 
 use super::entry::Item;
 use crate::codec;
@@ -21,35 +20,47 @@ const INLINE: usize = 64;
 const CHUNK: u8 = u8::MAX;
 /// How long a manifest stays that no record of a build refers to: the build may be running.
 const GRACE: Duration = Duration::from_secs(3600);
+/// Bytes in the name of a chunk or of a directory's list.
+pub(super) const NAME: usize = 16;
+
+/// The type that directories have, as entries.
+const DIRECTORY: u32 = 0o040_000;
 
 /// What a query selected, while its digest is computed.
 #[derive(Default)]
 pub(super) struct Listing {
     entries: Vec<Entry>,
+    /// Lists of directories, and chunks, by key.
+    parts: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Keys of the lists of directories that were not looked into.
+    elsewhere: Vec<Vec<u8>>,
     /// Which of the query's paths is being listed.
     pub(super) part: u32,
 }
 
-/// One entry. Paths are relative to what the digest calls its root.
+/// One entry. Paths are relative to what the digest calls its root; in the list of a directory, to that.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Entry {
+pub(super) struct Entry {
     #[prost(uint32, tag = "1")]
-    part: u32,
+    pub(super) part: u32,
     #[prost(bytes = "vec", tag = "2")]
-    path: Vec<u8>,
+    pub(super) path: Vec<u8>,
     /// Type and permissions.
     #[prost(uint32, tag = "3")]
-    mode: u32,
+    pub(super) mode: u32,
     #[prost(uint32, tag = "4")]
-    uid: u32,
+    pub(super) uid: u32,
     #[prost(uint32, tag = "5")]
-    gid: u32,
+    pub(super) gid: u32,
     /// Of a file: digest of its content, cut. Of a symlink: its target.
     #[prost(bytes = "vec", tag = "6")]
-    content: Vec<u8>,
+    pub(super) content: Vec<u8>,
     /// Digest of what else describes it.
     #[prost(fixed64, tag = "7")]
-    rest: u64,
+    pub(super) rest: u64,
+    /// Of a directory with something in it, if all of that counts: the name of its list.
+    #[prost(bytes = "vec", tag = "8")]
+    pub(super) tree: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -58,88 +69,120 @@ struct Chunk {
     entries: Vec<Entry>,
 }
 
+/// What a query selected, or what is in a directory.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Manifest {
+pub(super) struct Manifest {
+    /// Of a query's.
     #[prost(int64, tag = "1")]
     created: i64,
     /// The whole of it, where it is short.
     #[prost(message, repeated, tag = "2")]
-    entries: Vec<Entry>,
-    /// Names of chunks, 16 bytes each.
+    pub(super) entries: Vec<Entry>,
+    /// Names of chunks.
     #[prost(bytes = "vec", tag = "3")]
     chunks: Vec<u8>,
+    /// Names of the lists of directories among the entries.
+    #[prost(bytes = "vec", tag = "4")]
+    trees: Vec<u8>,
+}
+
+impl Entry {
+    fn of(path: Vec<u8>, item: &Item, tree: Option<&blake3::Hash>) -> Self {
+        let tree = tree.map(|digest| digest.as_bytes()[..NAME].to_vec()).unwrap_or_default();
+        // What describes the root of a whole snapshot doesn't count.
+        if item.node.path().is_empty() {
+            return Self { path, mode: DIRECTORY, tree, ..Self::default() };
+        }
+        let stat = item.node.stat();
+        let (content, rest) = item.described();
+        Self { part: 0, path, mode: stat.st_mode, uid: stat.st_uid, gid: stat.st_gid, content, rest, tree }
+    }
 }
 
 impl Listing {
-    /// Takes in an entry under the path by which the digest knows it.
+    /// Takes in an entry under the path by which the digest knows it, without what is below it.
     pub(super) fn add(&mut self, path: &[u8], item: &Item) {
-        let stat = item.node.stat();
-        let (content, rest) = item.described();
-        self.entries.push(Entry {
-            part: self.part,
-            path: path.strip_prefix(b"/").unwrap_or(path).to_vec(),
-            mode: stat.st_mode,
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            content,
-            rest,
-        });
+        let path = path.strip_prefix(b"/").unwrap_or(path).to_vec();
+        self.entries.push(Entry { part: self.part, ..Entry::of(path, item, None) });
     }
 
-    /// Takes in a walked tree; its first item is the root.
-    pub(super) fn add_tree(&mut self, items: &[Item]) {
-        // Ends and paths of the directories above the current item.
-        let mut above: Vec<(usize, Vec<u8>)> = Vec::new();
-        for (at, item) in items.iter().enumerate() {
-            while above.last().is_some_and(|(end, _)| *end <= at) {
-                above.pop();
+    /// Takes in a walked tree with the digests of its items; its first item is the root.
+    pub(super) fn add_tree(&mut self, items: &[Item], digests: &[blake3::Hash]) {
+        let tree = |at: usize| items[at].has_list().then(|| &digests[at]);
+        for (at, item) in items.iter().enumerate().filter(|(_, item)| item.has_list()) {
+            let key = tree_key(&digests[at].as_bytes()[..NAME]);
+            if item.whole.is_some() {
+                self.elsewhere.push(key);
+                continue;
             }
-            let path = match above.last() {
-                None => Vec::new(),
-                Some((_, dir)) if dir.is_empty() => item.name.clone(),
-                Some((_, dir)) => [dir, b"/".as_slice(), &item.name].concat(),
-            };
-            // What describes the root of a whole snapshot doesn't count.
-            if !item.node.path().is_empty() {
-                self.add(&path, item);
-            }
-            if item.node.is_dir() {
-                above.push((at + 1 + item.below(), path));
-            }
+            let below = item.children(at, items);
+            let entries = below.map(|child| Entry::of(items[child].name.clone(), &items[child], tree(child)));
+            let manifest = Manifest::of(entries.collect(), &mut self.parts);
+            self.parts.push((key, codec::encode(&manifest)));
         }
+        if let Some(root) = items.first() {
+            self.entries.push(Entry { part: self.part, ..Entry::of(Vec::new(), root, tree(0)) });
+        }
+    }
+
+    /// True if the lists of the directories that were not looked into are kept.
+    pub(super) fn is_whole(&self, kv: &dyn Kv) -> Result<bool> {
+        let keys: Vec<&[u8]> = self.elsewhere.iter().map(Vec::as_slice).collect();
+        Ok(kv.multi_get(Cf::Content, &keys)?.iter().all(Option::is_some))
     }
 
     /// Adds what is not kept yet to a batch, under the digest that it explains.
     pub(super) fn keep(self, kv: &dyn Kv, batch: &mut Batch, digest: &blake3::Hash) -> Result<()> {
-        let mut manifest = Manifest { created: codec::nanos(SystemTime::now()), ..Manifest::default() };
-        if self.entries.len() <= INLINE {
-            manifest.entries = self.entries;
-        } else {
-            let chunks: Vec<(Vec<u8>, Vec<u8>)> = chunks(self.entries);
-            let keys: Vec<&[u8]> = chunks.iter().map(|(key, _)| key.as_slice()).collect();
-            let known = kv.multi_get(Cf::Content, &keys)?;
-            manifest.chunks = chunks.iter().flat_map(|(key, _)| &key[key.len() - NAME..]).copied().collect();
-            for ((key, value), known) in chunks.into_iter().zip(known) {
-                if known.is_none() {
-                    batch.put(Cf::Content, key, value);
-                }
+        let mut parts = self.parts;
+        let manifest = Manifest::of(self.entries, &mut parts);
+        let keys: Vec<&[u8]> = parts.iter().map(|(key, _)| key.as_slice()).collect();
+        let known = kv.multi_get(Cf::Content, &keys)?;
+        for ((key, value), known) in parts.into_iter().zip(known) {
+            if known.is_none() {
+                batch.put(Cf::Content, key, value);
             }
         }
+        let manifest = Manifest { created: codec::nanos(SystemTime::now()), ..manifest };
         batch.put(Cf::Content, manifest_key(digest.as_bytes()), codec::encode(&manifest));
         Ok(())
     }
 }
 
-/// Bytes in the name of a chunk.
-const NAME: usize = 16;
+impl Manifest {
+    /// One with these entries; its chunks are added to `parts`.
+    fn of(entries: Vec<Entry>, parts: &mut Vec<(Vec<u8>, Vec<u8>)>) -> Self {
+        let trees = entries.iter().flat_map(|entry| entry.tree.iter().copied()).collect();
+        let mut manifest = Self { trees, ..Self::default() };
+        if entries.len() <= INLINE {
+            manifest.entries = entries;
+        } else {
+            for (name, value) in chunks(entries) {
+                manifest.chunks.extend_from_slice(&name);
+                parts.push((chunk_key(&name), value));
+            }
+        }
+        manifest
+    }
 
-/// Keys and values of chunks.
-fn chunks(entries: Vec<Entry>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    /// Names of its chunks.
+    pub(super) fn chunks(&self) -> Vec<[u8; NAME]> {
+        names(&self.chunks)
+    }
+}
+
+fn names(all: &[u8]) -> Vec<[u8; NAME]> {
+    all.chunks_exact(NAME).filter_map(|name| name.try_into().ok()).collect()
+}
+
+/// Names and values of chunks.
+fn chunks(entries: Vec<Entry>) -> Vec<([u8; NAME], Vec<u8>)> {
     let mut out = Vec::new();
     let mut chunk = Chunk::default();
     let mut close = |chunk: &mut Chunk| {
         let value = codec::encode(chunk);
-        out.push((chunk_key(&blake3::hash(&value).as_bytes()[..NAME]), value));
+        let mut name = [0; NAME];
+        blake3::Hasher::new().update(&value).finalize_xof().fill(&mut name);
+        out.push((name, value));
         chunk.entries.clear();
     };
     for entry in entries {
@@ -157,21 +200,41 @@ fn chunks(entries: Vec<Entry>) -> Vec<(Vec<u8>, Vec<u8>)> {
     out
 }
 
-fn manifest_key(digest: &[u8]) -> Vec<u8> {
-    let mut key = values::key(b'm', "manifest", "");
-    key.extend_from_slice(digest);
-    key
-}
-
-fn chunk_key(name: &[u8]) -> Vec<u8> {
-    let mut key = values::key(b'm', "chunk", "");
+fn key(kind: &str, name: &[u8]) -> Vec<u8> {
+    let mut key = values::key(b'm', kind, "");
     key.extend_from_slice(name);
     key
 }
 
-fn load(kv: &dyn Kv, digest: &[u8; 32]) -> Result<Option<Manifest>> {
-    let key = manifest_key(digest);
-    kv.get(Cf::Content, &key)?.map(|bytes| codec::decode("manifest", &key, &bytes)).transpose()
+fn manifest_key(digest: &[u8]) -> Vec<u8> {
+    key("manifest", digest)
+}
+
+fn chunk_key(name: &[u8]) -> Vec<u8> {
+    key("chunk", name)
+}
+
+fn tree_key(name: &[u8]) -> Vec<u8> {
+    key("tree", name)
+}
+
+fn read<T: prost::Message + Default>(kv: &dyn Kv, key: &[u8]) -> Result<Option<T>> {
+    kv.get(Cf::Content, key)?.map(|bytes| codec::decode("manifest", key, &bytes)).transpose()
+}
+
+/// What a digest of a query was made of, if that is kept.
+pub(super) fn load(kv: &dyn Kv, digest: &[u8; 32]) -> Result<Option<Manifest>> {
+    read(kv, &manifest_key(digest))
+}
+
+/// The list of a directory by its name.
+pub(super) fn load_tree(kv: &dyn Kv, name: &[u8]) -> Result<Option<Manifest>> {
+    read(kv, &tree_key(name))
+}
+
+/// The entries in a chunk.
+pub(super) fn load_chunk(kv: &dyn Kv, name: &[u8]) -> Result<Option<Vec<Entry>>> {
+    Ok(read::<Chunk>(kv, &chunk_key(name))?.map(|chunk| chunk.entries))
 }
 
 /// True if there is a manifest for a digest.
@@ -179,157 +242,13 @@ pub(super) fn is_kept(kv: &dyn Kv, digest: &blake3::Hash) -> Result<bool> {
     Ok(kv.get(Cf::Content, &manifest_key(digest.as_bytes()))?.is_some())
 }
 
-/// A difference between what two digests of the same query stand for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ContentChange {
-    /// Which of the query's paths selects the entry.
-    pub part: usize,
-    /// The entry, relative to that path, or to the directories before its first wildcard; empty for
-    /// the path itself.
-    pub path: String,
-    /// What happened to it.
-    pub kind: ChangeKind,
-}
-
-/// How an entry changed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ChangeKind {
-    /// It is new.
-    Added,
-    /// It is gone.
-    Removed,
-    /// It is what was called so before.
-    Renamed(String),
-    /// It is of another type.
-    Type,
-    /// It holds other bytes.
-    Content,
-    /// It points elsewhere: where to before, and now.
-    Target(String, String),
-    /// Permissions before and now.
-    Mode(u32, u32),
-    /// User and group before and now.
-    Owner((u32, u32), (u32, u32)),
-    /// Extended attributes or a device's number.
-    Attributes,
-}
-
-/// What changed between the contents of two digests, by path; `None` if what one of them was made of
-/// is not known.
-pub(crate) fn changes(
-    kv: &dyn Kv,
-    before: &[u8; 32],
-    after: &[u8; 32],
-) -> Result<Option<Vec<ContentChange>>> {
-    let (Some(before), Some(after)) = (load(kv, before)?, load(kv, after)?) else { return Ok(None) };
-    let names = |manifest: &Manifest| -> Vec<[u8; NAME]> {
-        manifest.chunks.chunks_exact(NAME).filter_map(|name| name.try_into().ok()).collect()
-    };
-    let (old_chunks, new_chunks) = (names(&before), names(&after));
-    let (old_set, new_set): (HashSet<_>, HashSet<_>) =
-        (old_chunks.iter().copied().collect(), new_chunks.iter().copied().collect());
-    let read =
-        |manifest: Manifest, chunks: Vec<[u8; NAME]>, other: &HashSet<[u8; NAME]>| -> Result<Option<_>> {
-            let mut entries = manifest.entries;
-            for name in chunks.iter().filter(|name| !other.contains(*name)) {
-                let key = chunk_key(name);
-                let Some(bytes) = kv.get(Cf::Content, &key)? else { return Ok(None) };
-                entries.extend(codec::decode::<Chunk>("manifest", &key, &bytes)?.entries);
-            }
-            let by_path: Entries =
-                entries.into_iter().map(|entry| ((entry.part, entry.path.clone()), entry)).collect();
-            Ok(Some(by_path))
-        };
-    let (Some(old), Some(new)) = (read(before, old_chunks, &new_set)?, read(after, new_chunks, &old_set)?)
-    else {
-        return Ok(None);
-    };
-    Ok(Some(compare(&old, &new)))
-}
-
-/// Where an entry is: which of the query's paths selects it, and its own.
-type Place = (u32, Vec<u8>);
-type Entries = BTreeMap<Place, Entry>;
-
-fn compare(old: &Entries, new: &Entries) -> Vec<ContentChange> {
-    let moved = renames(old, new);
-    let gone: HashSet<&Place> = moved.values().copied().collect();
-    let mut out = Vec::new();
-    let paths: std::collections::BTreeSet<_> = old.keys().chain(new.keys()).collect();
-    for key in paths {
-        let kind = match (old.get(key), new.get(key)) {
-            (Some(_), None) if gone.contains(key) => continue,
-            (Some(_), None) => ChangeKind::Removed,
-            (None, _) => match moved.get(key) {
-                Some((_, from)) => ChangeKind::Renamed(text(from)),
-                None => ChangeKind::Added,
-            },
-            (Some(old), Some(new)) => match change(old, new) {
-                Some(kind) => kind,
-                None => continue,
-            },
-        };
-        out.push(ContentChange { part: key.0 as usize, path: text(&key.1), kind });
-    }
-    out
-}
-
-/// New paths of files whose content was under exactly one other path before.
-fn renames<'a>(old: &'a Entries, new: &'a Entries) -> HashMap<&'a Place, &'a Place> {
-    type ByContent<'a> = HashMap<(u32, &'a [u8]), Vec<&'a Place>>;
-    fn lone<'a>(these: &'a Entries, others: &Entries) -> ByContent<'a> {
-        let mut out = ByContent::new();
-        for (key, entry) in these {
-            if !others.contains_key(key) && kind(entry) == FileType::RegularFile {
-                out.entry((key.0, entry.content.as_slice())).or_default().push(key);
-            }
-        }
-        out
-    }
-    let before = lone(old, new);
-    let pairs = lone(new, old).into_iter().filter_map(|(content, after)| {
-        match (before.get(&content)?.as_slice(), after.as_slice()) {
-            ([from], [to]) => Some((*to, *from)),
-            _ => None,
-        }
-    });
-    pairs.collect()
-}
-
-fn kind(entry: &Entry) -> FileType {
-    FileType::from_raw_mode(entry.mode)
-}
-
-fn change(old: &Entry, new: &Entry) -> Option<ChangeKind> {
-    if old == new {
-        None
-    } else if kind(old) != kind(new) {
-        Some(ChangeKind::Type)
-    } else if old.content != new.content {
-        Some(match kind(new) {
-            FileType::Symlink => ChangeKind::Target(text(&old.content), text(&new.content)),
-            _ => ChangeKind::Content,
-        })
-    } else if old.mode != new.mode && kind(new) != FileType::Symlink {
-        Some(ChangeKind::Mode(old.mode & 0o7777, new.mode & 0o7777))
-    } else if (old.uid, old.gid) != (new.uid, new.gid) {
-        Some(ChangeKind::Owner((old.uid, old.gid), (new.uid, new.gid)))
-    } else {
-        (old.rest != new.rest).then_some(ChangeKind::Attributes)
-    }
-}
-
-fn text(path: &[u8]) -> String {
-    String::from_utf8_lossy(path).into_owned()
-}
-
-/// Forgets manifests that explain none of `wanted`, and chunks that are then in none.
+/// Forgets manifests that explain none of `wanted`, and all that is then in none.
 pub(crate) fn sweep(shared: &Shared, wanted: &HashSet<[u8; 32]>) -> Result<()> {
     let _exclusive = shared.manifests.write();
     let kv = shared.kv.as_ref();
     let prefix = manifest_key(b"");
     let limit = SystemTime::now().checked_sub(GRACE).map_or(0, codec::nanos);
-    let (mut batch, mut chunks) = (Batch::new(), HashSet::new());
+    let (mut batch, mut chunks, mut trees) = (Batch::new(), HashSet::new(), Vec::new());
     kv.scan(Cf::Content, &prefix, &mut |key, value| {
         // One that can't be read explains nothing.
         let manifest = codec::decode("manifest", key, value).unwrap_or_else(|_| Manifest::default());
@@ -337,19 +256,30 @@ pub(crate) fn sweep(shared: &Shared, wanted: &HashSet<[u8; 32]>) -> Result<()> {
         if manifest.created <= limit && !digest.is_ok_and(|digest| wanted.contains(&digest)) {
             batch.delete(Cf::Content, key);
         } else {
-            chunks.extend(manifest.chunks.chunks_exact(NAME).map(<[u8]>::to_vec));
+            chunks.extend(manifest.chunks());
+            trees.extend(names(&manifest.trees));
         }
         Ok(true)
     })?;
     if batch.is_empty() {
         return Ok(());
     }
-    let prefix = chunk_key(b"");
-    kv.scan(Cf::Content, &prefix, &mut |key, _| {
-        if !chunks.contains(&key[prefix.len()..]) {
-            batch.delete(Cf::Content, key);
+    let mut seen = HashSet::new();
+    while let Some(name) = trees.pop() {
+        if seen.insert(name)
+            && let Some(list) = load_tree(kv, &name).ok().flatten()
+        {
+            chunks.extend(list.chunks());
+            trees.extend(names(&list.trees));
         }
-        Ok(true)
-    })?;
+    }
+    for (prefix, wanted) in [(chunk_key(b""), chunks), (tree_key(b""), seen)] {
+        kv.scan(Cf::Content, &prefix, &mut |key, _| {
+            if !wanted.contains(&key[prefix.len()..]) {
+                batch.delete(Cf::Content, key);
+            }
+            Ok(true)
+        })?;
+    }
     kv.write_freeing(batch)
 }

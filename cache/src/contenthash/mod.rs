@@ -3,15 +3,18 @@
 //! that path is read. Digests are blake3; they mean nothing outside Kiln.
 
 mod cache;
+mod changes;
 mod entry;
 mod manifest;
 mod query;
 
 pub use cache::Files;
 pub(crate) use cache::{ContentCache, snapshot_prefix};
-pub use manifest::{ChangeKind, ContentChange};
-pub(crate) use manifest::{changes, sweep};
+pub(crate) use changes::changes;
+pub use changes::{ChangeKind, ContentChange};
+pub(crate) use manifest::sweep;
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -19,6 +22,7 @@ use crate::error::{Result, StoreError};
 use crate::kv::Batch;
 use crate::layerview::LayerView;
 use crate::snapshots::SnapshotRef;
+use entry::Hasher;
 use manifest::Listing;
 
 /// Which part of an input an operation reads, when that part's content may stand for the input.
@@ -62,15 +66,22 @@ pub fn content_digest(snapshot: Option<&SnapshotRef>, query: &ContentQuery) -> R
     {
         return Ok(known);
     }
-    let mut listing = Listing::default();
-    let digest = match LayerView::of(snapshot) {
-        // A stack of no layers is the empty root.
-        Err(StoreError::Invalid(_)) if snapshot.layers().is_empty() => {
-            query::digest(None, query, &mut listing)?
-        }
-        view => query::digest(Some((&view?, snapshot)), query, &mut listing)?,
+    let compute = |reuse: bool| -> Result<(blake3::Hash, Listing)> {
+        let mut listing = Listing::default();
+        let digest = match LayerView::of(snapshot) {
+            // A stack of no layers is the empty root.
+            Err(StoreError::Invalid(_)) if snapshot.layers().is_empty() => {
+                query::digest(None, query, &mut listing)
+            }
+            view => query::digest(Some(Hasher::new(&view?, snapshot, reuse)?), query, &mut listing),
+        };
+        Ok((digest?, listing))
     };
+    let (mut digest, mut listing) = compute(true)?;
     let _kept = snapshot.shared().manifests.read();
+    if !listing.is_whole(kv)? {
+        (digest, listing) = compute(false)?;
+    }
     let mut batch = Batch::new();
     if !manifest::is_kept(kv, &digest)? {
         listing.keep(kv, &mut batch, &digest)?;
@@ -126,15 +137,30 @@ fn layer_digest(layer: &SnapshotRef) -> Result<blake3::Hash> {
     Ok(digest)
 }
 
-/// Hands over digests of file contents that were computed while the data passed, so that files
-/// need not be read again: `path` is relative to the layer's root, the digest is plain blake3.
+/// Hands over digests of file contents that were computed while the data passed, so that files need not be read again,
+/// and what [`known_files`] told of the same files elsewhere.
 pub fn record_files(layer: &SnapshotRef, files: Files) -> Result<()> {
     cache::add_files(layer, files)
 }
 
-/// The digests of a layer's files that are known, in the form that [`record_files`] takes.
+/// What is known of a layer, in the form that [`record_files`] takes, to be carried over to another one.
 pub fn known_files(layer: &SnapshotRef) -> Result<Files> {
     Ok(cache::files(layer)?.as_ref().clone())
+}
+
+/// Drops what is no longer true once the entries at `changed` are others: what is known of them, of what is below them,
+/// and of the directories above.
+pub fn forget_changed(files: &mut Files, changed: &HashSet<&[u8]>) {
+    fn above(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+        path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| &path[..end])
+    }
+    if changed.is_empty() {
+        return;
+    }
+    files.retain(|path, _| !above(path).chain([path.as_slice()]).any(|path| changed.contains(path)));
+    for dir in changed.iter().flat_map(|path| above(path)).chain([&b""[..]]) {
+        files.remove(dir);
+    }
 }
 
 /// blake3 over a tag and parts, none of which can run into the next.

@@ -12,7 +12,6 @@ use super::manifest::Listing;
 use super::{ContentPath, ContentQuery, tagged, update};
 use crate::error::{Result, StoreError};
 use crate::layerview::{LayerView, Node};
-use crate::snapshots::SnapshotRef;
 
 /// The name under which the answer to a query is remembered.
 pub(super) fn fingerprint(query: &ContentQuery) -> Vec<u8> {
@@ -33,13 +32,12 @@ pub(super) fn fingerprint(query: &ContentQuery) -> Vec<u8> {
     name
 }
 
-/// `view`: `None` is the empty root. What was selected is listed.
+/// `hasher`: `None` is the empty root. What was selected is listed.
 pub(super) fn digest(
-    view: Option<(&LayerView, &SnapshotRef)>,
+    mut hasher: Option<Hasher<'_>>,
     query: &ContentQuery,
     listing: &mut Listing,
 ) -> Result<blake3::Hash> {
-    let mut hasher = view.map(|(view, snapshot)| Hasher::new(view, snapshot));
     let mut out = blake3::Hasher::new();
     update(&mut out, b"query");
     for (part, path) in (0..).zip(&query.paths) {

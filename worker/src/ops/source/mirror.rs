@@ -1,7 +1,7 @@
 //! The snapshots that show a client's directory: each is made of the one before it where nothing else uses that, else by
 //! linking all files of the copy. Owns what the copy remembers of its snapshot; knows nothing of sessions. Blocking.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -86,23 +86,11 @@ fn open(path: &Path) -> Result<OwnedFd, String> {
     open_root(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Brings the digests of a directory's files up to date with changes.
+/// Brings what is known of a directory up to date with changes.
 fn note(digests: &mut Files, changes: &[Change]) {
     let changed = changes.iter().filter(|change| change.kind != ChangeKind::Touched);
     // A directory whose attributes changed loses nothing but time by this.
-    let gone: HashSet<&[u8]> = changed
-        .clone()
-        .filter(|change| change.digest.is_none())
-        .map(|change| change.path.as_slice())
-        .collect();
-    if !gone.is_empty() {
-        let is_gone = |path: &[u8]| {
-            let above =
-                path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| &path[..end]);
-            above.chain([path]).any(|path| gone.contains(path))
-        };
-        digests.retain(|path, _| !is_gone(path));
-    }
+    contenthash::forget_changed(digests, &changed.clone().map(|change| change.path.as_slice()).collect());
     digests.extend(changed.filter_map(|change| Some((change.path.clone(), change.digest?))));
 }
 
