@@ -8,8 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use rustix::fs::{
-    self, AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, Timespec, Timestamps,
-    XattrFlags,
+    self, AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, Timespec, Timestamps, XattrFlags,
 };
 use rustix::io::Errno;
 
@@ -86,29 +85,57 @@ pub(super) fn entries(dir: &OwnedFd) -> Result<Vec<(CString, FileType)>, Errno> 
     Ok(all)
 }
 
+/// Which inode it is: the file system's device number, and its own.
+pub(super) type Inode = (u32, u32, u64);
+
+/// What is told of an entry.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found {
+    /// Type and permissions.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) size: i64,
+    /// Nanoseconds since the epoch.
+    pub(super) mod_time: i64,
+    /// Nanoseconds since the epoch at which the inode was made, if the file system remembers.
+    pub(super) born: Option<i64>,
+    /// Of a device node: its number.
+    pub(super) device: (i64, i64),
+    /// How many names the inode has.
+    pub(super) names: u32,
+    pub(super) inode: Inode,
+}
+
+impl Found {
+    pub(super) fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.mode)
+    }
+}
+
 /// What lies at `name` in `dir`, if anything.
-pub(super) fn lstat(dir: &OwnedFd, name: &[u8]) -> Result<Option<Stat>, Errno> {
-    match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(stat)),
-        Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(error),
-    }
+pub(super) fn lstat(dir: &OwnedFd, name: &[u8]) -> Result<Option<Found>, Errno> {
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+    let stat = match fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, wanted) {
+        Ok(stat) => stat,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(Some(Found {
+        mode: stat.stx_mode.into(),
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        size: i64::try_from(stat.stx_size).unwrap_or(i64::MAX),
+        mod_time: nanoseconds(&stat.stx_mtime),
+        born: (stat.stx_mask & StatxFlags::BTIME.bits() != 0).then(|| nanoseconds(&stat.stx_btime)),
+        device: (stat.stx_rdev_major.into(), stat.stx_rdev_minor.into()),
+        names: stat.stx_nlink,
+        inode: (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino),
+    }))
 }
 
-/// Nanoseconds since the epoch of a file's modification time.
-pub(super) fn mtime_ns(stat: &Stat) -> i64 {
-    i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec))
-        .unwrap_or(i64::MAX)
-}
-
-/// Nanoseconds since the epoch at which the inode at `name` in `dir` was made, if the file system remembers.
-pub(super) fn birth_ns(dir: &OwnedFd, name: &[u8]) -> Result<Option<i64>, Errno> {
-    let stat = fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME)?;
-    if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
-        return Ok(None);
-    }
-    let born = i128::from(stat.stx_btime.tv_sec) * 1_000_000_000 + i128::from(stat.stx_btime.tv_nsec);
-    Ok(i64::try_from(born).ok())
+fn nanoseconds(time: &fs::StatxTimestamp) -> i64 {
+    i64::try_from(i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec)).unwrap_or(i64::MAX)
 }
 
 /// Times to set: that modification time, and the access time left alone.

@@ -14,6 +14,7 @@ use kiln_proto::gomode;
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
+use super::fsops::Found;
 use super::path::{self, quoted};
 use super::{Progress, TransferError, fsops};
 
@@ -30,7 +31,7 @@ pub enum ReceiveMode {
     #[default]
     Mirror,
     /// As `Mirror`, for a directory that may have been filled from another one: a file whose metadata another file
-    /// could have by chance is requested too. See [`Receiver::settled`].
+    /// could have by chance is requested too. See `settled`.
     MirrorWary,
     /// As `Mirror`, but every file's content is requested, whatever its metadata (wire: `local.differ=none`).
     MirrorAll,
@@ -241,9 +242,10 @@ impl Receiver {
             FileType::RegularFile => {
                 self.files.insert(self.hasher.hash_one(&stat.path));
                 let same = found.is_some_and(|found| self.same(&found, &stat, posix));
+                let settled = || found.is_some_and(|found| settled(&found));
                 let keep = match self.options.mode {
                     ReceiveMode::Mirror => same,
-                    ReceiveMode::MirrorWary => same && self.settled(&stat, &parent, &name)?,
+                    ReceiveMode::MirrorWary => same && settled(),
                     ReceiveMode::MirrorAll | ReceiveMode::Merge => false,
                 };
                 if keep {
@@ -357,18 +359,16 @@ impl Receiver {
     fn directory(
         &mut self,
         stat: Stat,
-        found: Option<fs::Stat>,
+        found: Option<Found>,
         parent_meta: Option<usize>,
         parent: &[u8],
         name: &[u8],
     ) -> Result<(), TransferError> {
-        let existed =
-            found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory);
+        let existed = found.is_some_and(|found| found.kind() == FileType::Directory);
         let (mut fresh, mut touched) = (!existed, false);
         if let Some(found) = found.filter(|_| existed) {
-            fresh =
-                found.st_mode & 0o7777 != gomode::permissions(stat.mode) || !self.same_owner(&found, &stat);
-            touched = fsops::mtime_ns(&found) != stat.mod_time;
+            fresh = found.mode & 0o7777 != gomode::permissions(stat.mode) || !self.same_owner(&found, &stat);
+            touched = found.mod_time != stat.mod_time;
         } else {
             begin(&mut self.options)?;
             let dir = open_cached(&self.root, &mut self.top, parent)?;
@@ -434,7 +434,7 @@ impl Receiver {
         let source = fsops::lstat(&from, from_name).map_err(|error| failed(error.into()))?;
         let source = source.ok_or_else(|| failed(Errno::NOENT.into()))?;
         let found = fsops::lstat(dir, name).map_err(|error| failed(error.into()))?;
-        if found.is_some_and(|found| (found.st_dev, found.st_ino) == (source.st_dev, source.st_ino)) {
+        if found.is_some_and(|found| found.inode == source.inode) {
             return Ok(());
         }
         let temp = format!("{}l", self.temp_prefix);
@@ -467,33 +467,18 @@ impl Receiver {
         Ok(())
     }
 
-    fn same(&self, found: &fs::Stat, stat: &Stat, posix: u32) -> bool {
+    fn same(&self, found: &Found, stat: &Stat, posix: u32) -> bool {
         let kind = FileType::from_raw_mode(posix);
         let device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
-        found.st_mode == posix
+        found.mode == posix
             && self.same_owner(found, stat)
-            && (kind != FileType::RegularFile || found.st_size == stat.size)
-            && fsops::mtime_ns(found) == stat.mod_time
-            && (!device
-                || (i64::from(fs::major(found.st_rdev)), i64::from(fs::minor(found.st_rdev)))
-                    == (stat.devmajor, stat.devminor))
+            && (kind != FileType::RegularFile || found.size == stat.size)
+            && found.mod_time == stat.mod_time
+            && (!device || found.device == (stat.devmajor, stat.devminor))
     }
 
-    /// Whether only the file that was received can have this metadata. Archives and reproducible builds give many files
-    /// one whole second; and files written in one go, each to its own directory, may share a tick of the clock, but by
-    /// the time at which one that has lain there for a while was received, the other one was there too.
-    fn settled(&mut self, stat: &Stat, parent: &[u8], name: &[u8]) -> Result<bool, TransferError> {
-        if stat.mod_time % 1_000_000_000 == 0 {
-            return Ok(false);
-        }
-        let dir = open_cached(&self.root, &mut self.top, parent)?;
-        let born =
-            fsops::birth_ns(dir, name).map_err(|error| TransferError::io("stat", &stat.path, error))?;
-        Ok(born.is_some_and(|born| born.saturating_sub(stat.mod_time) >= SETTLED_NS))
-    }
-
-    fn same_owner(&self, found: &fs::Stat, stat: &Stat) -> bool {
-        self.options.ownership == Ownership::Ignore || (found.st_uid, found.st_gid) == (stat.uid, stat.gid)
+    fn same_owner(&self, found: &Found, stat: &Stat) -> bool {
+        self.options.ownership == Ownership::Ignore || (found.uid, found.gid) == (stat.uid, stat.gid)
     }
 
     fn same_target(
@@ -533,6 +518,14 @@ impl Drop for Receiver {
             let _ = fs::unlinkat(&writing.dir, format!("{}{id}", self.temp_prefix), AtFlags::empty());
         }
     }
+}
+
+/// Whether only the file that was received can have this metadata. Archives and reproducible builds give many files
+/// one whole second; and files written in one go, each to its own directory, may share a tick of the clock, but by
+/// the time at which one that has lain there for a while was received, the other one was there too.
+fn settled(found: &Found) -> bool {
+    let lay_for = found.born.map_or(0, |born| born.saturating_sub(found.mod_time));
+    found.mod_time % 1_000_000_000 != 0 && lay_for >= SETTLED_NS
 }
 
 /// To be called before every change.

@@ -8,9 +8,10 @@ use std::sync::{Arc, mpsc};
 
 use kiln_proto::fsutil::Stat;
 use kiln_proto::gomode;
-use rustix::fs::{self, AtFlags, FileType};
+use rustix::fs::{self, FileType};
 
 use super::filter::{Decision, Filter, Selection, Verdicts};
+use super::fsops::{Found, Inode};
 use super::{TransferError, fsops, path};
 
 /// Sibling directories that are listed ahead of the one being sent.
@@ -59,7 +60,7 @@ struct Item {
     verdicts: Verdicts,
     stat: Stat,
     /// Device and inode of a file with several names.
-    shared: Option<(u64, u64)>,
+    shared: Option<Inode>,
     listing: Option<mpsc::Receiver<Result<Vec<Item>, TransferError>>>,
 }
 
@@ -87,13 +88,14 @@ impl Tree {
         if self.prefix.is_empty() {
             return Ok(None);
         }
-        let stat = fs::fstat(&self.root).map_err(|error| TransferError::io("stat", &self.prefix, error))?;
-        Ok(Some(self.wire_stat(self.prefix.clone(), &stat)))
+        let stat =
+            fsops::lstat(&self.root, b".").map_err(|error| TransferError::io("stat", &self.prefix, error))?;
+        Ok(stat.map(|stat| self.wire_stat(self.prefix.clone(), &stat)))
     }
 
     /// Calls `emit` with each selected entry, in the order of the wire.
     pub(super) fn walk(self: &Arc<Self>, emit: &mut Emit<'_>) -> Result<(), TransferError> {
-        let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
+        let mut links: HashMap<Inode, Vec<u8>> = HashMap::new();
         let mut stack =
             vec![Frame { path: Vec::new(), items: self.list(b"", None)?.into_iter(), withheld: None }];
         while let Some(frame) = stack.last_mut() {
@@ -186,40 +188,28 @@ impl Tree {
     ) -> Result<Option<Item>, TransferError> {
         let path = path::join(dir_path, name.to_bytes());
         let failed = |action, error| TransferError::io(action, path::join(&self.prefix, &path), error);
-        let mut known = None;
-        let is_dir = if kind == FileType::Unknown {
-            let stat = match fs::statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => stat,
-                Err(rustix::io::Errno::NOENT) => return Ok(None),
-                Err(error) => return Err(failed("stat", error)),
-            };
-            known = Some(stat);
-            FileType::from_raw_mode(stat.st_mode) == FileType::Directory
-        } else {
-            kind == FileType::Directory
-        };
+        let stat = || fsops::lstat(dir, name.to_bytes()).map_err(|error| failed("stat", error));
+        // Some file systems don't tell a directory's reader what its entries are.
+        let mut known = if kind == FileType::Unknown { stat()? } else { None };
+        let is_dir = known.map_or(kind, |stat| stat.kind()) == FileType::Directory;
         let (decision, verdicts) = self.filter.decide(&path, is_dir, parent);
         if decision == Decision::Skip {
             return Ok(None);
         }
-        let stat = match known {
-            Some(stat) => stat,
-            None => match fs::statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => stat,
-                Err(rustix::io::Errno::NOENT) => return Ok(None),
-                Err(error) => return Err(failed("stat", error)),
-            },
-        };
+        if known.is_none() {
+            known = stat()?;
+        }
+        let Some(stat) = known else { return Ok(None) };
         let mut wire = self.wire_stat(Vec::new(), &stat);
         let mut shared = None;
-        match FileType::from_raw_mode(stat.st_mode) {
+        match stat.kind() {
             FileType::Symlink => {
                 let target =
                     fs::readlinkat(dir, &name, Vec::new()).map_err(|error| failed("readlink", error))?;
                 wire.linkname = target.into_bytes();
                 wire.size = i64::try_from(wire.linkname.len()).unwrap_or(i64::MAX);
             }
-            FileType::RegularFile if stat.st_nlink > 1 => shared = Some((stat.st_dev, stat.st_ino)),
+            FileType::RegularFile if stat.names > 1 => shared = Some(stat.inode),
             _ => {}
         }
         wire.xattrs = fsops::xattrs(dir, name.to_bytes())
@@ -229,20 +219,23 @@ impl Tree {
         Ok(Some(Item { name: name.into_bytes(), decision, verdicts, stat: wire, shared, listing: None }))
     }
 
-    fn wire_stat(&self, path: Vec<u8>, stat: &fs::Stat) -> Stat {
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        let device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+    fn wire_stat(&self, path: Vec<u8>, stat: &Found) -> Stat {
+        let kind = stat.kind();
+        let (devmajor, devminor) = match kind {
+            FileType::CharacterDevice | FileType::BlockDevice => stat.device,
+            _ => (0, 0),
+        };
         Stat {
             path,
             // Sockets mean nothing elsewhere; they travel as the empty files that their size says they are.
-            mode: gomode::from_posix(stat.st_mode) & !gomode::SOCKET,
-            uid: if self.reset_ids { 0 } else { stat.st_uid },
-            gid: if self.reset_ids { 0 } else { stat.st_gid },
-            size: if kind == FileType::RegularFile { stat.st_size } else { 0 },
-            mod_time: fsops::mtime_ns(stat),
+            mode: gomode::from_posix(stat.mode) & !gomode::SOCKET,
+            uid: if self.reset_ids { 0 } else { stat.uid },
+            gid: if self.reset_ids { 0 } else { stat.gid },
+            size: if kind == FileType::RegularFile { stat.size } else { 0 },
+            mod_time: stat.mod_time,
             linkname: Vec::new(),
-            devmajor: if device { i64::from(fs::major(stat.st_rdev)) } else { 0 },
-            devminor: if device { i64::from(fs::minor(stat.st_rdev)) } else { 0 },
+            devmajor,
+            devminor,
             xattrs: Default::default(),
         }
     }
