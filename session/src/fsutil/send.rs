@@ -19,12 +19,15 @@ use super::walk::{Subtree, Tree};
 use super::{CHUNK, PacketStream, Progress, TransferError, fsops, path};
 
 /// How many packets may wait for the connection; callers make the outgoing queue this long.
-pub const SEND_QUEUE: usize = 128;
+pub const SEND_QUEUE: usize = 256;
 
 /// Files that are sent at the same time.
 const PARALLEL: usize = 4;
 /// Files that one thread takes on at once, so that many small ones do not cost a hand-over each.
 const BATCH: usize = 32;
+
+/// Entries of the listing that go out together: the connection's task would otherwise wake for each few.
+const LISTED: usize = 128;
 
 /// What a transfer sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -161,20 +164,31 @@ fn joined<T>(result: Result<Result<T, TransferError>, tokio::task::JoinError>) -
 /// Streams the listing.
 fn list(trees: &[Arc<Tree>], files: &Files, out: &Outgoing) -> Result<Done, TransferError> {
     let mut entries = 0;
+    let mut ready = Vec::with_capacity(LISTED);
     for (number, tree) in trees.iter().enumerate() {
         let mut emit = |stat: Stat, below: &[u8]| {
             let wanted = gomode::is_regular(stat.mode) && stat.linkname.is_empty();
             let file = wanted.then(|| (number, below.to_owned()));
             files.lock().unwrap_or_else(PoisonError::into_inner).push(file);
             entries += 1;
-            out.send(Packet { r#type: PacketType::PacketStat.into(), stat: Some(stat), ..Default::default() })
+            ready.push(Packet {
+                r#type: PacketType::PacketStat.into(),
+                stat: Some(stat),
+                ..Default::default()
+            });
+            if ready.len() < LISTED {
+                Ok(())
+            } else {
+                ready.drain(..).try_for_each(|packet| out.send(packet))
+            }
         };
         if let Some(stat) = tree.prefix_stat()? {
             emit(stat, b"")?;
         }
         tree.walk(&mut emit)?;
     }
-    out.send(Packet { r#type: PacketType::PacketStat.into(), ..Default::default() })?;
+    ready.push(Packet { r#type: PacketType::PacketStat.into(), ..Default::default() });
+    ready.into_iter().try_for_each(|packet| out.send(packet))?;
     Ok(Done::Listed(entries))
 }
 
